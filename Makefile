@@ -1,0 +1,34 @@
+# VENV=path uses another environment; without it `make` builds .venv once.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.hf_qie-installed
+# one thread a process: two test workers on two cores, and the same arithmetic wherever the tests run
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install test quality style clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,quality]"
+	touch $@
+
+install: $(INSTALLED)  ## make the environment with everything that tests and style need
+
+test: $(INSTALLED)  ## run the tests, after the set-up they need
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+quality: $(INSTALLED)  ## check style; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built here
+	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache

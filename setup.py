@@ -1,0 +1,42 @@
+"""Install hf_qie: `pip install -e .` for use, `pip install -e ".[test,quality]"` to work on it."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="hf_qie",
+    version="0.1.0",
+    description="Fine-tune Qwen-Image-Edit with datasets, transformers.Trainer and accelerate",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["hf_qie"],
+    # Each floor is the oldest release that has what we call; the set we test is in constraints.txt.
+    install_requires=[
+        "torch>=2.8",  # FSDP2's and distributed checkpoint's present names
+        "torchvision>=0.23",  # the Qwen2-VL processor does not load without it
+        "transformers>=5.23",  # mm_token_type_ids in the processor and in get_rope_index; Trainer's present hooks
+        "diffusers>=0.42",  # QwenImageTransformer2DModel with masks, zero_cond_t and without txt_seq_lens
+        "datasets>=5.2",  # float16 lists in Arrow and Parquet, async map
+        "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
+        "peft>=0.21",
+        "huggingface_hub>=2.0",
+        "safetensors>=0.8",
+        "pyarrow>=21",
+        "pyyaml>=6.0.2",
+        "pillow>=11",
+        "numpy>=2.0",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "filelock>=3.20",
+            "dashscope>=1.25",  # ships the real Qwen vocabulary: template and drop count are tested against it
+        ],
+        "quality": ["ruff>=0.14"],
+    },
+)

@@ -1,0 +1,41 @@
+"""The shape of the repository: order of imports, budgets, top level."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hf_qie"
+# Read top to bottom: a module imports only what stands before it.
+LAYERS = (
+    "recipe family rows images prompts encoder latents embeddings extract "
+    "mix loader collate flow losses model trainer train tiny"
+).split()
+
+
+def functions(tree: ast.AST):
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_module_imports_only_what_comes_before_it(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    uses = {
+        node.module.split(".")[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_qie.")
+    }
+    assert uses <= set(LAYERS[: LAYERS.index(name)])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_files_and_functions_stay_readable(name):
+    text = (PACKAGE / f"{name}.py").read_text()
+    assert text.count("\n") <= 320
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(ast.parse(text)) if f.end_lineno - f.lineno >= 45}
+    assert not long

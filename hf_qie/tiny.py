@@ -1,0 +1,231 @@
+"""A tiny checkpoint for the demo and the tests: real classes and layout, random weights, nothing downloaded.
+
+    python hf_qie/tiny.py --model outputs/tiny --kind edit_plus --data outputs/shapes --rows 64
+
+The checkpoint loads in the official diffusers pipeline of its kind; `--data` writes synthetic edits to go with it.
+"""
+
+import argparse
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from diffusers.modular_pipelines.qwenimage import prompt_templates
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from hf_qie.shapes import COLOURS, CORNERS, GROUNDS, SHAPES, TASKS, draw, random_scene, synthetic_edits
+
+logger = logging.getLogger(__name__)
+
+KINDS = {
+    "edit_plus": QwenImageEditPlusPipeline,  # like Qwen-Image-Edit-2509
+    "edit_plus_2511": QwenImageEditPlusPipeline,  # the same with zero_cond_t
+    "edit": QwenImageEditPipeline,
+    "text_to_image": QwenImagePipeline,
+}
+# in the order of their ids in Qwen2.5-VL
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+]
+
+
+def _texts() -> Iterator[str]:
+    """What the vocabulary is learned from: the templates and the words of the synthetic edits."""
+    yield prompt_templates.QWENIMAGE_PROMPT_TEMPLATE
+    yield prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE
+    yield prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE
+    for make in TASKS.values():
+        yield from (make(random.Random(i), i, 64).words["instruction"] for i in range(100))
+    # words, not sentences: Chinese has no spaces, so that a whole sentence would become one token
+    yield from (chinese for table in (COLOURS, GROUNDS, SHAPES, CORNERS) for chinese, _ in table.values())
+
+
+def _tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's byte-level BPE, learned until every word of `_texts` is one token; other text falls back to bytes."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(_texts(), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    specials = {token: len(learned["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"] | specials,
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=SPECIAL_TOKENS[1:],
+        model_max_length=131072,
+        padding_side="right",
+    )
+
+
+def _processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
+    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 128 * 128}
+    return Qwen2VLProcessor(Qwen2VLImageProcessor(**pixels), tokenizer, Qwen2VLVideoProcessor(**pixels))
+
+
+def _randomise(model: nn.Module) -> None:
+    """Weights that keep the size of what flows through them, so that every input shows in the output."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+        else:  # the scale of a norm
+            nn.init.normal_(parameter, mean=1.0, std=0.1)
+
+
+def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with its own spatial settings; positions count for much, as large biases on query and key see to."""
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    text = {
+        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 96,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],  # windows first, then all: the 7B model has seven of the first to each of these
+    }
+    named = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
+    named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{key: ids[token] for key, token in named})
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    _randomise(model)
+    for name, parameter in model.model.language_model.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            nn.init.normal_(parameter, std=1.0)
+    return model.eval()
+
+
+@torch.no_grad()
+def _vae() -> AutoencoderKLQwenImage:
+    """The VAE, its latents scaled so that over synthetic pictures they have the mean and std that its config names."""
+    vae = AutoencoderKLQwenImage(base_dim=8).eval()
+    scenes = [random_scene(random.Random(i), 2, 64) for i in range(16)]
+    scenes = [replace(scene, size_px=(64, 64)) for scene in scenes]
+    pixels = torch.stack([torch.from_numpy(np.array(draw(scene))) for scene in scenes]).permute(0, 3, 1, 2)
+    modes = vae.encode(pixels[:, :, None] / 127.5 - 1).latent_dist.mode()  # [B, 16, 1, 8, 8]
+    mean, std = modes.mean(dim=(0, 2, 3, 4)), modes.std(dim=(0, 2, 3, 4))
+    scale = torch.tensor(vae.config.latents_std) / std
+    last, channels = vae.quant_conv, vae.config.z_dim
+    last.weight[:channels] *= scale[:, None, None, None, None]
+    last.bias[:channels] = (last.bias[:channels] - mean) * scale + torch.tensor(vae.config.latents_mean)
+    return vae
+
+
+def _transformer(*, zero_cond_t: bool) -> QwenImageTransformer2DModel:
+    model = QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    )
+    _randomise(model)
+    return model.eval()
+
+
+def _scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """With the settings of the released Qwen-Image checkpoints."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=1.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+
+
+def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> Path:
+    """Write a checkpoint of one of `KINDS` in diffusers layout, random but for its vocabulary; return `folder`.
+
+    Prompt states are 96 wide, latents have 16 channels at 1/8 of the side. The same seed gives the same bytes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        parts = {
+            "scheduler": _scheduler(),
+            "vae": _vae(),
+            "text_encoder": _text_encoder(tokenizer),
+            "tokenizer": tokenizer,
+            "transformer": _transformer(zero_cond_t=kind == "edit_plus_2511"),
+        }
+    if kind != "text_to_image":
+        parts["processor"] = _processor(tokenizer)
+    KINDS[kind](**parts).save_pretrained(folder)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build what the command line asks for and log where it lies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="write a tiny checkpoint here")
+    parser.add_argument("--kind", choices=KINDS, default="edit_plus")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="write synthetic edits here")
+    parser.add_argument("--rows", type=int, default=64, help="rows of each task (default: 64)")
+    args = parser.parse_args(argv)
+    if args.model:
+        logger.info("%s checkpoint: %s", args.kind, tiny_checkpoint(args.model, kind=args.kind))
+    if args.data:
+        for task, path in synthetic_edits(args.data, rows=args.rows).items():
+            logger.info("%d rows of %s: %s", args.rows, task, path)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    main()

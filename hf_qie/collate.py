@@ -1,0 +1,46 @@
+"""Rows of one shape -> one padded batch. Reads no file and draws no number.
+
+Letters: B rows, S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the encoder.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Batch(TypedDict):
+    """What the trainer is given: a plain dict at run time, so that accelerate moves its tensors."""
+
+    target_latents: Tensor  # [B, S, 64] float16
+    source_latents: Tensor  # [B, R, 64] float16, R = 0 for text-to-image
+    prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
+    prompt_mask: Tensor  # [B, L] bool, True on real tokens
+    grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
+    task: list[str]
+    row: list[int]  # position in the task's data
+    draw: list[int]  # the number that decides everything random about the row
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    """Stack rows of one shape; prompts are padded on the right, where the transformer does not see it."""
+    grids = rows[0]["grids"]
+    # diffusers places every row of a batch by the grids of the first, with no more than a log line
+    assert all(row["grids"] == grids for row in rows), f"shapes differ: {[row['grids'] for row in rows]}"
+    prompts = [row["prompt_embeds"] for row in rows]
+    lengths = np.array([len(prompt) for prompt in prompts])
+    padded = np.zeros((len(rows), lengths.max(), prompts[0].shape[1]), np.float16)
+    for place, prompt in zip(padded, prompts, strict=True):
+        place[: len(prompt)] = prompt
+    return Batch(
+        target_latents=torch.from_numpy(np.stack([row["target_latents"] for row in rows])),
+        source_latents=torch.from_numpy(np.stack([row["source_latents"] for row in rows])),
+        prompt_embeds=torch.from_numpy(padded),
+        prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
+        grids=grids,
+        task=[row["task"] for row in rows],
+        row=[row["row"] for row in rows],
+        draw=[row["draw"] for row in rows],
+    )

@@ -1,0 +1,94 @@
+"""Flow matching: how noisy a row is made, with which noise, and what its draw number decides.
+
+Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise only).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_qie.mix import draw_rng
+from hf_qie.recipe import Loss
+
+SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
+
+
+def shift_mu(num_target_tokens: int, scheduler_config: Mapping) -> float:
+    """The scheduler's own mu at `num_target_tokens`; a scheduler without dynamic shifting has log(shift) everywhere.
+
+    diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, calculate_shift, and
+    schedulers/scheduling_flow_match_euler_discrete.py, time_shift.
+    """
+    config = scheduler_config
+    if not config["use_dynamic_shifting"]:
+        return math.log(config["shift"])
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return config["base_shift"] + slope * (num_target_tokens - config["base_image_seq_len"])
+
+
+def shifted(u: Tensor, mu: float | None) -> Tensor:
+    """Noise level e^mu / (e^mu + 1/u - 1) for `u` in (0, 1), float32; u itself where mu is None.
+
+    Without the stretch to the terminal sigma, which belongs to sampling.
+    """
+    u = u.float()
+    return u if mu is None else math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+
+
+def time_fraction(base: Tensor, loss: Loss) -> Tensor:
+    """Values u in (0, 1) by `loss.timestep_sampling`, float32, from `base`.
+
+    `base` is normal for logit_normal, else uniform.
+    diffusers/training_utils.py, compute_density_for_timestep_sampling.
+    """
+    if loss.timestep_sampling == "logit_normal":
+        u = torch.sigmoid(loss.logit_mean + loss.logit_std * base)
+    elif loss.timestep_sampling == "mode":
+        u = 1 - base - loss.mode_scale * (torch.cos(math.pi * base / 2) ** 2 - 1 + base)
+    else:
+        u = base
+    return u.float().clamp(SMALLEST_U, 1 - SMALLEST_U)
+
+
+def sigmas_for(draws: Sequence[int], *, loss: Loss, seed: int, global_batch_size: int, mu: float | None) -> Tensor:
+    """The noise levels of training draws, float32 [B] on the CPU, each a function of (seed, draw) alone."""
+    base = [_base_number(draw, loss, seed, global_batch_size) for draw in draws]
+    return shifted(time_fraction(torch.tensor(base, dtype=torch.float64), loss), mu)
+
+
+def eval_sigmas_for(rows: Sequence[int], *, loss: Loss, seed: int, mu: float | None) -> Tensor:
+    """The noise levels of evaluation rows, as `sigmas_for` but by row; stratified is uniform here."""
+    normal = loss.timestep_sampling == "logit_normal"
+    rngs = [draw_rng(seed, "eval sigma", row) for row in rows]
+    base = [rng.standard_normal() if normal else rng.random() for rng in rngs]
+    return shifted(time_fraction(torch.tensor(base, dtype=torch.float64), loss), mu)
+
+
+def _base_number(draw: int, loss: Loss, seed: int, global_batch_size: int) -> float:
+    rng = draw_rng(seed, "sigma", draw)
+    if loss.timestep_sampling == "logit_normal":
+        return rng.standard_normal()
+    if loss.timestep_sampling == "stratified":
+        step, place = divmod(draw, global_batch_size)
+        stratum = draw_rng(seed, "strata", step).permutation(global_batch_size)[place]
+        return (stratum + rng.random()) / global_batch_size
+    return rng.random()
+
+
+def noise_for(numbers: Sequence[int], shape: tuple[int, ...], *, seed: int, purpose: str = "noise") -> Tensor:
+    """Normal noise, float32 [B, *shape] on the CPU, each row a function of (seed, purpose, its number) alone.
+
+    The number is the draw's while training, and the row's with the purpose "eval noise".
+    """
+    return torch.from_numpy(
+        np.stack([draw_rng(seed, purpose, number).standard_normal(shape, np.float32) for number in numbers])
+    )
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) latents + sigma noise in float32: `[B, S, C]` each, `sigma[B]`."""
+    sigma = sigma.float()[:, None, None]
+    return (1 - sigma) * latents.float() + sigma * noise.float()

@@ -59,7 +59,7 @@ class Thing:
         """As in "a red circle in the top left corner"."""
         (name, name_cn), (corner_cn, _) = self.named(), CORNERS[self.corner]
         article = "an" if self.colour == "orange" else "a"
-        return f"{article} {name} in the {self.corner} corner", f"{corner_cn}有一个{name_cn}"
+        return f"{article} {name} in the {self.corner} corner", f"{corner_cn}的一个{name_cn}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +168,10 @@ def combination(rng: random.Random, number: int, size_px: int) -> Edit:
     names, names_cn = zip(*(thing.named() for thing in target.things), strict=True)
     put = " and ".join(f"the {name} of picture {i}" for i, name in enumerate(names, 1))
     put_cn = "和".join(f"图{i}的{name}" for i, name in enumerate(names_cn, 1))
+    last = num_things + 1
     words = {
-        "instruction": f"Put {put} on the background of picture {num_things + 1}.",
-        "instruction_cn": f"把{put_cn}放到图{num_things + 1}的背景上。",
+        "instruction": f"Put {put} in the same place on the background of picture {last}.",
+        "instruction_cn": f"把{put_cn}放到图{last}背景的相同位置。",
     }
     return Edit(sources=(*sources, replace(target, things=())), target=target, words=words)
 
@@ -178,10 +179,11 @@ def combination(rng: random.Random, number: int, size_px: int) -> Edit:
 def description(rng: random.Random, number: int, size_px: int) -> Edit:
     """No source, text-to-image: one or two things on a ground."""
     scene = random_scene(rng, 1 + number % 2, size_px)
-    (ground, ground_cn), placed = scene.ground(), [thing.placed() for thing in scene.things]
+    ground, ground_cn = scene.ground()
+    things, things_cn = zip(*(thing.placed() for thing in scene.things), strict=True)
     words = {
-        "instruction": f"{ground.capitalize()} with {' and '.join(english for english, _ in placed)}.",
-        "instruction_cn": f"{ground_cn}、{'、'.join(chinese for _, chinese in placed)}。",
+        "instruction": f"Draw on {ground}: {' and '.join(things)}.",
+        "instruction_cn": f"在{ground_cn}上画{'和'.join(things_cn)}。",
     }
     return Edit(sources=(), target=scene, words=words)
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ from hf_qie.settings import (
     derived,
     leaves,
     override,
-    plain,
     read_yaml,
     show,
     unknown,
@@ -38,7 +37,9 @@ Positive = Annotated[float, "a number above 0", lambda x: x > 0]
 Weight = Annotated[float, "a number of at least 0", lambda x: x >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
 Dropout = Annotated[float, "a number from 0 to below 1", lambda x: 0 <= x < 1]
-ModeScale = Annotated[float, "a number from -1 to 1.75", lambda x: -1 <= x <= 1.75]  # outside, sigma leaves (0, 1)
+ModeScale = Annotated[
+    float, "a number from -1 to 1.75", lambda x: -1 <= x <= 1.75
+]  # beyond, u to sigma is not one to one
 Shard = Annotated[tuple[int, ...], "[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1]]
 Names = Annotated[tuple[Name, ...], "a list of at least one name", len]
 TaskName = Annotated[
@@ -228,14 +229,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain mappings, lists and scalars: what YAML and JSON can hold."""
-    resolved = plain(recipe)
-    for name, task in recipe.tasks.items():
-        for key in ("captions", "inverse_captions"):
-            if not set(getattr(task.columns, key)) <= set(task.columns.required):
-                del resolved["tasks"][name]["columns"][key]  # a default list: named, its columns would be required
-    return resolved
+def as_dict(value: Any) -> Any:
+    """A recipe, or a part of one, as plain mappings, lists and scalars: what YAML and JSON hold, defaults filled in.
+
+    A default list of captions stays out: once it is named, each of its columns must occur in the data.
+    """
+    if is_dataclass(value):
+        keys = {f.name: getattr(value, f.name) for f in fields(value) if not f.metadata}
+        if isinstance(value, Columns):
+            keys = {k: v for k, v in keys.items() if "captions" not in k or set(v) <= set(value.required)}
+        return as_dict(keys)
+    if isinstance(value, Mapping):
+        return {key: as_dict(item) for key, item in value.items()}
+    return [as_dict(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -53,15 +53,6 @@ def build(section: type, given: Mapping[str, Any], at: str = "", **known: Any) -
     return section(**known)
 
 
-def plain(value: Any) -> Any:
-    """Settings as the mappings, lists and scalars of YAML, defaults filled in."""
-    if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if not f.metadata}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def leaves(section: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(address, value, default) of every key of a section that is no section itself."""
     for rule in (f for f in fields(section) if not f.metadata):

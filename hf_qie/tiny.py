@@ -36,6 +36,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.utils.logging import disable_progress_bar
 
 from hf_qie.shapes import COLOURS, CORNERS, GROUNDS, SHAPES, TASKS, draw, random_scene, synthetic_edits
 
@@ -224,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="write synthetic edits here")
     parser.add_argument("--rows", type=int, default=64, help="rows of each task (default: 64)")
     args = parser.parse_args(argv)
+    disable_progress_bar()  # a bar for one file of a megabyte
     if args.model:
         logger.info("%s checkpoint: %s", args.kind, tiny_checkpoint(args.model, kind=args.kind))
     if args.data:

@@ -15,6 +15,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from hf_qie.shapes import synthetic_edits
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two workers on two cores; one thread gives the same bits on every machine
 
@@ -66,8 +68,6 @@ def tiny(built_once) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def edits(built_once) -> Path:
     """A folder with 24 synthetic rows a task (`edit.jsonl`, `combine.jsonl`, `text_to_image.jsonl`); read only."""
-    from hf_qie.tiny import synthetic_edits
-
     return built_once("edits", lambda folder: synthetic_edits(folder, rows=24))
 
 
@@ -75,7 +75,7 @@ def edits(built_once) -> Path:
 def photos(built_once) -> Path:
     """A folder with `portrait_edit.jsonl`, `portrait_multi.jsonl`, `portrait_t2i.jsonl` and `images/`; read only.
 
-    Real photos from $HF_QIE_PHOTOS or from shared/data beside the repository; else pictures of smooth noise in the
+    Real photos from $HF_QIE_PHOTOS, or from ../shared/data where there is one; else pictures of smooth noise in the
     same sizes and files, so that no test has to skip.
     """
     for folder in (os.environ.get("HF_QIE_PHOTOS"), ROOT.parent / "shared" / "data"):
@@ -88,7 +88,7 @@ def noise_photos(folder: Path) -> None:
     """What the `photos` fixture describes: smooth noise for pictures, sizes and shape of the rows as in the photos."""
     source_sizes_px = [(500, 896), (896, 669), (896, 671), (598, 896), (669, 896)]
     target_sizes_px = [(500, 896), (896, 678), (896, 678), (597, 896), (678, 896)]
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(10):
         for role, sizes_px in (("source", source_sizes_px), ("target", target_sizes_px)):

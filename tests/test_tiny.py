@@ -111,7 +111,7 @@ def test_the_processor_bounds_pictures_as_the_real_one(pipeline):
 
 @pytest.fixture(scope="module")
 def encode(pipeline, edits):
-    """`encode(*prompts, **changes)` -> states `[B, L, D]` for two pictures and each prompt, and the inputs."""
+    """`encode(*prompts, without=...)` -> states `[B, L, D]` of two pictures and each prompt, some input left out."""
     rows = read_rows(edits / "combine.jsonl")
     images = [Image.open(edits / path).resize((448, 320)) for path in rows[0]["source_image"]]
     label = prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE

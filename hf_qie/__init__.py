@@ -1,0 +1,1 @@
+"""Fine-tune Qwen-Image-Edit the Hugging Face way: extract once, train often."""

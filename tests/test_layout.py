@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "recipe family rows images prompts encoder latents embeddings extract "
-    "mix loader collate flow losses model trainer train tiny"
+    "settings arguments recipe family rows images prompts encoder latents embeddings prepare chunks extract "
+    "mix loader collate flow losses model trainer train shapes tiny"
 ).split()
 
 

@@ -1,0 +1,208 @@
+"""The embedding set: its columns, how they are written without a Python loop, and where they came from.
+
+Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, load_from_disk
+from huggingface_hub import snapshot_download
+
+from hf_qie.family import Family
+from hf_qie.recipe import InputError
+
+FORMAT_VERSION = 1
+LATENT_CHANNELS = 64
+PROVENANCE = "provenance.json"
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # 1 MB of a weight file at fixed offsets: 16 GB take seconds, not minutes
+
+
+def set_features(
+    *, width: int, captions: Sequence[str], inverse_captions: Sequence[str], inverse_latents: bool
+) -> Features:
+    """Columns of a set; `inverse_captions` is empty where no row has an inverse.
+
+    `inverse_latents`: sources and targets differ in area, so an inverse cannot borrow the forward row's latents.
+    """
+    states, latents = matrix(width), matrix(LATENT_CHANNELS)
+    grid = List(Value("int32"), length=2)
+    pictures = {"target_latents": latents, "target_grid": grid, "source_latents": latents, "source_grids": List(grid)}
+    columns: dict[str, Any] = {"row": Value("int64"), "source_image": List(Value("string"))}
+    columns |= dict.fromkeys(("target_image", *captions), Value("string"))
+    columns |= {"num_sources": Value("int8"), "image_embeds": states}
+    columns |= {f"text_embeds_{caption}": states for caption in (*captions, "drop")} | pictures
+    if inverse_captions:
+        columns["inverse_image_embeds"] = states
+        columns |= {f"inverse_text_embeds_{caption}": states for caption in (*inverse_captions, "drop")}
+        if inverse_latents:
+            columns |= {f"inverse_{name}": feature for name, feature in pictures.items()}
+    return Features(columns)
+
+
+def matrix(width: int) -> List:
+    """The feature of a `[L, width]` float16 matrix with any L."""
+    return List(List(Value("float16"), length=width))
+
+
+def to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
+    """An Arrow table of `rows`; matrices are float16 arrays `[L, width]` or None, a column a row lacks is null."""
+    arrays = []
+    for name, feature in features.items():
+        values = [row.get(name) for row in rows]
+        width = matrix_width(feature)
+        arrays.append(matrix_array(values, width) if width else pa.array(values, feature_type(feature)))
+    return pa.table(arrays, schema=pa.schema(features.type))
+
+
+def matrix_width(feature: Any) -> int | None:
+    """The width of a matrix column, None for any other."""
+    inner = feature.feature if isinstance(feature, List) else None
+    return inner.length if isinstance(inner, List) and inner.feature == Value("float16") else None
+
+
+def feature_type(feature: Any) -> pa.DataType:
+    """The Arrow type of one feature."""
+    return Features({"x": feature}).type.field("x").type
+
+
+def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArray:
+    """Matrices `[L, width]` as one Arrow array, by their buffers."""
+    lengths = [0 if value is None else len(value) for value in values]
+    flat = [np.ascontiguousarray(value, dtype=np.float16).ravel() for value in values if value is not None]
+    data = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float16))
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *lengths]), pa.int32()),
+        pa.FixedSizeListArray.from_arrays(data, width),
+        mask=pa.array([value is None for value in values]),
+    )
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old one or the new one, whole."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+    move_durably(beside, path)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Rename a finished file and wait until file and name are on the disk."""
+    for path in (source, target.parent):
+        if path == target.parent:
+            os.replace(source, target)
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def open_set(folder: Path) -> Dataset:
+    """The embedding set in `folder`; raises InputError where there is none or it is not finished."""
+    if not (folder / PROVENANCE).is_file():
+        raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
+    return load_from_disk(str(folder))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """`compat` and `record` of the set in `folder`; raises InputError for a set of another format."""
+    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    if (version := provenance["compat"]["format"]) != FORMAT_VERSION:
+        raise InputError(f"{folder}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
+    return provenance
+
+
+def checkpoint_compat(model: str, *, revision: str | None, family: Family, weights: bool = True) -> dict[str, Any]:
+    """The part of `compat` that the checkpoint decides; the recipe adds `vae_area_px` and `drop_caption`.
+
+    `weights: False` leaves out weight files that are not on this machine, rather than fetch 16 GB to compare them.
+    """
+    processor = ("processor", "tokenizer") if family.edit else ("tokenizer",)
+    parts = {"encoder": ("text_encoder",), "processor": processor, "vae": ("vae",)}
+    templates = {"edit": family.edit, "text_to_image": family.text_to_image}
+    return {
+        "format": FORMAT_VERSION,
+        **{part: identity(model, names, revision=revision, weights=weights) for part, names in parts.items()},
+        "templates": {name: asdict(template) for name, template in templates.items() if template},
+        "vlm_area_px": family.vlm_area_px,
+        "resampling": "lanczos",
+        "positions": "m-rope by token type",
+    }
+
+
+def identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:
+    """sha256 by file over parts of a checkpoint: small files whole, weights by size, header and samples."""
+    root = Path(model)
+    if not root.is_dir():
+        patterns = [f"{folder}/{kind}" for folder in folders for kind in (("*",) if weights else ("*.json", "*.txt"))]
+        root = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    files = sorted(path for folder in folders for path in (root / folder).iterdir() if path.is_file())
+    digests = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            digests[f"{path.parent.name}/{path.name}"] = weight_digest(path)
+        elif path.suffix in (".json", ".txt", ".jinja"):
+            digests[f"{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
+def weight_digest(path: Path) -> str:
+    """sha256 over the size, the safetensors header and 1 MB at fixed offsets of a weight file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        digest = hashlib.sha256(str(size).encode() + head + file.read(int.from_bytes(head, "little")))
+        for i in range(SAMPLES):
+            file.seek(size * i // SAMPLES)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def fingerprint(compat: Mapping[str, Any]) -> str:
+    """One hash over what has to be equal."""
+    return hashlib.sha256(json.dumps(compat, sort_keys=True).encode()).hexdigest()
+
+
+def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mapping[str, Any], *, model: str) -> None:
+    """Raise InputError naming the fields in which a set differs from the checkpoint or from the first task's set.
+
+    `checkpoint` is `checkpoint_compat` of the model that trains.
+    """
+    first = next(iter(provenances))
+    fellows = {f"the checkpoint {model}": checkpoint, f"the set of task {first}": provenances[first]["compat"]}
+    for task, provenance in provenances.items():
+        for fellow, compat in fellows.items():
+            if differing := differences(provenance["compat"], compat):
+                raise InputError(
+                    f"tasks.{task}: its embedding set does not fit {fellow}: {', '.join(differing)} differ; "
+                    f"it was made from {provenance['record']['model']}. Extract it again, or train without it"
+                )
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Fields of `other` that differ in `one`; of file digests those that both know, as weights may not be at hand."""
+    found = []
+    for field, value in other.items():
+        if isinstance(mine := one.get(field), Mapping) and field in ("encoder", "processor", "vae"):
+            found += [f"{field} ({name})" for name in sorted(mine.keys() & value.keys()) if mine[name] != value[name]]
+        elif mine != value:
+            found.append(field)
+    return found
+
+
+def source_area(family: Family, source_sample_size: int | None) -> int:
+    """Area in pixels that the VAE sees of a source; raises InputError where the family allows no other."""
+    if source_sample_size is None:
+        return family.vae_area_px
+    if family.one_resize and source_sample_size**2 != family.vae_area_px:
+        raise InputError(
+            f"extract.source_sample_size: {source_sample_size}: {family.pipeline} hands one picture of "
+            f"{family.vae_area_px:,} pixels to encoder and VAE; leave it null"
+        )
+    return source_sample_size**2

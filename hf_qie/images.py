@@ -1,0 +1,73 @@
+"""From a picture file to the pixels that encoder and VAE see. Sizes are (width, height) in pixels, as in PIL."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+MAX_ASPECT = 8  # beyond it the 32-pixel rounding of `area_size` distorts, and no checkpoint has seen it
+SIDE_MULTIPLE_PX = 32
+
+
+class BadImage(ValueError):
+    """A picture that cannot be used; the message says why, not where."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16 bits scaled to 8.
+
+    The pipelines convert nothing, so it has to be right before they see it.
+
+    Raises:
+        BadImage: the file is missing, unreadable, too large (`Image.MAX_IMAGE_PIXELS`) or longer than 8 to 1.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise BadImage(f"{width} x {height} pixels are longer than {MAX_ASPECT} to 1")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # what PIL's readers raise on broken files; UnidentifiedImageError is an OSError
+        raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` of any mode as RGB, transparency on white."""
+    if image.mode.startswith("I") or image.mode == "F":  # PIL's own conversion clips these at 255
+        values = np.asarray(image, dtype=np.float64)
+        top = 255.0 if values.max(initial=0) <= 255 else 65535.0
+        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def area_size(size: tuple[int, int], area_px: int) -> tuple[int, int]:
+    """The size with the aspect of `size`, about `area_px` in area and sides that are multiples of 32.
+
+    The pipelines' `calculate_dimensions` (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:158).
+    """
+    ratio = size[0] / size[1]
+    width = math.sqrt(area_px * ratio)
+    height = width / ratio
+    return round(width / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX, round(height / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """As the pipelines' `VaeImageProcessor.resize`: LANCZOS, no crop."""
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """`[3, H, W]` float32 in [-1, 1], as the pipelines' `VaeImageProcessor.preprocess`."""
+    values = np.asarray(image, dtype=np.float32) / 255.0
+    return 2.0 * torch.from_numpy(values).permute(2, 0, 1) - 1.0

@@ -1,0 +1,44 @@
+"""Pictures to latents as the pipelines make them: VAE mode, normalised, packed in patches of 2 x 2.
+
+Letters: B pictures, C latent channels (16), S packed tokens (H/16 x W/16). A grid is (packed height, packed width).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKLQwenImage
+from torch import Tensor
+
+PIXELS_PER_TOKEN = 16  # 8 by the VAE, 2 by packing
+
+
+def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+    """Packed (height, width) of a picture of `size` (width, height) in pixels."""
+    return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """`[B, C, H, W]` to `[B, H/2 x W/2, 4C]` (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:388)."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+class LatentEncoder:
+    """The checkpoint's VAE, encoding only."""
+
+    def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
+        self.vae = AutoencoderKLQwenImage.from_pretrained(model, subfolder="vae", revision=revision, dtype=dtype)
+        self.vae.to(device).eval().requires_grad_(False)
+        channels = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(self.vae.config.latents_mean, dtype=dtype, device=device).view(channels)
+        self.std = torch.tensor(self.vae.config.latents_std, dtype=dtype, device=device).view(channels)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Packed latents `[S, 4C]` of pictures `[3, H, W]` in [-1, 1], all of one size.
+
+        The mode of the posterior, as the pipelines take it for sources: a stored sample would be one noise for ever.
+        """
+        batch = torch.stack(list(pixels)).to(self.mean.device, self.mean.dtype)[:, :, None]
+        latents = (self.vae.encode(batch).latent_dist.mode() - self.mean) / self.std
+        return list(pack_latents(latents[:, :, 0]))

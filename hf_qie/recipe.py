@@ -37,9 +37,7 @@ Positive = Annotated[float, "a number above 0", lambda x: x > 0]
 Weight = Annotated[float, "a number of at least 0", lambda x: x >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]
 Dropout = Annotated[float, "a number from 0 to below 1", lambda x: 0 <= x < 1]
-ModeScale = Annotated[
-    float, "a number from -1 to 1.75", lambda x: -1 <= x <= 1.75
-]  # beyond, u to sigma is not one to one
+ModeScale = Annotated[float, "a number from -1 to 1.75", lambda x: -1 <= x <= 1.75]  # where it is one to one
 Shard = Annotated[tuple[int, ...], "[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1]]
 Names = Annotated[tuple[Name, ...], "a list of at least one name", len]
 TaskName = Annotated[

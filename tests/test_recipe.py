@@ -1,0 +1,420 @@
+"""The recipe: what it accepts, what each mistake is told, and that all of it shows before torch is imported."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from hf_qie.recipe import LATER, Columns, InputError, Lora, Recipe, Task, as_dict, load_recipe, save_recipe
+
+GOOD = "tasks: {portraits: {data: pairs.jsonl}}\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write `lora.yaml` into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes) -> str:
+        text = text if isinstance(text, bytes) else textwrap.dedent(text).encode()
+        (tmp_path / "lora.yaml").write_bytes(text)
+        return "lora.yaml"
+
+    return write
+
+
+def message(path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+# --- what is accepted ------------------------------------------------------------------------------------------------
+
+
+def test_defaults_fill_what_a_recipe_leaves_out(write):
+    recipe = load_recipe(write(GOOD))
+    task = recipe.tasks["portraits"]
+    assert recipe.model == "Qwen/Qwen-Image-Edit-2509"
+    assert task == Task(name="portraits", data=("pairs.jsonl",))
+    assert task.columns == Columns(
+        sources="source_image",
+        target="target_image",
+        captions=("instruction", "instruction_cn"),
+        inverse_captions=("inverse_instruction", "inverse_instruction_cn"),
+        required=(),
+    )
+    assert (recipe.extract.image_sample_size, recipe.mix.caption_dropout, recipe.loss.shift) == (512, 0.05, "auto")
+    assert recipe.trainable.lora is None
+    assert recipe.training == {
+        "output_dir": "outputs/run",
+        "learning_rate": 2e-5,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "max_steps": 512,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
+
+
+def test_every_kind_of_value_arrives_as_its_annotation_says(write):
+    recipe = load_recipe(
+        write("""
+            tasks:
+              a: {data: [a.jsonl, b.jsonl], weight: 2, columns: {captions: [x, y], inverse_captions: [z]}}
+              b: {embeddings: "org/set:b@main", weight: 0}
+            mix: {source_count_weights: {0: 1, 3: 0}, caption_weights: {x: 1}, same_shape: 4}
+            loss: {shift: 0.7}
+            trainable: {lora: {rank: 8, target_modules: [to_q]}, low_lr_modules: [proj_out]}
+            training:
+              lr_scheduler_kwargs: {num_cycles: 2}
+        """)
+    )
+    a, b = recipe.tasks.values()
+    assert (a.data, a.weight, type(a.weight)) == (("a.jsonl", "b.jsonl"), 2.0, float)
+    assert a.columns.required == ("x", "y", "z")
+    assert (b.data, b.embeddings) == ((), "org/set:b@main")
+    assert recipe.mix.source_count_weights == {0: 1.0, 3: 0.0}
+    assert recipe.loss.shift == 0.7
+    assert recipe.trainable.lora == Lora(rank=8, alpha=32.0, dropout=0.0, target_modules=("to_q",), init_from=None)
+    assert recipe.training["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
+def test_a_section_with_every_line_commented_out_is_its_default(write):
+    assert load_recipe(write(GOOD + "mix:\n  # caption_dropout: 0.1\n")) == load_recipe(write(GOOD))
+
+
+def test_nothing_in_a_recipe_can_be_changed(write):
+    recipe = load_recipe(write(GOOD))
+    with pytest.raises(FrozenInstanceError):
+        recipe.tasks["portraits"].weight = 2.0
+    for mapping in (recipe.tasks, recipe.training):
+        with pytest.raises(TypeError):
+            mapping["portraits"] = None
+
+
+# --- what each mistake is told ---------------------------------------------------------------------------------------
+
+BAD_FILES = {
+    "tasks: {portraits: {data: a, wieght: 1}}": "tasks.portraits.wieght: unknown key, did you mean 'weight'?",
+    GOOD + "zzz: 1": "zzz: unknown key, known here: model, revision, seed, tasks, extract, mix, loss, trainable, "
+    "sampling, training",
+    "seed: 1": "tasks: missing, wanted a mapping",
+    "tasks: {}": "tasks: wanted at least one task with a weight above 0",
+    "tasks: {a: {data: x, weight: 0}}": "tasks: wanted at least one task with a weight above 0",
+    "tasks: [{data: x}]": 'tasks: got [{"data": "x"}], wanted a mapping',
+    "tasks: {a-b: {data: x}}": 'tasks.a-b: got "a-b", wanted a name of letters, digits and _ that does not start '
+    "with a digit",
+    "tasks: {1: {data: x}}": "tasks.1: got 1, wanted a name of letters, digits and _ that does not start with a digit",
+    "tasks: {a: {}}": "tasks.a.data: missing, and no ready set in `embeddings` takes its place",
+    "tasks: {a: {data: x, name: b}}": "tasks.a.name: unknown key, known here: data, split, image_root, "
+    "weight, t2i, eval_rows, columns, embeddings",
+    "tasks: {a: {data: [x, 1]}}": "tasks.a.data[1]: got 1, wanted a string that is not blank",
+    "tasks: {a: {data: x, weight: -1}}": "tasks.a.weight: got -1, wanted a number of at least 0",
+    "tasks: {a: {data: x, weight: .inf}}": "tasks.a.weight: got Infinity, wanted a number of at least 0",
+    "tasks: {a: {data: x, weight: .nan}}": "tasks.a.weight: got NaN, wanted a number of at least 0",
+    "tasks: {a: {data: x, t2i: yes}}": 'tasks.a.t2i: got "yes", wanted true or false',
+    "tasks: {a: {data: x, columns: {captions: [c], inverse_captions: [d, e]}}}": "tasks.a.columns.inverse_captions: "
+    "got 2 for 1 captions; the i-th is the inverse of the i-th",
+    "tasks: {a: {data: x, columns: {captions: [drop]}}}": 'tasks.a.columns.captions: got ["drop"], wanted a list of '
+    "different column names, none of them drop, image_embeds, num_sources, row, source_grids, source_image, "
+    "source_latents, target_grid, target_image, target_latents",
+    GOOD + "model: ' '": 'model: got " ", wanted a string that is not blank',
+    GOOD + "seed: 4294967296": "seed: got 4294967296, wanted an integer from 0 to 4294967295",
+    GOOD + "seed: true": "seed: got true, wanted an integer from 0 to 4294967295",
+    GOOD + "extract: {batch_size: 0}": "extract.batch_size: got 0, wanted an integer of at least 1",
+    GOOD + "extract: {batch_size: 4.0}": "extract.batch_size: got 4.0, wanted an integer of at least 1",
+    GOOD + "extract: {image_sample_size: 16}": "extract.image_sample_size: got 16, wanted an integer of at least 32",
+    GOOD + "extract: {dtype: bf16}": 'extract.dtype: got "bf16", wanted bfloat16 | float16 | float32',
+    GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, wanted a number from 0 to 1",
+    GOOD + "extract: 3": "extract: got 3, wanted a mapping",
+    GOOD + "mix: {same_shape: 0}": "mix.same_shape: got 0, wanted an integer of at least 1 or null",
+    GOOD + "mix: {source_count_weights: {one: 1}}": 'mix.source_count_weights.one: got "one", wanted an integer of '
+    "at least 0",
+    GOOD + "mix: {source_count_weights: {0: 0, 1: 0}}": "mix.source_count_weights: wanted at least one weight above "
+    "0, or null",
+    GOOD + "mix: {caption_weights: {instuction: 1}}": "mix.caption_weights.instuction: unknown key, did you mean "
+    "'instruction'?",
+    GOOD + "loss: {shift: maybe}": 'loss.shift: got "maybe", wanted auto | none or a number',
+    GOOD + "loss: {logit_std: 0}": "loss.logit_std: got 0, wanted a number above 0",
+    GOOD + "loss: {mode_scale: 2}": "loss.mode_scale: got 2, wanted a number from -1 to 1.75",
+    GOOD + "trainable: {modules: []}": "trainable.modules: got [], wanted a list of at least one name",
+    GOOD + "trainable: {lora: {rank: '8'}}": 'trainable.lora.rank: got "8", wanted an integer of at least 1',
+    GOOD + "trainable: {lora: {target_modules: atention}}": "trainable.lora.target_modules: got \"atention\", wanted "
+    "attention | attention+mlp | all-linear or a list of at least one name",
+    GOOD + "trainable: {lora: {dropout: 1}}": "trainable.lora.dropout: got 1, wanted a number from 0 to below 1",
+    GOOD + "trainable: {lora: true}": "trainable.lora: got true, wanted a mapping or null",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_value_is_named_by_file_and_address(write, text):
+    assert message(write(text)) == f"lora.yaml: {BAD_FILES[text]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "lora.yaml: got null, wanted a mapping with at least `tasks`"),
+        ("- a", 'lora.yaml: got ["a"], wanted a mapping with at least `tasks`'),
+        ("seed: 1\nmodel: a\nseed: 2\n", 'lora.yaml, line 3: key "seed" again, it is in line 1 already'),
+        ("tasks:\n  a: {t2i: true,\n   t2i: false}\n", 'lora.yaml, line 3: key "t2i" again, it is in line 2 already'),
+        ("seed: 1\n\tmodel: a\n", "lora.yaml, line 2: found character '\\t' that cannot start any token"),
+        ("seed: 1\nmodel: a: b\n", "lora.yaml, line 2: mapping values are not allowed here"),
+        ("seed: *one\n", "lora.yaml, line 1: found undefined alias 'one'"),
+        ("a: &a [*a]\n", "lora.yaml, line 1: found unconstructable recursive node"),
+        ("? [a]\n: 1\n", 'lora.yaml, line 1: got ["a"] as a key, wanted a word or number'),
+        ("a: 1\n---\nb: 1\n", "lora.yaml, line 2: but found another document"),
+        (
+            "seed: !!python/name:os.x a\n",
+            "lora.yaml, line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.x'",
+        ),
+        ("seed: !!int x\n", "lora.yaml: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_text_that_is_no_recipe_is_named_by_file_and_line(write, text, told):
+    assert message(write(text)) == told
+
+
+def test_a_file_that_is_not_utf8_is_refused(write):
+    assert message(write(b"model: \xff\n")).startswith("lora.yaml: ")
+
+
+def test_a_missing_file_says_what_comes_first(write):
+    told = "No such file or directory; wanted a recipe, then overrides a.b.c=value"
+    assert message("seed=1") == f"seed=1: {told}"
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_an_override_sets_old_and_new_keys_and_whole_sections(write):
+    path = write(GOOD)
+    recipe = load_recipe(
+        path,
+        [
+            "tasks.portraits.weight=1e1",
+            "tasks.faces.data=faces.jsonl",
+            "tasks.faces.columns={captions: [text], inverse_captions: []}",
+            "mix.source_count_weights.2=3",
+            "trainable.lora.rank=4",
+            "extract.drop_caption=' = '",
+            "training.optim_args=a=1,b=2",
+            "seed=1",
+            "seed=2",
+        ],
+    )
+    assert recipe.tasks["portraits"].weight == 10.0
+    assert recipe.tasks["faces"].columns == Columns(captions=("text",), inverse_captions=(), required=("text",))
+    assert recipe.mix.source_count_weights == {2: 3.0}
+    assert recipe.trainable.lora == Lora(rank=4)
+    assert recipe.extract.drop_caption == " = "
+    assert recipe.training["optim_args"] == "a=1,b=2"
+    assert recipe.seed == 2
+
+
+def test_an_override_of_one_task_leaves_an_aliased_one_alone(write):
+    path = write("""
+        tasks:
+          a: {data: x, columns: &names {target: out}}
+          b: {data: y, columns: *names}
+    """)
+    recipe = load_recipe(path, ["tasks.a.columns.target=other"])
+    assert [task.columns.target for task in recipe.tasks.values()] == ["other", "out"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("extract.batch_size=0", "extract.batch_size: got 0, wanted an integer of at least 1"),
+        ("extract={batch_size: 0}", "extract.batch_size: got 0, wanted an integer of at least 1"),
+        ("tasks.portraits.wieght=1", "tasks.portraits.wieght: unknown key, did you mean 'weight'?"),
+        ("tasks.portraits.data=[1]", "tasks.portraits.data[0]: got 1, wanted a string that is not blank"),
+        ("training.seed=1", "training.seed: got 1, leave it out: the top-level seed is the only one"),
+    ],
+)
+def test_a_bad_value_names_the_override_it_came_from(write, override, told):
+    assert message(write(GOOD), "seed=1", override) == f"lora.yaml: override {override!r}: {told}"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed", "wanted a.b.c=value"),
+        ("--seed", "wanted a.b.c=value"),
+        ("=1", "wanted a.b.c=value"),
+        ("a..b=1", "wanted a.b.c=value"),
+        ("seed.x=1", "seed is 3, which has no keys"),
+    ],
+)
+def test_an_override_without_an_address_is_refused(write, override, told):
+    assert message(write(GOOD + "seed: 3"), override) == f"override {override!r}: {told}"
+
+
+def test_an_override_that_is_no_yaml_is_refused(write):
+    told = "expected ',' or ']', but got '<stream end>'"
+    assert message(write(GOOD), "tasks.a.data=[x") == f"override 'tasks.a.data=[x', line 1: {told}"
+
+
+# --- not built yet ---------------------------------------------------------------------------------------------------
+
+NOT_BUILT = {  # for each line of LATER, an override that is not the default
+    "extract.latents": "extract.latents=false",
+    "extract.shard": "extract.shard=[0, 2]",
+    "extract.allow_private_urls": "extract.allow_private_urls=true",
+    "extract.push_to_hub": "extract.push_to_hub=org/name",
+    "extract.private": "extract.private=false",
+    "extract.license": "extract.license=mit",
+    "sampling.*": "sampling.every=100",
+    "tasks.*.eval_rows": "tasks.portraits.eval_rows=5",
+    "training.eval_*": "training.eval_strategy=steps",
+    "training.load_best_model_at_end": "training.load_best_model_at_end=true",
+    "training.fsdp*": "training.fsdp=true",
+    "training.deepspeed": "training.deepspeed=zero.json",
+    "training.torch_compile*": "training.torch_compile=true",
+    "training.push_to_hub": "training.push_to_hub=true",
+    "training.hub_*": "training.hub_model_id=org/name",
+}
+
+
+@pytest.mark.parametrize("line", LATER)
+def test_what_is_not_built_yet_is_refused(write, line):
+    override = NOT_BUILT[line]
+    told = f"{override.partition('=')[0]}: not available yet ({LATER[line]}); leave it out"
+    assert message(write(GOOD), override) == f"lora.yaml: override {override!r}: {told}"
+
+
+def test_the_default_of_what_is_not_built_yet_may_be_written(write):
+    text = "extract: {latents: true, shard: null}\nsampling: {every: 0}\ntraining: {eval_strategy: no, fsdp: null}\n"
+    assert load_recipe(write(GOOD + text)).training["eval_strategy"] == "no"
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+FULL = """
+tasks:
+  a: {data: [a.jsonl, "1e5"], weight: 1e-3, columns: {captions: [yes, 1e, é], inverse_captions: []}}
+  b: {embeddings: org/b, weight: 0, t2i: true, columns: {captions: [instruction, instruction_cn]}}
+  c: {data: c, columns: {target: out}}
+mix: {source_count_weights: {0: 1, 3: 0.25}, caption_weights: {instruction: 1, yes: 0}}
+loss: {shift: none}
+trainable: {lora: {alpha: 16, target_modules: [to_q, to_k]}}
+training: {num_train_epochs: 2.5, lr_scheduler_kwargs: {a: [1, null]}, output_dir: "a: b"}
+"""
+
+
+@pytest.mark.parametrize("text", [GOOD, FULL])
+def test_a_saved_recipe_loads_as_an_equal_one(write, tmp_path, text):
+    recipe = load_recipe(write(text), ["seed=7"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe
+    assert again.path != recipe.path
+
+
+def test_a_saved_recipe_holds_every_key_of_the_sections(write):
+    saved = as_dict(load_recipe(write(GOOD)))
+    assert list(saved) == [f.name for f in fields(Recipe) if f.name != "path"]
+    assert saved["extract"]["dtype"] == "bfloat16"
+    assert saved["training"]["max_steps"] == 512
+
+
+def test_a_default_list_of_captions_is_saved_as_none_so_that_it_stays_optional(write):
+    columns = as_dict(load_recipe(write(GOOD)).tasks["portraits"].columns)
+    assert columns == {"sources": "source_image", "target": "target_image"}
+
+
+def test_every_recipe_of_the_repository_is_one(root):
+    paths = sorted((root / "recipes").glob("*.yaml"))
+    assert len(paths) >= 2
+    for path in paths:
+        load_recipe(path)
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = '''"""Count the tasks.
+
+    count.py recipe.yaml
+"""
+import sys
+
+from hf_qie.recipe import load_recipe, run_script
+
+
+def main(argv):
+    if argv[0] == "bug":
+        raise ValueError("a bug")
+    recipe = load_recipe(argv[0], argv[1:])
+    heavy = {"torch", "transformers", "datasets", "numpy"} & set(sys.modules)
+    print(len(recipe.tasks), sorted(heavy))
+    return 3
+
+
+if __name__ == "__main__":
+    run_script(main)
+'''
+
+
+@pytest.fixture
+def script(write, tmp_path):
+    """Run a script in a process of its own, as a launcher does."""
+    write(GOOD)
+    (tmp_path / "count.py").write_text(SCRIPT)
+
+    def run(*argv: str, **ranks: str) -> subprocess.CompletedProcess:
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
+        command = [sys.executable, "count.py", *argv]
+        return subprocess.run(command, env=environment | ranks, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_reading_a_recipe_imports_nothing_heavy_and_main_gives_the_exit_status(script):
+    done = script("lora.yaml")
+    assert (done.stdout, done.stderr, done.returncode) == ("1 []\n", "", 3)
+
+
+def test_a_bad_recipe_is_refused_in_two_seconds_without_a_traceback(script):
+    start = time.perf_counter()
+    done = script("lora.yaml", "seed=x")
+    assert time.perf_counter() - start < 2  # importing torch alone takes longer
+    told = "lora.yaml: override 'seed=x': seed: got \"x\", wanted an integer from 0 to 4294967295\n"
+    assert (done.stdout, done.stderr, done.returncode) == ("", told, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "speaks"),
+    [
+        ({"RANK": "0"}, True),
+        ({"RANK": "4", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "1"}, False),
+    ],
+)
+def test_only_the_first_process_of_a_machine_speaks(script, ranks, speaks):
+    done = script("lora.yaml", "seed=x", **ranks)
+    assert (bool(done.stderr), done.returncode) == (speaks, 1)
+
+
+def test_any_other_error_keeps_its_traceback(script):
+    done = script("bug")
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ValueError: a bug\n")
+    assert done.returncode == 1
+
+
+def test_help_is_the_docstring_of_the_script(script):
+    done = script("--help")
+    assert done.stdout.startswith("Count the tasks.\n")
+    assert done.returncode == 0
+
+
+def test_no_arguments_are_answered_with_the_docstring_as_an_error(script):
+    done = script()
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr.startswith("Count the tasks.\n")

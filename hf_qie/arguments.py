@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "group_by_length": ((), _ONE_ORDER),  # the older name of the one before
     "ignore_data_skip": ((False,), "a resumed run goes on at the draw where it stopped"),
     "remove_unused_columns": ((False,), "the collator needs every column"),
+    "ddp_find_unused_parameters": ((False, None), "every parameter that trains gets a gradient"),
     "logging_nan_inf_filter": ((False,), "a loss that is not finite must show"),
 }
 

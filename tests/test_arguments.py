@@ -60,6 +60,8 @@ BAD_TRAINING = {
     "group_by_length: true": f"group_by_length: got true, leave it out: {REASONS['order']}",
     "train_sampling_strategy: group_by_length": 'train_sampling_strategy: got "group_by_length", wanted "random": '
     + REASONS["order"],
+    "ddp_find_unused_parameters: true": "ddp_find_unused_parameters: got true, wanted false | null: every parameter "
+    "that trains gets a gradient",
     "ignore_data_skip: true": "ignore_data_skip: got true, wanted false: a resumed run goes on at the draw where it "
     "stopped",
     "remove_unused_columns: true": "remove_unused_columns: got true, wanted false: the collator needs every column",

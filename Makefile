@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.hf_qie-installed
 # one thread a process: two test workers on two cores, and the same arithmetic wherever the tests run
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install test quality style clean
+.PHONY: help install demo test quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,13 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 install: $(INSTALLED)  ## make the environment with everything that tests and style need
+
+demo: $(INSTALLED)  ## run both scripts on synthetic edits with a tiny checkpoint
+	$(BIN)/python hf_qie/tiny.py --model outputs/demo/model --data outputs/demo/data --rows 64
+	$(BIN)/accelerate launch hf_qie/extract.py recipes/demo.yaml
+	$(BIN)/accelerate launch hf_qie/train.py recipes/demo.yaml
+	@echo "outputs/demo: model/ (tiny checkpoint), data/ (synthetic edits), embeddings/ (one set a task),"
+	@echo "  run/ (checkpoints, pytorch_lora_weights.safetensors for diffusers' load_lora_weights)"
 
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2

@@ -80,7 +80,15 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
-    logger = get_logger("hf_qie.extract")
+    logger = get_logger("hf_qie.extract")  # run by path, this module is __main__
+    if any(plan.source_area_px != family.vae_area_px for plan in plans.values()):
+        logger.warning(
+            "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the VAE %s pixels; "
+            "edits have to be sampled at the size they were trained at",
+            recipe.extract.source_sample_size,
+            recipe.extract.source_sample_size,
+            f"{family.vae_area_px:,}",
+        )
     compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
     models, code = None, 0
     for name, plan in plans.items():

@@ -3,6 +3,7 @@
 Each section is a dataclass whose annotations are the rules, so a new key is one line here.
 """
 
+import logging
 import os
 import re
 import sys
@@ -251,10 +252,13 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a script's `main` on the command line; an InputError ends it with its message alone and exit status 1.
 
     Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
-    processes on this machine, only the first one speaks.
+    processes on this machine, only the first one speaks, until they have each their own work.
     """
     argv = sys.argv[1:]
-    speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    rank = os.environ.get("RANK", "0")
+    speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
+    logging.getLogger("hf_qie").setLevel(logging.INFO)
     if not argv or not {"-h", "--help"}.isdisjoint(argv):
         if speaks:
             (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
@@ -262,8 +266,11 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         sys.exit(main(argv))
     except InputError as error:
+        torch = sys.modules.get("torch")
         if speaks:
             sys.stderr.write(f"{error}\n")
+        elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
+            sys.stderr.write(f"rank {rank}: {error}\n")
         sys.exit(1)
 
 

@@ -29,15 +29,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     grids = rows[0]["grids"]
     # diffusers places every row of a batch by the grids of the first, with no more than a log line
     assert all(row["grids"] == grids for row in rows), f"shapes differ: {[row['grids'] for row in rows]}"
-    prompts = [row["prompt_embeds"] for row in rows]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    padded = np.zeros((len(rows), lengths.max(), prompts[0].shape[1]), np.float16)
-    for place, prompt in zip(padded, prompts, strict=True):
-        place[: len(prompt)] = prompt
+    lengths = np.array([sum(map(len, row["prompt_parts"])) for row in rows])
+    prompts = np.zeros((len(rows), lengths.max(), rows[0]["prompt_parts"][0].shape[1]), np.float16)
+    for prompt, length, row in zip(prompts, lengths, rows, strict=True):
+        np.concatenate(row["prompt_parts"], out=prompt[:length])
     return Batch(
         target_latents=torch.from_numpy(np.stack([row["target_latents"] for row in rows])),
         source_latents=torch.from_numpy(np.stack([row["source_latents"] for row in rows])),
-        prompt_embeds=torch.from_numpy(padded),
+        prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         grids=grids,
         task=[row["task"] for row in rows],

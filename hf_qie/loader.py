@@ -45,9 +45,9 @@ class Draws(Dataset):
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """One row.
 
-        target_latents [S, 64], source_latents [R, 64], prompt_embeds [L, D]: float16 arrays, not to be written to;
-        grids: packed (height, width), the target's, then each source's; task; row, its position in the task's data;
-        draw. A row without a caption that weighs anything has the drop caption.
+        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
+        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
+        position in the task's data; draw. A row without a caption that weighs anything has the drop caption.
         """
         cell = self.plan[draw // self.same_shape]
         row = self.sets[cell["task"]][cell["rows"][draw % self.same_shape]]
@@ -57,7 +57,7 @@ class Draws(Dataset):
         return {
             "target_latents": _matrix(target_latents),
             "source_latents": _matrix(source_latents),
-            "prompt_embeds": np.concatenate([_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])]),
+            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
             "grids": [tuple(grid) for grid in [target_grid, *source_grids]],
             "task": cell["task"],
             "row": row["row"][0].as_py(),

@@ -75,11 +75,30 @@ def _groups_of(data: Dataset, *, task: str, weight: float, inverse_share: float)
         rows = np.flatnonzero(num_sources == count)
         grids = sources[first_source[rows, None] + np.arange(count)]  # [rows, count, 2]
         shapes = np.concatenate([targets[rows], grids.reshape(len(rows), -1)], axis=1)
-        inverted, inverse_shapes = _inverses(data, rows, shapes, inverse_share)
-        groups.append(
-            _group(rows, shapes, inverted, inverse_shapes, inverse_share, task=task, num_sources=count, weight=weight)
-        )
+        entries = _entries(data, rows, shapes, inverse_share)
+        groups.append(Group(task=task, num_sources=int(count), weight=weight, num_rows=len(rows), **entries))
     return groups
+
+
+def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share: float) -> dict[str, np.ndarray]:
+    """Lay out the entries of a group so that each row is drawn equally often, its two directions taken together.
+
+    A draw is each of the N rows with chance 1/N, and of the draws of a row with an inverse the part s = inverse_share
+    is the inverse. So, in units of 1/N, the forward entry of a row without an inverse has the chance 1, that of a row
+    with one 1 - s, and its inverse s. A cell lies in one bucket, whose entries take turns and so are drawn equally
+    often: hence rows with and without an inverse are kept in separate buckets, and a bucket is chosen by the summed
+    chance of its entries.
+    """
+    inverted, inverse_shapes = _inverses(data, rows, shapes, inverse_share)
+    num_inverses = len(inverse_shapes)
+    chance = np.concatenate([np.where(inverted, 1 - inverse_share, 1.0), np.full(num_inverses, inverse_share)])
+    inverse = np.repeat([False, True], [len(rows), num_inverses])
+    has_inverse = np.concatenate([inverted, inverted[inverted]])
+    rows = np.concatenate([rows, rows[inverted]])
+    keys = np.column_stack([inverse, has_inverse, np.concatenate([shapes, inverse_shapes])])
+    drawn = chance > 0
+    arrays = {"rows": rows[drawn], "inverse": inverse[drawn], "chance": chance[drawn]}
+    return arrays | {"bucket": _codes(keys[drawn])}
 
 
 def _inverses(data: Dataset, rows: np.ndarray, shapes: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -96,33 +115,6 @@ def _inverses(data: Dataset, rows: np.ndarray, shapes: np.ndarray, share: float)
             column = _column(data, name).take(pa.array(rows[inverted]))
             swapped[column.is_valid().to_numpy(), side] = _grids(column)
     return inverted, swapped
-
-
-def _group(rows, shapes, inverted, inverse_shapes, inverse_share, **names) -> Group:
-    """Lay out the entries of a group so that each row is drawn equally often, in its two directions together.
-
-    A draw of the group is each of its N rows with chance 1/N, and of the draws of a row with an inverse the part s =
-    inverse_share is the inverse. So, in units of 1/N, the forward entry of a row without an inverse has the chance 1,
-    that of a row with one 1 - s, and its inverse s. A cell lies in one bucket, whose rows take turns equally often:
-    hence rows with and without an inverse are kept in separate buckets, and a bucket is chosen by the summed chance
-    of its entries.
-    """
-    all_rows = np.concatenate([rows, rows[inverted]])
-    inverse = np.arange(len(all_rows)) >= len(rows)
-    chance = np.concatenate([np.where(inverted, 1 - inverse_share, 1.0), np.full(inverted.sum(), inverse_share)])
-    keys = np.column_stack(
-        [np.concatenate([shapes, inverse_shapes]), inverse, np.concatenate([inverted, inverted[inverted]])]
-    )
-    drawn = chance > 0
-    names["num_sources"] = int(names["num_sources"])
-    return Group(
-        num_rows=len(rows),
-        rows=all_rows[drawn],
-        inverse=inverse[drawn],
-        chance=chance[drawn],
-        bucket=_codes(keys[drawn]),
-        **names,
-    )
 
 
 def _column(data: Dataset, name: str) -> pa.ChunkedArray:

@@ -1,0 +1,60 @@
+"""Small real embedding sets: every column of the format, values that tell the rows apart."""
+
+import numpy as np
+from datasets import Dataset
+
+from hf_qie.embeddings import set_features, to_table
+
+WIDTH = 8
+CAPTIONS = ("instruction", "instruction_cn")
+
+
+def embedding_set(shapes, *, inverse=(), inverse_grids=None, captions=lambda row: CAPTIONS) -> Dataset:
+    """A set of one row for each (target grid, *source grids) of `shapes`.
+
+    `inverse`: the rows that have one. `inverse_grids`: (target, source) grids that inverses have of their own.
+    `captions(row)`: the captions a row has.
+    """
+    features = set_features(
+        width=WIDTH,
+        captions=CAPTIONS,
+        inverse_captions=[f"inverse_{caption}" for caption in CAPTIONS] if len(inverse) else [],
+        inverse_latents=inverse_grids is not None,
+    )
+    rows = [_row(row, grids, captions(row), row in set(inverse), inverse_grids) for row, grids in enumerate(shapes)]
+    return Dataset(to_table(rows, features))
+
+
+def _row(row, grids, captions, inverse, inverse_grids):
+    rng = np.random.default_rng(row)
+
+    def matrix(length, width=WIDTH):
+        return rng.standard_normal((length, width)).astype(np.float16)
+
+    target, *sources = grids
+    texts = {caption: matrix(2 + row % 3 + place) for place, caption in enumerate((*captions, "drop"))}
+    values = {
+        "row": row,
+        "source_image": [f"{row}-{n}.png" for n in range(len(sources))],
+        "target_image": f"{row}.png",
+    }
+    values |= dict.fromkeys(captions, "edit") | {"num_sources": len(sources), "image_embeds": matrix(3 * len(sources))}
+    values |= {f"text_embeds_{caption}": text for caption, text in texts.items()}
+    values |= _pictures(matrix, target, sources)
+    if inverse:
+        values["inverse_image_embeds"] = matrix(3)
+        values |= {f"inverse_text_embeds_inverse_{caption}": matrix(4) for caption in captions}
+        values["inverse_text_embeds_drop"] = matrix(2)
+        if inverse_grids:
+            own_target, own_source = inverse_grids
+            values |= {f"inverse_{name}": value for name, value in _pictures(matrix, own_target, [own_source]).items()}
+    return values
+
+
+def _pictures(matrix, target, sources):
+    return {
+        "target_latents": matrix(target[0] * target[1], 64),
+        "target_grid": list(target),
+        "source_latents": matrix(sum(height * width for height, width in sources), 64),
+        "source_grids": [list(grid) for grid in sources],
+    }

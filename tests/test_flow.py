@@ -1,0 +1,141 @@
+"""What a draw number decides: sigma and noise. Numbers are those of the published scheduler."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+from hf_qie.flow import add_noise, eval_sigmas_for, noise_for, shift_mu, shifted, sigmas_for, time_fraction
+from hf_qie.recipe import Loss
+
+SCHEMES = ["uniform", "stratified", "logit_normal", "mode"]
+G = 16  # global batch size
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """The one of Qwen-Image-Edit, as its scheduler_config.json has it."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift=1.0,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+
+
+@pytest.mark.parametrize(
+    ("side_px", "mu", "shift"),
+    [(512, 0.5387, 1.714), (768, 0.6032, None), (1024, 0.6935, 2.00), (1328, 0.8343, 2.303), (2048, 1.3129, None)],
+)
+def test_mu_is_the_schedulers_own_at_the_targets_tokens(scheduler, side_px, mu, shift):
+    num_tokens = (side_px // 16) ** 2
+    got = shift_mu(num_tokens, scheduler.config)
+    assert got == pytest.approx(mu, abs=5e-5)  # the four digits given
+    assert got == pytest.approx(calculate_shift(num_tokens, 256, 8192, 0.5, 0.9), rel=1e-12)
+    if shift:
+        assert np.exp(got) == pytest.approx(shift, abs=5e-3)
+
+
+def test_a_scheduler_without_dynamic_shifting_has_one_shift():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    u = torch.tensor([0.1, 0.5, 0.9])
+    by_scheduler = 3.0 * u / (1 + 2.0 * u)  # scheduling_flow_match_euler_discrete.py, set_timesteps
+    torch.testing.assert_close(shifted(u, shift_mu(4096, scheduler.config)), by_scheduler)
+
+
+def test_sigmas_are_shifted_as_the_scheduler_does_before_its_stretch(scheduler):
+    u = torch.linspace(0.001, 0.999, 97)
+    torch.testing.assert_close(shifted(u, 0.6935), scheduler.time_shift(0.6935, 1.0, u))  # float32's default tolerance
+    assert shifted(u.double(), 0.6935).dtype == torch.float32
+    torch.testing.assert_close(shifted(u, None), u, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_equal_diffusers_on_the_same_numbers(scheme):
+    loss = Loss(timestep_sampling=scheme, logit_mean=0.4, logit_std=1.3, mode_scale=0.9)
+    theirs = compute_density_for_timestep_sampling(
+        scheme, 1000, logit_mean=0.4, logit_std=1.3, mode_scale=0.9, generator=torch.Generator().manual_seed(0)
+    )
+    generator = torch.Generator().manual_seed(0)
+    base = (torch.randn if scheme == "logit_normal" else torch.rand)(1000, generator=generator)
+    torch.testing.assert_close(time_fraction(base, loss), theirs)  # float32's default tolerance
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_u_lies_between_0_and_1_without_them(scheme):
+    loss = Loss(timestep_sampling=scheme, mode_scale=1.29)
+    u = time_fraction(
+        torch.tensor([0.0, 1.0, -50.0, 50.0] if scheme == "logit_normal" else [0.0, 1 - 1e-9]).double(), loss
+    )
+    assert ((u > 0) & (u < 1)).all()
+    assert shifted(u, 0.7).isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sigma_is_a_function_of_seed_and_draw_alone(scheme):
+    options = {"loss": Loss(timestep_sampling=scheme), "seed": 3, "global_batch_size": G, "mu": 0.6}
+    whole = sigmas_for(range(64), **options)
+    assert whole.dtype == torch.float32
+    assert len(set(whole.tolist())) == 64
+    backwards = torch.cat([sigmas_for([draw], **options) for draw in reversed(range(64))]).flip(0)
+    torch.testing.assert_close(backwards, whole, rtol=0, atol=0)
+    assert not torch.equal(sigmas_for(range(64), **options | {"seed": 4}), whole)
+
+
+def test_a_stratified_step_has_one_sigma_in_each_of_its_strata_in_an_order_of_its_own():
+    loss = Loss(timestep_sampling="stratified")
+    u = sigmas_for(range(5 * G), loss=loss, seed=0, global_batch_size=G, mu=None).reshape(5, G)
+    strata = (u * G).long()
+    assert all(sorted(step.tolist()) == list(range(G)) for step in strata)
+    assert len({tuple(step.tolist()) for step in strata}) == 5
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "stratified"])
+def test_u_is_uniform_over_many_draws(scheme):
+    loss, num_draws = Loss(timestep_sampling=scheme), 2000
+    u = sigmas_for(range(num_draws), loss=loss, seed=0, global_batch_size=G, mu=None)
+    assert abs(u.mean() - 0.5) <= 3 * np.sqrt(1 / 12 / num_draws)  # three standard errors of independent draws
+    assert abs((u < 0.25).float().mean() - 0.25) <= 3 * np.sqrt(3 / 16 / num_draws)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_evaluation_has_sigmas_by_row_that_training_does_not_use(scheme):
+    loss = Loss(timestep_sampling=scheme)
+    rows = eval_sigmas_for([5, 7], loss=loss, seed=0, mu=0.6)
+    torch.testing.assert_close(eval_sigmas_for([7], loss=loss, seed=0, mu=0.6), rows[1:], rtol=0, atol=0)
+    assert not set(rows.tolist()) & set(sigmas_for([5, 7], loss=loss, seed=0, global_batch_size=G, mu=0.6).tolist())
+
+
+def test_the_noise_of_a_draw_is_the_same_in_any_batch():
+    whole = noise_for([4, 9, 2], (6, 64), seed=0)
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(noise_for([2], (6, 64), seed=0)[0], whole[2], rtol=0, atol=0)
+    torch.testing.assert_close(noise_for([9, 4], (6, 64), seed=0), whole[[1, 0]], rtol=0, atol=0)
+
+
+def test_two_draws_have_independent_normal_noise():
+    one, other = noise_for([0, 1], (1000, 64), seed=0).reshape(2, -1)
+    num = len(one)
+    for values, scale in ((one, 1), (other, 1), (one * other, 1), (one**2 - 1, np.sqrt(2))):
+        assert abs(values.mean()) <= 3 * scale / np.sqrt(
+            num
+        )  # three standard errors: mean 0, no correlation, variance 1
+
+
+def test_evaluation_noise_is_not_that_of_a_draw():
+    assert not torch.equal(noise_for([3], (6, 64), seed=0, purpose="eval noise"), noise_for([3], (6, 64), seed=0))
+
+
+def test_noise_takes_the_place_of_latents_by_sigma_in_float32():
+    latents, noise = torch.randn(3, 6, 64).half(), torch.randn(3, 6, 64)
+    noisy = add_noise(latents, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert noisy.dtype == torch.float32
+    torch.testing.assert_close(noisy[0], latents[0].float(), rtol=0, atol=0)
+    torch.testing.assert_close(noisy[1], 0.75 * latents[1].float() + 0.25 * noise[1], rtol=0, atol=0)
+    torch.testing.assert_close(noisy[2], noise[2], rtol=0, atol=0)

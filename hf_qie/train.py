@@ -1,0 +1,196 @@
+"""RUN 2: embedding sets to LoRA weights, or to a fine-tuned transformer.
+
+    accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
+
+Trains on the sets that hf_qie/extract.py left, with neither prompt encoder nor VAE in memory. What trained lands in
+training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the checkpoints and the
+recipe. Started again, it goes on from the last checkpoint that is whole.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
+from hf_qie.settings import leaves
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from hf_qie.loader import Draws
+    from hf_qie.trainer import EditTrainer
+
+# What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
+SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
+
+
+def main(argv: list[str]) -> None:
+    """Train by the recipe `argv[0]` with the overrides `argv[1:]`."""
+    recipe = load_recipe(argv[0], argv[1:])
+    refuse_launcher()
+    train(recipe, open_sets(recipe))
+
+
+def refuse_launcher() -> None:
+    """Raise InputError where the launcher asks for what training would not do."""
+    for flag, capability in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(flag, "false").lower() in ("1", "true", "yes"):
+            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; use --multi_gpu")
+
+
+def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
+    """The embedding sets of the weighted tasks, once they are known to fit each other and the checkpoint.
+
+    Raises InputError where one is missing or does not fit.
+    """
+    from hf_qie.embeddings import check_compat, checkpoint_compat, open_set, read_provenance
+    from hf_qie.family import read_family
+
+    folders = {}
+    for name, task in recipe.tasks.items():
+        folder = Path(task.embeddings or Path(recipe.extract.output_dir, name))
+        if task.embeddings and not folder.is_dir():
+            raise InputError(
+                f"tasks.{name}.embeddings: {folder} is no folder; sets from the Hub are not available yet"
+            )
+        if task.weight > 0:
+            folders[name] = folder
+    sets = {name: open_set(folder) for name, folder in folders.items()}
+    family = read_family(recipe.model, revision=recipe.revision)
+    checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
+    check_compat({name: read_provenance(folder) for name, folder in folders.items()}, checkpoint, model=recipe.model)
+    return sets
+
+
+def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
+    """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    trainer, checkpoint = build_trainer(recipe, sets)
+    log_start(trainer, checkpoint)
+    if trainer.args.should_save:
+        save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.save_model()
+    return trainer
+
+
+def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditTrainer", Path | None]:
+    """The trainer, and the checkpoint that it has to go on from, if there is one.
+
+    Raises InputError where the output folder holds a run that cannot go on as this one.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    from hf_qie.family import read_config
+    from hf_qie.model import build_model
+    from hf_qie.trainer import EditTrainer, check_identity, last_checkpoint
+
+    arguments = training_arguments(recipe, num_rows=sum(map(len, sets.values())))
+    draws = plan_draws(recipe, sets, arguments)
+    identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
+    # one rank looks, so that all go on from the same place
+    found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
+    (checkpoint,) = broadcast_object_list(found)
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    trainer = EditTrainer(
+        build_model(recipe, mixed_precision=arguments.mixed_precision),
+        arguments,
+        recipe=recipe,
+        draws=draws,
+        scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
+        identity=identity,
+    )
+    return trainer, checkpoint
+
+
+def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
+    """The recipe's `training` section as TrainingArguments; epochs over `num_rows` become steps.
+
+    Raises InputError where TrainingArguments refuses a value.
+    """
+    from transformers import TrainingArguments
+
+    section = dict(recipe.training)
+    epochs = section.pop("num_train_epochs", None)
+    # every parameter that trains gets a gradient, so DDP need not look for those that do not
+    forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
+    try:
+        arguments = TrainingArguments(**section | forced)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{recipe.path}: training: {error}") from error
+    if epochs is not None:
+        arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
+    return arguments
+
+
+def global_batch_size(arguments: "TrainingArguments") -> int:
+    """Rows in a step, over all ranks and accumulation."""
+    return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+
+def plan_draws(recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments") -> "Draws":
+    """Every draw of the run; logs what is drawn how often."""
+    from accelerate.logging import get_logger
+
+    from hf_qie.loader import Draws
+    from hf_qie.mix import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+
+    logger = get_logger("hf_qie.train")
+    batch = global_batch_size(arguments)
+    same_shape = resolve_same_shape(
+        recipe.mix.same_shape,
+        global_batch_size=batch,
+        per_device_train_batch_size=arguments.per_device_train_batch_size,
+    )
+    groups = read_groups(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix)
+    shares = group_shares(groups, recipe.mix)
+    num_draws = arguments.max_steps * batch
+    logger.info("%s draws\n%s", f"{num_draws:,}", mix_table(groups, shares, num_draws=num_draws))
+    for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
+        logger.warning(warning)
+    plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
+    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix)
+
+
+def run_identity(
+    recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments", *, same_shape: int
+) -> dict[str, Any]:
+    """What decides the course of a run, by address: a checkpoint of a run with another is not gone on with.
+
+    Ranks, the cut of a step at the same global batch, the number of steps and all else of `training` may change.
+    """
+    identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
+    for name, data in sets.items():
+        identity |= {f"tasks.{name}.weight": recipe.tasks[name].weight, f"tasks.{name}.embeddings": data._fingerprint}
+    return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
+
+
+def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
+    """One line on what is about to happen."""
+    from accelerate.logging import get_logger
+
+    arguments, parameters = trainer.args, list(trainer.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    compute = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[arguments.mixed_precision]
+    get_logger("hf_qie.train").info(
+        "training %s of %s parameters, %s (%s arithmetic); %d rows a step: %d ranks x %d rows x %d accumulated; %s "
+        "of %d steps; encoder: not loaded, VAE: not loaded",
+        f"{sum(parameter.numel() for parameter in trained):,}",
+        f"{sum(parameter.numel() for parameter in parameters):,}",
+        "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
+        compute,
+        global_batch_size(arguments),
+        arguments.world_size,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        f"going on from {checkpoint}" if checkpoint else "from the first",
+        arguments.max_steps,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

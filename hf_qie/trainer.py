@@ -1,0 +1,264 @@
+"""`EditTrainer`: transformers.Trainer on a plan of draws, with checkpoints that say when they are whole.
+
+Letters: B rows, S target tokens.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from hf_qie.collate import Batch, collate
+from hf_qie.embeddings import write_durably
+from hf_qie.flow import add_noise, noise_for, shift_mu, sigmas_for
+from hf_qie.loader import Draws, RankBatches, open_loader
+from hf_qie.losses import WEIGHTINGS, velocity_mse
+from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, predict, save_weights
+from hf_qie.recipe import InputError, Recipe
+
+logger = get_logger(__name__)
+
+COMPLETE = "complete.json"
+WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading would tell little more
+SAMPLES, SAMPLE_BYTES = 64, 1 << 20
+
+
+class EditTrainer(Trainer):
+    """Trains by flow matching; draw number n decides all that is random about a row, so no cut of a step changes it.
+
+    Overrides, and why:
+        get_train_dataloader: one plan for the whole run, read by rank; accelerate would shuffle and shard it again.
+        create_optimizer: `trainable.low_lr_modules` train at half the rate.
+        compute_loss: flow matching; Trainer knows no loss for such a model.
+        log: the loss by task.
+        _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
+        _save: weights as diffusers loads them; Trainer writes them without a config.
+        _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
+        _load_from_checkpoint: Trainer does not know our files.
+    """
+
+    loss_is_scaled_for_ga = False  # compute_loss gives the micro-batch's mean, Trainer divides by accumulation
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        recipe: Recipe,
+        draws: Draws,
+        scheduler_config: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ):
+        """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`."""
+        assert args.max_steps > 0, "the plan has a fixed length"
+        if args.activation_checkpointing:
+            if args.activation_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+                raise InputError(
+                    f"training.activation_checkpointing_kwargs: got {args.activation_checkpointing_kwargs}, but whole "
+                    "blocks are checkpointed, with use_reentrant: false; leave it out"
+                )
+            enable_activation_checkpointing(model)
+            # done; Trainer would call a method that diffusers' models lack
+            args.activation_checkpointing = args.gradient_checkpointing = False
+        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; for more of them Trainer would use DataParallel
+        super().__init__(model=model, args=args, train_dataset=draws, data_collator=collate)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("FSDP and DeepSpeed are not available yet; launch with --multi_gpu instead")
+        self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
+        self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
+        self.global_batch_size = self.get_total_train_batch_size(args)
+        self._noted: list[tuple[list[str], Tensor]] = []  # tasks and losses of the rows since the last log
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The rank's part of every step, from the first on.
+
+        After a resume Trainer steps over the lists of draw numbers before its place (accelerate's `SkipBatchSampler`
+        over ours): microseconds each, no row is read.
+        """
+        args = self.args
+        batches = RankBatches(
+            first_step=0,
+            num_steps=args.max_steps,
+            global_batch_size=self.global_batch_size,
+            per_device_batch_size=args.per_device_train_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return open_loader(
+            self.train_dataset,
+            batches,
+            collate=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer; each of its groups is cut in two, the second at half the rate at every step."""
+        modules = self.recipe.trainable.low_lr_modules
+        if self.optimizer is None and modules:
+            low = {id(p) for p in low_lr_parameters(self.model if model is None else model, modules)}
+            optimizer = super().create_optimizer(model)
+            for group in list(optimizer.param_groups):
+                slow = [p for p in group["params"] if id(p) in low]
+                group["params"] = [p for p in group["params"] if id(p) not in low]
+                optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] / 2})
+        return super().create_optimizer(model)  # the one just made, if there is one
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the rows of the micro-batch, each noised by its own draw number."""
+        latents = inputs["target_latents"].float()
+        noise = noise_for(inputs["draw"], latents.shape[1:], seed=self.recipe.seed).to(latents.device)
+        sigma = sigmas_for(
+            inputs["draw"],
+            loss=self.recipe.loss,
+            seed=self.recipe.seed,
+            global_batch_size=self.global_batch_size,
+            mu=self.mu(latents.shape[1]),
+        ).to(latents.device)
+        prediction = predict(model, inputs, add_noise(latents, noise, sigma), sigma)
+        per_row = velocity_mse(prediction, latents, noise, WEIGHTINGS[self.recipe.loss.weighting](sigma))
+        self._noted.append((inputs["task"], per_row.detach()))
+        return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
+
+    def mu(self, num_target_tokens: int) -> float | None:
+        """The shift of sigma that `loss.shift` asks for at that size."""
+        shift = self.recipe.loss.shift
+        if shift == "auto":
+            return shift_mu(num_target_tokens, self.scheduler_config)
+        return None if shift == "none" else shift
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks."""
+        if "loss" in logs and self._noted:
+            logs |= self._loss_by_task()
+        super().log(logs, start_time)
+
+    def _loss_by_task(self) -> dict[str, float]:
+        tasks = sorted(self.recipe.tasks)
+        index = torch.tensor([tasks.index(task) for batch, _ in self._noted for task in batch])
+        losses = torch.cat([per_row for _, per_row in self._noted]).cpu().double()
+        self._noted.clear()
+        sums = torch.zeros(2, len(tasks), dtype=torch.float64)
+        sums[0].index_add_(0, index, losses)
+        sums[1].index_add_(0, index, torch.ones_like(losses))
+        total, count = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(tasks) if count[i]}
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """Trainer's state, but with the recipe's own steps between logs and saves."""
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return place
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """What trains, for diffusers and for a resume."""
+        if self.args.should_save:
+            save_weights(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint; Trainer loads the rest."""
+        load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, then `complete.json`, then the older ones go."""
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off here
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            mark_complete(folder, step=step, ranks=self.args.world_size, identity=self.identity)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+# --- checkpoints on disk ---------------------------------------------------------------------------------------------
+
+
+def mark_complete(folder: Path, *, step: int, ranks: int, identity: Mapping[str, Any]) -> None:
+    """Wait until every file of a checkpoint is on the disk, then say so in its `complete.json`."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        if path.is_file():
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    complete = {"step": step, "ranks": ranks, "identity": identity, "files": files}
+    write_durably(folder / COMPLETE, json.dumps(complete, indent=2))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file up to 1 GB; of a larger one that of 64 MB, evenly spread from its first byte to its last."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for i in range(SAMPLES):
+            file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that is whole; a warning names the newer ones that are not, and why."""
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = {int(found[0]): path for path in folders if (found := re.findall(r"-(\d+)$", path.name))}
+    for _, folder in sorted(numbered.items(), reverse=True):
+        if (reason := misfit(folder)) is None:
+            return folder
+        logger.warning("%s is passed over: %s", folder, reason)
+    return None
+
+
+def misfit(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None where it can."""
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {COMPLETE}, so it was not finished"
+    except (ValueError, KeyError, TypeError):
+        return f"its {COMPLETE} cannot be read"
+    for name, was in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != was["bytes"] or file_digest(path) != was["sha256"]:
+            return f"{name} is not what was written"
+    if "scheduler.pt" not in files:
+        return "it holds weights alone (save_only_model)"
+    return None
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise InputError where a checkpoint belongs to another run than `identity`, naming the fields that differ."""
+    was = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["identity"]
+    identity = json.loads(json.dumps(identity))  # as JSON has it
+    if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
+        changes = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing)
+        raise InputError(
+            f"{checkpoint.parent}: holds a run with another {', '.join(differing)}, which cannot go on as this one "
+            f"({changes}); set training.output_dir to another folder, or undo the change"
+        )

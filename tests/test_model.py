@@ -1,0 +1,295 @@
+"""What trains, what the model is asked, and what lies on disk afterwards is what diffusers would have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_qie.collate import Batch
+from hf_qie.model import (
+    LORA_FILE,
+    PRESETS,
+    adapters,
+    build_model,
+    enable_activation_checkpointing,
+    lora_targets,
+    low_lr_parameters,
+    parameters,
+    predict,
+    save_weights,
+)
+from hf_qie.recipe import InputError, Lora, Recipe, Task, Trainable
+
+LORA = Lora(rank=4, alpha=8, target_modules="all-linear")
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState(cpu=True)
+
+
+def recipe(model: Path, seed: int = 0, **trainable) -> Recipe:
+    task = Task(name="edit", data=("none.jsonl",))
+    return Recipe(path=Path(), model=str(model), seed=seed, tasks={"edit": task}, trainable=Trainable(**trainable))
+
+
+def batch(lengths=(9, 9), grids=((4, 6), (2, 4), (4, 4))) -> Batch:
+    """Rows of random states and latents; `grids` are the target's, then each source's."""
+    random = torch.Generator().manual_seed(0)
+    num_rows, mask = len(lengths), torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    target, *sources = (height * width for height, width in grids)
+    return Batch(
+        target_latents=torch.randn(num_rows, target, 64, generator=random).half(),
+        source_latents=torch.randn(num_rows, sum(sources), 64, generator=random).half(),
+        prompt_embeds=torch.randn(*mask.shape, 96, generator=random).half() * mask[..., None],
+        prompt_mask=mask,
+        grids=list(grids),
+        task=["edit"] * num_rows,
+        row=list(range(num_rows)),
+        draw=list(range(num_rows)),
+    )
+
+
+def some_loss(model: nn.Module) -> torch.Tensor:
+    given = batch()
+    return predict(model, given, given["target_latents"], torch.tensor([0.3, 0.8])).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["edit_plus", "edit_plus_2511"])
+@pytest.mark.parametrize("grids", [((4, 6), (2, 4), (4, 4)), ((4, 6),)], ids=["two sources", "text to image"])
+def test_a_prediction_is_what_the_pipeline_asks_of_the_transformer(tiny, kind, grids):
+    plain = QwenImageTransformer2DModel.from_pretrained(tiny(kind), subfolder="transformer")
+    given, sigma = batch(grids=grids), torch.tensor([0.25, 0.7])
+    with torch.no_grad():
+        found = predict(build_model(recipe(tiny(kind))), given, given["target_latents"], sigma)
+        wanted = plain(
+            hidden_states=torch.cat([given["target_latents"], given["source_latents"]], dim=1).float(),
+            encoder_hidden_states=given["prompt_embeds"].float(),
+            encoder_hidden_states_mask=None,
+            timestep=sigma,
+            img_shapes=[[(1, h, w) for h, w in grids]] * 2,
+        ).sample[:, :24]
+    assert torch.equal(found, wanted)
+
+
+def test_sources_of_a_2511_checkpoint_are_told_that_they_are_clean(tiny):
+    """Its config alone (zero_cond_t) makes the block see two time embeddings a row: at its sigma, and at 0."""
+    embeddings = {}
+    for kind in ("edit_plus", "edit_plus_2511"):
+        model, given = build_model(recipe(tiny(kind))), batch()
+        model.transformer_blocks[0].img_mod.register_forward_pre_hook(
+            lambda _, args, kind=kind: embeddings.update({kind: args[0]})
+        )
+        with torch.no_grad():
+            predict(model, given, given["target_latents"], torch.tensor([0.25, 0.7]))
+    assert len(embeddings["edit_plus"]) == 2
+    first, second, *clean = embeddings["edit_plus_2511"]
+    assert torch.equal(*clean)
+    assert not torch.equal(first, second)
+
+
+def test_a_padded_batch_predicts_what_its_rows_do_alone(tiny):
+    model = build_model(recipe(tiny()))
+    given, sigma = batch(lengths=(9, 5, 12)), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        together = predict(model, given, given["target_latents"], sigma)
+        for i, length in enumerate((9, 5, 12)):
+            alone = {
+                key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in given.items()
+            }
+            alone["prompt_embeds"], alone["prompt_mask"] = (
+                alone["prompt_embeds"][:, :length],
+                torch.ones(1, length).bool(),
+            )
+            single = predict(model, alone, alone["target_latents"], sigma[i : i + 1])
+            # float32 attention over another length adds up in another order
+            torch.testing.assert_close(together[i : i + 1], single, atol=1e-5, rtol=1e-5)
+
+
+def test_the_preset_all_linear_is_every_linear_layer(tiny):
+    transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
+    every = sorted(name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
+    assert lora_targets(transformer, "all-linear") == every
+    assert {preset: len(lora_targets(transformer, preset)) for preset in PRESETS} == {
+        "attention": 16,  # 8 in each of 2 blocks
+        "attention+mlp": 24,
+        "all-linear": 34,
+    }
+
+
+def test_a_list_of_names_takes_whole_parts_of_names(tiny):
+    transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
+    assert lora_targets(transformer, ("transformer_blocks.1.attn.to_q", "img_in")) == [
+        "img_in",
+        "transformer_blocks.1.attn.to_q",
+    ]
+    assert lora_targets(transformer, ("to_q",)) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        ({"lora": Lora(target_modules=("to_q", "_k"))}, "trainable.lora.target_modules: '_k' is the end of no linear"),
+        ({"modules": ("img_mlp", "transformer_block")}, "trainable.modules: 'transformer_block' matches no parameter"),
+        ({"low_lr_modules": ("mlp",)}, "trainable.low_lr_modules: 'mlp' matches no parameter that could train"),
+        (
+            {"modules": ("img_in",), "low_lr_modules": ("img_mlp",)},
+            "trainable.low_lr_modules: 'img_mlp' matches no parameter that could train",
+        ),
+        ({"modules": ("transformer_blocks.1.txt_mlp",)}, "trainable: nothing trains"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_by_name(tiny, trainable, message):
+    with pytest.raises(InputError) as error:
+        build_model(recipe(tiny(), **trainable))
+    assert message in str(error.value)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="model: cannot load the transformer"):
+        build_model(recipe(tmp_path))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["edit_plus", "edit_plus_2511"])
+def test_all_that_trains_gets_a_gradient_and_nothing_else_would(tiny, kind, lora):
+    """The six tensors are frozen by name; freed again, no gradient reaches them, while it reaches all others."""
+    model = build_model(recipe(tiny(kind), lora=lora))
+    frozen = [name for name, p in parameters(model).items() if not p.requires_grad and (".lora_" in name or not lora)]
+    assert len(frozen) == 6
+    for name in frozen:
+        parameters(model)[name].requires_grad_(True)
+    some_loss(model).backward()
+    assert [n for n, p in parameters(model).items() if p.requires_grad and p.grad is None] == frozen
+
+
+def test_only_named_modules_train(tiny):
+    model = build_model(recipe(tiny(), modules=("img_mlp", "transformer_blocks.0.attn", "proj_out")))
+    trained = {name for name, p in parameters(model).items() if p.requires_grad}
+    assert trained == {
+        name
+        for name in parameters(model)
+        if ".img_mlp." in name or name.startswith(("transformer_blocks.0.attn.", "proj_out."))
+    }
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_low_rate_modules_are_found_under_any_wrapper(tiny, lora):
+    model = build_model(recipe(tiny(), lora=lora, low_lr_modules=("transformer_blocks.0.attn", "img_in")))
+    low = {id(p) for p in low_lr_parameters(model, ("transformer_blocks.0.attn", "img_in"))}
+    names = {name for name, p in parameters(model).items() if id(p) in low}
+    expected = [n for n in parameters(model) if n.startswith(("transformer_blocks.0.attn.", "img_in."))]
+    assert names == {name for name in expected if not lora or ".lora_" in name}
+
+
+def test_adapters_start_the_same_in_every_process_and_by_the_seed(tiny):
+    torch.manual_seed(1)
+    one = {name: p.clone() for name, p in adapters(build_model(recipe(tiny(), lora=LORA))).items()}
+    torch.manual_seed(2)
+    again = adapters(build_model(recipe(tiny(), lora=LORA)))
+    other = adapters(build_model(recipe(tiny(), seed=1, lora=LORA)))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("lora_A.weight"))
+
+
+def test_what_trains_is_float32_and_a_frozen_base_follows_mixed_precision(tiny):
+    full = build_model(recipe(tiny()), mixed_precision="bf16")
+    lora = build_model(recipe(tiny(), lora=LORA), mixed_precision="bf16")
+    assert {p.dtype for p in full.parameters()} == {torch.float32}
+    assert {p.dtype for p in adapters(lora).values()} == {torch.float32}
+    assert {p.dtype for n, p in parameters(lora).items() if ".lora_" not in n} == {torch.bfloat16}
+    unmixed = build_model(recipe(tiny(), lora=LORA))
+    assert {p.dtype for p in unmixed.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_checkpointed_activations_give_the_same_gradients(tiny, lora):
+    gradients = []
+    for checkpointed in (False, True):
+        model = build_model(recipe(tiny(), lora=lora))
+        if checkpointed:
+            enable_activation_checkpointing(model)
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        some_loss(model.train()).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+def trained_lora(model_folder: Path, lora: Lora = LORA) -> nn.Module:
+    """Adapters that do something: the B halves start at zero."""
+    model = build_model(recipe(model_folder, lora=lora))
+    torch.manual_seed(3)
+    for parameter in adapters(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_a_lora_file_gives_the_official_pipeline_the_trained_output(tiny, tmp_path):
+    model, given = trained_lora(tiny()), batch()
+    save_weights(model, tmp_path)
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(tiny())
+    sigma = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        base = predict(pipeline.transformer, given, given["target_latents"], sigma)
+        pipeline.load_lora_weights(tmp_path)
+        loaded = predict(pipeline.transformer, given, given["target_latents"], sigma)
+        trained = predict(model.eval(), given, given["target_latents"], sigma)
+    assert torch.equal(loaded, trained)
+    assert (loaded - base).abs().max() > 0.1
+
+
+def test_a_lora_file_holds_adapters_alone_under_their_pipeline_keys(tiny, tmp_path):
+    model = trained_lora(tiny())
+    save_weights(model, tmp_path)
+    tensors = load_file(tmp_path / LORA_FILE)
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in tensors)
+    assert len(tensors) == 2 * 34
+    assert [path.name for path in tmp_path.iterdir()] == [LORA_FILE]
+
+
+def test_full_weights_load_in_diffusers_bit_for_bit(tiny, tmp_path):
+    model = build_model(recipe(tiny()))
+    for parameter in model.parameters():
+        parameter.data += 0.01
+    save_weights(model, tmp_path)
+    loaded = QwenImageTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert loaded.config.joint_attention_dim == 96
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."], ids=["diffusers", "ComfyUI"])
+def test_a_run_starts_from_the_weights_of_a_lora(tiny, tmp_path, prefix):
+    lora = Lora(rank=4, alpha=4, target_modules="attention")
+    model = trained_lora(tiny(), lora)
+    save_weights(model, tmp_path)
+    tensors = {key.replace("transformer.", prefix, 1): t for key, t in load_file(tmp_path / LORA_FILE).items()}
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    for source in ("other.safetensors", LORA_FILE, "."):
+        started = build_model(recipe(tiny(), lora=Lora(**vars(lora) | {"init_from": str(tmp_path / source)})))
+        assert all(torch.equal(p, adapters(started)[key]) for key, p in adapters(model).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, "is no LoRA of rank 8"),
+        ({"target_modules": "attention"}, "36 tensors differ"),
+        ({"alpha": 4.0}, "has alpha 8, the recipe 4.0; set trainable.lora.alpha: 8"),
+        ({"init_from": "nowhere"}, "nowhere does not load as a LoRA"),
+    ],
+)
+def test_a_lora_that_does_not_fit_the_recipe_is_refused(tiny, tmp_path, change, message):
+    save_weights(trained_lora(tiny()), tmp_path)
+    with pytest.raises(InputError) as error:
+        build_model(recipe(tiny(), lora=Lora(**vars(LORA) | {"init_from": str(tmp_path)} | change)))
+    assert message in str(error.value)
+
+
+def test_the_config_answers_what_reporters_ask(tiny):
+    model = build_model(recipe(tiny(), lora=LORA))
+    assert json.loads(model.config.to_json_string())["num_layers"] == model.config.to_dict()["num_layers"] == 2

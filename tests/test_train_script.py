@@ -1,0 +1,137 @@
+"""train.py as it is started: by path, under the launcher, with what people get wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from embedding_sets import write_recipe, write_set
+from safetensors.torch import load_file
+
+from hf_qie.recipe import load_recipe
+from hf_qie.train import global_batch_size, open_sets, train, training_arguments
+
+LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
+TWO_RANKS = (
+    "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 --mixed_precision no".split()
+)
+
+
+def start(root: Path, *arguments: object, module: tuple[str, ...] = (), **environment: str):
+    """Run the script by its path, under a module such as the launcher if one is given."""
+    command = [sys.executable, *(("-m", *module) if module else ()), root / "hf_qie" / "train.py", *arguments]
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=240,
+    )
+
+
+def test_help_is_the_docstring(root):
+    done = start(root, "--help")
+    assert done.returncode == 0
+    assert "accelerate launch hf_qie/train.py recipe.yaml" in done.stdout
+
+
+def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), trainable=LORA)
+    done = start(root, path, "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "training 26,752 of 372,256 parameters, float32 (float32 arithmetic); 4 rows a step" in done.stderr
+    assert "encoder: not loaded, VAE: not loaded" in done.stderr
+    assert "8 draws\ntask" in done.stderr
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {"checkpoint-2", "pytorch_lora_weights.safetensors", "recipe.yaml"}
+    assert load_recipe(run / "recipe.yaml") == load_recipe(path, ["training.max_steps=2"])
+
+
+def logged(checkpoint: Path) -> list[dict[str, float]]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{key: value for key, value in entry.items() if key.startswith("loss")} for entry in history]
+
+
+@pytest.mark.two_rank
+@pytest.mark.parametrize("trainable", [{}, LORA], ids=["full", "lora"])
+def test_two_ranks_give_the_weights_and_losses_of_one_and_take_up_its_run(root, tiny, tmp_path, trainable):
+    training = {"optim": "sgd", "learning_rate": 0.1}
+    path = write_recipe(tmp_path, tiny(), trainable=trainable, training=training)
+    recipe = load_recipe(path)
+    train(recipe, open_sets(recipe))
+    one = tmp_path / "run" / "checkpoint-4"
+    (weights,) = one.rglob("*.safetensors")
+    assert len({key for entry in logged(one) for key in entry}) == 3, "the loss, and that of both tasks"
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "taken_up" / "checkpoint-2")
+    for name in ("two", "taken_up"):
+        overrides = f"training.output_dir={tmp_path / name}", "training.per_device_train_batch_size=2"
+        done = start(root, path, *overrides, module=TWO_RANKS)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
+        assert ("going on from" in done.stderr) == (name == "taken_up")
+        two = tmp_path / name / "checkpoint-4"
+        # float32 sums in another order, also below
+        assert logged(two) == [pytest.approx(entry, rel=1e-5) for entry in logged(one)]
+        ours, theirs = load_file(weights), load_file(two / weights.relative_to(one))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-5, rtol=0)
+
+
+# --- what people get wrong -------------------------------------------------------------------------------------------
+
+
+def refused(root: Path, *arguments: object, **environment: str) -> str:
+    """The message that the script ends with: one, and no traceback."""
+    done = start(root, *arguments, **environment)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_a_set_that_was_not_extracted_is_named_before_torch_is_imported(root, tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny())
+    shutil.rmtree(tmp_path / "sets" / "edit")
+    message = refused(root, path, PYTHONPROFILEIMPORTTIME="1")
+    assert "sets/edit: no finished embedding set; run hf_qie/extract.py with this recipe first" in message
+    assert not [line for line in message.splitlines() if line.endswith(("| torch", "| transformers", "| diffusers"))]
+
+
+def test_a_set_of_another_checkpoint_is_refused(root, tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny())
+    message = refused(root, path, f"model={tiny('edit')}")
+    assert "tasks.edit: its embedding set does not fit the checkpoint" in message
+
+
+@pytest.mark.parametrize(("flag", "capability"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_what_the_launcher_asks_for_is_refused_where_it_would_not_happen(root, tiny, tmp_path, flag, capability):
+    message = refused(root, write_recipe(tmp_path, tiny()), **{f"ACCELERATE_USE_{flag}": "true"})
+    assert f"accelerate launch: asks for {capability}, which is not available yet" in message
+
+
+def test_values_that_only_training_arguments_know_are_input_errors(root, tiny, tmp_path):
+    message = refused(root, write_recipe(tmp_path, tiny()), "training.lr_scheduler_type=linaer")
+    assert "training: linaer is not a valid SchedulerType" in message
+
+
+def test_a_ready_set_is_taken_from_where_it_lies(root, tiny, tmp_path):
+    write_set(tmp_path / "elsewhere", tiny())
+    tasks = {"edit": {"embeddings": str(tmp_path / "elsewhere")}, "text_to_image": {"data": "x.jsonl", "weight": 0}}
+    path = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA)
+    shutil.rmtree(tmp_path / "sets")
+    done = start(root, path, "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    message = refused(root, path, "tasks.edit.embeddings=nowhere")
+    assert "tasks.edit.embeddings: nowhere is no folder" in message
+
+
+def test_epochs_are_passes_over_the_rows_of_the_weighted_tasks(tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), training={"max_steps": None, "num_train_epochs": 1.5})
+    arguments = training_arguments(load_recipe(path), num_rows=17)
+    assert global_batch_size(arguments) == 4
+    assert arguments.max_steps == 7  # 25.5 draws in steps of 4

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "settings arguments recipe family rows images prompts encoder latents embeddings prepare chunks extract "
+    "settings arguments recipe family fetch rows images prompts encoder latents embeddings prepare chunks extract "
     "mix loader collate flow losses model trainer train shapes tiny"
 ).split()
 

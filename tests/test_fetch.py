@@ -1,0 +1,356 @@
+"""Fetching a picture ends in time, in bounds, at the address that was checked; each trouble has its reason."""
+
+import http.client
+import socket
+import ssl
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from picture_server import answer, drip, picture_server, raw
+
+from hf_qie import fetch as module
+from hf_qie.fetch import BadUrl, fetch, is_public, is_url, retry_after_s
+
+PICTURE = bytes(range(256)) * 1000
+CERTIFICATE = Path(__file__).with_name("pictures_example.pem")
+PUBLIC, ALSO_PUBLIC = "93.184.215.14", "93.184.215.15"  # what the names of these tests resolve to
+TRIES = 1 + len(module.PAUSES_S)
+
+
+@pytest.fixture
+def server():
+    with picture_server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(module, "PAUSES_S", tuple(pause / 100 for pause in module.PAUSES_S))
+
+
+@pytest.fixture
+def internet(monkeypatch, server):
+    """A name server and an internet: `names` resolve in turn, PUBLIC is `server`; `connected` is what was tried."""
+
+    internet = SimpleNamespace(names={}, looked_up=[], connected=[])
+
+    def getaddrinfo(host, port, **_):
+        internet.looked_up.append(host)
+        if host not in internet.names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        answers = internet.names[host]
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    loopback = socket.socket.connect
+
+    def connect(sock, address):
+        internet.connected.append(address[0])
+        if address[0] == ALSO_PUBLIC:
+            raise ConnectionRefusedError("nobody is there")
+        return loopback(sock, server.server_address if address[0] == PUBLIC else address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return internet
+
+
+def get(url: str) -> bytes:
+    return fetch(url, allow_private=True)
+
+
+# --- what arrives
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "body"),
+    [
+        (answer(PICTURE), PICTURE),
+        (answer(PICTURE, content_type="application/octet-stream"), PICTURE),
+        (raw(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE), PICTURE),
+        (raw(CHUNKED), b"abcdefg"),
+    ],
+    ids=["with length", "of another type", "to the end of the connection", "chunked"],
+)
+def test_a_picture_arrives_byte_for_byte(server, given, body):
+    assert get(server.put("/a.png", given)) == body
+
+
+def test_blanks_and_letters_beyond_ascii_are_encoded_and_what_is_encoded_stays(server):
+    server.put("/a%20b/%C3%A9%2F.png?q=%E7%BA%A2&r=1", answer(PICTURE))
+    assert get(server.url("/a b/é%2F.png?q=红&r=1#part")) == PICTURE
+
+
+def test_urls_are_told_from_paths():
+    assert all(map(is_url, ["http://a/b.png", "https://a/b.png", "HTTPS://A/b.png"]))
+    assert not any(map(is_url, ["a/b.png", "/http://", "file:///a.png", "http:/a.png", "httpx://a"]))
+
+
+# --- time and size
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"],
+    ids=["headers", "body", "chunk"],
+)
+def test_what_drips_without_end_ends_at_the_deadline(server, monkeypatch, head):
+    monkeypatch.setattr(module, "DEADLINE_S", 0.3)
+    started = time.monotonic()
+    with pytest.raises(BadUrl, match="the server is too slow"):
+        get(server.put("/a.png", drip(head, every_s=0.01)))
+    assert time.monotonic() - started < 1  # a loaded machine, not another round
+
+
+def test_a_silent_server_is_asked_again_until_the_tries_are_used_up(server, monkeypatch):
+    monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.05)
+    with pytest.raises(BadUrl, match="the server is too slow"):
+        get(server.put("/a.png", drip(b"", every_s=10)))
+    assert server.asked == ["/a.png"] * TRIES
+
+
+def test_a_body_without_end_ends_at_the_size_limit(server, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
+
+    def pour(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not handler.server.closing.is_set():
+            handler.wfile.write(bytes(10_000))
+
+    with pytest.raises(BadUrl, match="more than 100,000 bytes"):
+        get(server.put("/a.png", pour))
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read(server, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
+    with pytest.raises(BadUrl, match="more than 100,000 bytes"):
+        get(server.put("/a.png", drip(b"HTTP/1.1 200 OK\r\nContent-Length: 100001\r\n\r\n", every_s=10)))
+
+
+def test_a_body_of_just_the_limit_arrives(server, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BYTES", len(PICTURE))
+    assert get(server.put("/a.png", answer(PICTURE))) == PICTURE
+
+
+# --- tries
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [answer(status=500), answer(status=503), answer(status=429), raw(b""), raw(b"nonsense\r\n\r\n")],
+    ids=["500", "503", "429", "no answer", "no HTTP"],
+)
+def test_a_passing_trouble_is_tried_again(server, trouble):
+    assert get(server.put("/a.png", trouble, trouble, answer(PICTURE))) == PICTURE
+    assert server.asked == ["/a.png"] * 3
+
+
+def test_a_trouble_that_stays_is_given_up_with_its_reason(server):
+    with pytest.raises(BadUrl, match="^HTTP 500 Internal Server Error$"):
+        get(server.put("/a.png", answer(status=500)))
+    assert server.asked == ["/a.png"] * TRIES
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_what_the_client_did_wrong_is_not_tried_again(server, status):
+    with pytest.raises(BadUrl, match=f"^HTTP {status} {http.client.responses[status]}$"):
+        get(server.put("/a.png", answer(status=status)))
+    assert server.asked == ["/a.png"]
+
+
+CUT = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
+
+
+def test_a_body_cut_short_is_tried_again_and_never_taken(server):
+    assert get(server.put("/a.png", CUT, answer(PICTURE))) == PICTURE
+    with pytest.raises(BadUrl, match="the connection broke .3 of 10 bytes"):
+        get(server.put("/b.png", CUT))
+    with pytest.raises(BadUrl, match="the connection broke .IncompleteRead"):
+        get(server.put("/c.png", raw(CHUNKED[:-14])))
+
+
+def test_a_server_says_how_long_to_wait(server):
+    started = time.monotonic()
+    assert get(server.put("/a.png", answer(status=429, retry_after="1"), answer(PICTURE))) == PICTURE
+    assert time.monotonic() - started >= 1
+
+
+def test_a_wait_beyond_the_deadline_is_not_waited(server):
+    started = time.monotonic()
+    with pytest.raises(BadUrl, match="HTTP 429 Too Many Requests"):
+        get(server.put("/a.png", answer(status=429, retry_after="3600"), answer(PICTURE)))
+    assert time.monotonic() - started < 1
+
+
+def test_retry_after_holds_seconds_or_a_date():
+    assert retry_after_s("7") == 7
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(minutes=1), usegmt=True)
+    assert 50 < retry_after_s(in_a_minute) <= 60
+    assert retry_after_s("") == retry_after_s("soon") == 0
+
+
+def test_a_host_that_does_not_exist_is_not_looked_up_again(internet):
+    with pytest.raises(BadUrl, match="no such host"):
+        get("http://pictures.example/a.png")
+    assert internet.looked_up == ["pictures.example"]
+
+
+def test_the_second_address_of_a_host_is_tried_where_the_first_is_dead(internet, server):
+    internet.names = {"pictures.example": [[ALSO_PUBLIC, PUBLIC]]}
+    server.put("/a.png", answer(PICTURE))
+    assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
+    assert internet.connected == [ALSO_PUBLIC, PUBLIC]
+
+
+# --- redirects
+
+
+def test_redirects_are_followed_to_a_limit(server):
+    for i in range(module.MAX_REDIRECTS + 1):
+        server.put(f"/{i}", answer(status=302, location=f"/{i + 1}"))  # relative to what redirects
+    server.put(f"/{module.MAX_REDIRECTS + 1}", answer(PICTURE))
+    assert get(server.url("/1")) == PICTURE
+    server.asked.clear()
+    with pytest.raises(BadUrl, match="more than 5 redirects"):
+        get(server.url("/0"))
+    assert len(server.asked) == 1 + module.MAX_REDIRECTS
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/b.png", "data:image/png;base64,AAAA", "https://"])
+def test_a_redirect_leads_to_http_alone(server, location):
+    with pytest.raises(BadUrl, match="only http and https URLs with a host are fetched"):
+        get(server.put("/a.png", answer(status=302, location=location)))
+
+
+def test_a_redirect_into_the_own_network_is_refused_before_a_connection(internet, server):
+    internet.names = {"pictures.example": [[PUBLIC]], "127.0.0.1": [["127.0.0.1"]]}
+    secret = server.put("/secret", answer(PICTURE))
+    server.put("/a.png", answer(status=302, location=secret))
+    with pytest.raises(BadUrl, match=r"^127\.0\.0\.1 is no address of the open internet"):
+        fetch("http://pictures.example/a.png", allow_private=False)
+    assert (server.asked, internet.connected) == (["/a.png"], [PUBLIC])
+
+
+# --- where to
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(internet, server):
+    internet.names = {"pictures.example": [[PUBLIC], ["127.0.0.1"]]}  # resolved anew, it would lead inside
+    server.put("/a.png", answer(PICTURE))
+    assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
+    assert internet.connected == [PUBLIC]
+    with pytest.raises(BadUrl, match="no address of the open internet"):
+        fetch("http://pictures.example/a.png", allow_private=False)
+    assert internet.connected == [PUBLIC]
+
+
+def test_one_private_address_of_a_host_is_enough_to_refuse_it(internet):
+    internet.names = {"pictures.example": [[PUBLIC, "10.0.0.1"]]}
+    with pytest.raises(BadUrl, match="no address of the open internet"):
+        fetch("http://pictures.example/a.png", allow_private=False)
+    assert internet.connected == []
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "0", "[::1]"]
+)
+def test_no_spelling_of_this_machine_is_let_in(server, host):
+    server.put("/a.png", answer(PICTURE))
+    with pytest.raises(BadUrl, match="is no address of the open internet; extract.allow_private_urls: true"):
+        fetch(f"http://{host}:{server.server_port}/a.png", allow_private=False)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    "0.0.0.0 10.1.2.3 100.64.0.1 127.0.0.1 169.254.169.254 172.16.0.1 192.0.2.1 192.168.1.1 198.18.0.1 224.0.0.1 "
+    "240.0.0.1 255.255.255.255 :: ::1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2001:db8::1 fc00::1 "
+    "fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1".split(),
+)
+def test_addresses_of_a_network_of_ones_own_are_private(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address", "8.8.8.8 93.184.215.14 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808:: 2606:4700::1".split()
+)
+def test_addresses_of_the_open_internet_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://a/b.png",
+        "data:image/png;base64,AAAA",
+        "gopher://a",
+        "a/b.png",
+        "http:///b",
+        "http://",
+    ],
+)
+def test_only_http_is_fetched(url):
+    with pytest.raises(BadUrl, match="only http and https URLs with a host are fetched"):
+        get(url)
+
+
+@pytest.mark.parametrize("url", ["http://[::1/a", "http://a:99999/b", "http://a:b/c"])
+def test_a_broken_url_is_named_as_such(url):
+    with pytest.raises(BadUrl, match="no valid URL"):
+        get(url)
+
+
+def test_a_host_name_that_cannot_be_one_is_named_as_such():
+    with pytest.raises(BadUrl, match="no valid host name"):
+        get(f"http://{'a' * 64}.example/b.png")
+
+
+def test_a_url_with_a_password_is_refused_and_not_repeated(server):
+    server.put("/a.png", answer(PICTURE))
+    with pytest.raises(BadUrl, match="holds a user name or password") as error:
+        get(f"http://me:hunter2@127.0.0.1:{server.server_port}/a.png")
+    assert "hunter2" not in str(error.value)
+    assert server.asked == []
+
+
+def test_a_web_page_is_named_as_such(server):
+    page = answer(b"<!doctype html><p>Please log in", content_type="text/html; charset=utf-8")
+    with pytest.raises(BadUrl, match="a web page"):
+        get(server.put("/a.png", page))
+    assert server.asked == ["/a.png"]
+
+
+# --- TLS
+
+
+@pytest.fixture
+def secure(internet, server, monkeypatch):
+    """`server` with the certificate of pictures.example; other.example leads there too."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    internet.names = {"pictures.example": [[PUBLIC]], "other.example": [[PUBLIC]]}
+    server.put("/a.png", answer(PICTURE))
+    module.tls.cache_clear()
+    yield server
+    module.tls.cache_clear()
+
+
+def test_https_holds_to_the_name_though_it_connects_to_an_address(secure, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    assert fetch("https://pictures.example/a.png", allow_private=False) == PICTURE
+    with pytest.raises(BadUrl, match="its certificate is not trusted .*mismatch"):
+        fetch("https://other.example/a.png", allow_private=False)
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(secure, internet):
+    with pytest.raises(BadUrl, match="its certificate is not trusted"):
+        fetch("https://pictures.example/a.png", allow_private=False)
+    assert internet.connected == [PUBLIC]

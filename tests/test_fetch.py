@@ -152,7 +152,7 @@ def test_a_passing_trouble_is_tried_again(server, trouble):
 
 
 def test_a_trouble_that_stays_is_given_up_with_its_reason(server):
-    with pytest.raises(BadUrl, match="^HTTP 500 Internal Server Error$"):
+    with pytest.raises(BadUrl, match=r"^HTTP 500 Internal Server Error$"):
         get(server.put("/a.png", answer(status=500)))
     assert server.asked == ["/a.png"] * TRIES
 
@@ -169,9 +169,9 @@ CUT = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
 
 def test_a_body_cut_short_is_tried_again_and_never_taken(server):
     assert get(server.put("/a.png", CUT, answer(PICTURE))) == PICTURE
-    with pytest.raises(BadUrl, match="the connection broke .3 of 10 bytes"):
+    with pytest.raises(BadUrl, match=r"the connection broke \(3 of 10 bytes"):
         get(server.put("/b.png", CUT))
-    with pytest.raises(BadUrl, match="the connection broke .IncompleteRead"):
+    with pytest.raises(BadUrl, match=r"the connection broke \(IncompleteRead"):
         get(server.put("/c.png", raw(CHUNKED[:-14])))
 
 
@@ -257,12 +257,10 @@ def test_one_private_address_of_a_host_is_enough_to_refuse_it(internet):
     assert internet.connected == []
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "0", "[::1]"]
-)
+@pytest.mark.parametrize("host", "127.0.0.1 localhost 2130706433 0x7f.1 0 [::ffff:127.0.0.1] [::1]".split())
 def test_no_spelling_of_this_machine_is_let_in(server, host):
     server.put("/a.png", answer(PICTURE))
-    with pytest.raises(BadUrl, match="is no address of the open internet; extract.allow_private_urls: true"):
+    with pytest.raises(BadUrl, match=r"is no address of the open internet; extract\.allow_private_urls: true"):
         fetch(f"http://{host}:{server.server_port}/a.png", allow_private=False)
     assert server.asked == []
 
@@ -346,7 +344,7 @@ def secure(internet, server, monkeypatch):
 def test_https_holds_to_the_name_though_it_connects_to_an_address(secure, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
     assert fetch("https://pictures.example/a.png", allow_private=False) == PICTURE
-    with pytest.raises(BadUrl, match="its certificate is not trusted .*mismatch"):
+    with pytest.raises(BadUrl, match=r"its certificate is not trusted .*mismatch"):
         fetch("https://other.example/a.png", allow_private=False)
 
 

@@ -1,14 +1,19 @@
 """From a picture file to the pixels that encoder and VAE see. Sizes are (width, height) in pixels, as in PIL."""
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.Image import DecompressionBombError
 
 MAX_ASPECT = 8  # beyond it the 32-pixel rounding of `area_size` distorts, and no checkpoint has seen it
 SIDE_MULTIPLE_PX = 32
+# what Pillow's readers raise on damaged files
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, MemoryError, struct.error, DecompressionBombError)
+Image.init()  # all formats: Pillow loads them when it first meets one, and of two threads that meet it one may miss it
 
 
 class BadImage(ValueError):
@@ -16,7 +21,7 @@ class BadImage(ValueError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16 bits scaled to 8.
+    """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16-bit grey scaled to 8.
 
     The pipelines convert nothing, so it has to be right before they see it.
 
@@ -34,17 +39,17 @@ def read_image(path: Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # what PIL's readers raise on broken files; UnidentifiedImageError is an OSError
+    except BROKEN as error:
         raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` of any mode as RGB, transparency on white."""
-    if image.mode.startswith("I") or image.mode == "F":  # PIL's own conversion clips these at 255
-        values = np.asarray(image, dtype=np.float64)
-        top = 255.0 if values.max(initial=0) <= 255 else 65535.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
+    """`image` of any mode as RGB, transparency on white; raises BadImage for floats, which have no known range."""
+    if image.mode == "F":
+        raise BadImage("its pixels are floats without a range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

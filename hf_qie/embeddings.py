@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, load_from_disk
 from huggingface_hub import snapshot_download
 
-from hf_qie.family import Family
+from hf_qie.family import Family, from_hub
 from hf_qie.recipe import InputError
 
 FORMAT_VERSION = 1
@@ -95,12 +95,16 @@ def write_durably(path: Path, text: str) -> None:
 
 def move_durably(source: Path, target: Path) -> None:
     """Rename a finished file and wait until file and name are on the disk."""
-    for path in (source, target.parent):
-        if path == target.parent:
-            os.replace(source, target)
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    flush(source)
+    os.replace(source, target)
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def open_set(folder: Path) -> Dataset:
@@ -141,14 +145,17 @@ def identity(model: str, folders: Iterable[str], *, revision: str | None, weight
     root = Path(model)
     if not root.is_dir():
         patterns = [f"{folder}/{kind}" for folder in folders for kind in (("*",) if weights else ("*.json", "*.txt"))]
-        root = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    files = sorted(path for folder in folders for path in (root / folder).iterdir() if path.is_file())
+        with from_hub(model):
+            root = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     digests = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            digests[f"{path.parent.name}/{path.name}"] = weight_digest(path)
-        elif path.suffix in (".json", ".txt", ".jinja"):
-            digests[f"{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for folder in folders:
+        if not (root / folder).is_dir():
+            raise InputError(f"model: {root} has no folder {folder}; it has to be in diffusers layout")
+        for path in sorted((root / folder).iterdir()):
+            if path.suffix == ".safetensors":
+                digests[f"{folder}/{path.name}"] = weight_digest(path)
+            elif path.suffix in (".json", ".txt", ".jinja"):
+                digests[f"{folder}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return digests
 
 
@@ -157,7 +164,9 @@ def weight_digest(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
-        digest = hashlib.sha256(str(size).encode() + head + file.read(int.from_bytes(head, "little")))
+        if (length := int.from_bytes(head, "little")) > size:  # what Git leaves where LFS is not installed, say
+            raise InputError(f"model: {path} is no safetensors file; fetch it again")
+        digest = hashlib.sha256(str(size).encode() + head + file.read(length))
         for i in range(SAMPLES):
             file.seek(size * i // SAMPLES)
             digest.update(file.read(SAMPLE_BYTES))

@@ -1,12 +1,14 @@
 """All that is particular to one generation of Qwen-Image, read from the checkpoint's configs, never from a switch."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from hf_qie.recipe import InputError
 
@@ -98,25 +100,34 @@ FAMILIES = {
 }
 
 
+@contextmanager
+def from_hub(model: str) -> Iterator[None]:
+    """Raise what goes wrong with the Hub's repository `model` as InputError."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise InputError(
+            f"model: {model!r} is neither a folder here nor a Hub id like Qwen/Qwen-Image-Edit-2509"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"model: {model!r} is no folder here, as a Hub id not in the local cache, and the Hub is out of reach"
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(f"model: the Hub's {model} is not in diffusers layout ({error})") from error
+    except HfHubHTTPError as error:
+        raise InputError(f"model: {model!r} is no folder here, and the Hub refuses it ({error})") from error
+
+
 def checkpoint_file(model: str, name: str, *, revision: str | None = None) -> Path:
     """A file of the checkpoint, from the folder `model` or the Hub (cached); raises InputError where there is none."""
-    if Path(model).is_dir():
-        path = Path(model, name)
-        if path.is_file():
-            return path
+    if not Path(model).is_dir():
+        with from_hub(model):
+            return Path(hf_hub_download(model, name, revision=revision))
+    path = Path(model, name)
+    if not path.is_file():
         raise InputError(f"model: {path} does not exist; {model} has to be a folder in diffusers layout")
-    if Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise InputError(f"model: {model!r} is neither a folder nor a Hub id like Qwen/Qwen-Image-Edit-2509")
-    try:
-        return Path(hf_hub_download(model, name, revision=revision))
-    except (
-        EntryNotFoundError
-    ) as error:  # LocalEntryNotFoundError is one: the cache misses it and the Hub is out of reach
-        if isinstance(error, LocalEntryNotFoundError):
-            raise InputError(f"model: {model} is not in the local cache and the Hub cannot be reached") from error
-        raise InputError(f"model: {model} has no {name}; it has to be in diffusers layout") from error
-    except HfHubHTTPError as error:
-        raise InputError(f"model: cannot read {name} of {model!r} from the Hub ({error})") from error
+    return path
 
 
 def read_config(model: str, name: str, *, revision: str | None = None) -> dict[str, Any]:

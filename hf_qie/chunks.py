@@ -59,12 +59,21 @@ class ChunkWriter:
 
     def __init__(self, plan: Plan, models: Models, *, progress: Callable[[int], Any]):
         self.plan, self.models, self.progress = plan, models, progress
-        self.inverse_captions = plan.inverse_captions
         self.features = plan.features(models.encoder.width)
-        self.readers = ThreadPoolExecutor(plan.extract.num_workers, thread_name_prefix="reader")
-        self.runner = ThreadPoolExecutor(1, thread_name_prefix="models")
 
-    def write(self, path: Path, rows: range, *, aside: Path) -> None:
+    def __enter__(self) -> "ChunkWriter":
+        """Start the threads."""
+        device = self.models.encoder.device
+        self.readers = ThreadPoolExecutor(self.plan.extract.num_workers, "reader")
+        self.runner = ThreadPoolExecutor(1, "models", initializer=use_device, initargs=(device,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for what is under way, and end the threads."""
+        self.readers.shutdown(cancel_futures=True)
+        self.runner.shutdown(cancel_futures=True)
+
+    def write(self, path: Path, rows: range, *, account_path: Path, aside: Path) -> None:
         """Encode `rows` into the Arrow file `path`, written `aside` until it is whole and its account is on disk."""
         account = Account(rows_in=len(rows))
         windows = asyncio.Semaphore(WINDOWS)
@@ -96,13 +105,13 @@ class ChunkWriter:
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
         account.bad.sort(key=lambda bad: bad["row"])
-        write_durably(account_path(path), json.dumps(vars(account), ensure_ascii=False))
+        write_durably(account_path, json.dumps(vars(account), ensure_ascii=False))
         move_durably(aside, path)
 
     def prepare(self, row: dict[str, Any]) -> Prepared | BadRow:
         """Read the pictures of a row and make its prompts. Runs in many threads."""
         try:
-            return prepare(row, self.plan, self.models.processor, self.inverse_captions)
+            return prepare(row, self.plan, self.models.processor)
         except BadRow as error:
             return error
 
@@ -127,15 +136,17 @@ class ChunkWriter:
         """List a bad row, or stop the run where the recipe says so."""
         if self.plan.extract.on_bad_row == "fail":
             raise InputError(
-                f"tasks.{self.plan.task.name}: row {row['row']}: {bad.column}: {bad.path or ''} {bad.reason}; "
+                f"tasks.{self.plan.task.name}: row {row['row']}: {bad.column}: {f'{bad.path}: ' if bad.path else ''}"
+                f"{bad.reason}; "
                 "mend it, or set extract.on_bad_row: skip to list such rows and go on"
             ) from bad
         account.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
 
 
-def account_path(path: Path) -> Path:
-    """Where the account of a chunk file lies."""
-    return path.with_suffix(".json")
+def use_device(device: torch.device) -> None:
+    """A thread starts on the first device, whatever the others use."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
 
 
 def run_models(rows: Sequence[Prepared], models: Models, plan: Plan) -> list[dict[str, Any] | BadRow]:

@@ -4,7 +4,8 @@
 
 Runs the prompt encoder and the VAE once over every task of the recipe and leaves one embedding set a task under
 extract.output_dir; open one with datasets.load_from_disk. Started again, it goes on where it stopped.
-Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else).
+Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else); `accelerate
+launch` itself makes 1 of all but 0.
 """
 
 import json
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from hf_qie.prepare import Plan
 
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
-REQUEST = "request.json"  # what an unfinished set is being made from
-UNFINISHED = "unfinished"  # chunks being written
+UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
+REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
+WRITING = f"{UNFINISHED}/writing"  # chunks that are not whole
 TOO_MANY_BAD = 3  # exit code
 
 
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int:
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
-        return extract(recipe, family, plans)
+    return extract(recipe, family, plans)  # the rows stay mapped without a name, and a killed run leaves none behind
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -97,12 +99,14 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
         if state.is_main_process:
             open_folder(folder, request, overwrite=recipe.extract.overwrite)
         state.wait_for_everyone()
-        if not (folder / PROVENANCE).exists():
+        if (folder / PROVENANCE).exists():
+            logger.info("%s: finished before, nothing to do; delete %s to extract it again", name, folder)
+        else:
             models = models or load_models(recipe, family, device=state.device)
             write_chunks(plan, models, folder, rank=state.process_index, world_size=state.num_processes)
             state.wait_for_everyone()
             if state.is_main_process:
-                finish(plan, folder, recipe=recipe, request=request, features=plan.features(models.encoder.width))
+                finish(plan, folder, recipe=recipe, request=request, models=models)
             state.wait_for_everyone()
         counts = read_provenance(folder)["record"]["counts"]
         logger.info(closing_line(name, folder, counts, minutes=(time.monotonic() - started) / 60))
@@ -129,17 +133,16 @@ def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> 
 
 
 def request_of(plan: "Plan", compat: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """All that decides the content of a set; a folder is only gone on with if this is unchanged."""
-    extract = as_dict(recipe.extract)
-    named = ("image_sample_size", "inverse", "batch_size", "vae_batch_size", "dtype", "chunk_rows")
-    return {
-        "compat": dict(compat) | {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption},
-        "data": plan.rows.digest,
-        "columns": as_dict(plan.task.columns),
-        "t2i": plan.task.t2i,
-        "image_root": plan.task.image_root,
-        **{name: extract[name] for name in named},
-    }
+    """All that decides the content of a set; a folder is only gone on with if this is unchanged.
+
+    Not the batch sizes, though they move the last bits: who runs out of memory may go on with smaller ones.
+    """
+    task, settings = plan.task, as_dict(recipe.extract)
+    roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
+    compat = dict(compat) | {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
+    request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
+    request |= {"columns": as_dict(task.columns)}
+    return request | {name: settings[name] for name in ("image_sample_size", "inverse", "dtype", "chunk_rows")}
 
 
 def open_folder(folder: Path, request: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -147,29 +150,32 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, overwrite: bool) ->
 
     Raises InputError for a folder made from something else, unless `overwrite` is set.
     """
-    from hf_qie.embeddings import differences, write_durably
+    from hf_qie.embeddings import PROVENANCE, write_durably
 
     found = read_request(folder)
     if found is not None and found != request:
-        differing = differences(found, request | {"compat": None}) + differences(found["compat"], request["compat"])
+        before, now = ({**one, **one["compat"], "compat": None} for one in (found, request))
+        differing = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
         if not overwrite:
             raise InputError(
-                f"{folder}: was made with another {', '.join(sorted({*differing} - {'compat'}))}; give another "
-                "extract.output_dir, or set extract.overwrite: true to delete it and start again"
+                f"{folder}: was made with another {', '.join(differing)}; give another extract.output_dir, or set "
+                "extract.overwrite: true to delete it and start again"
             )
         shutil.rmtree(folder)
     elif found is None and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(folder / (UNFINISHED if (folder / PROVENANCE).exists() else WRITING), ignore_errors=True)
     if read_request(folder) is None:
+        (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
         write_durably(folder / REQUEST, json.dumps(request))
 
 
 def read_request(folder: Path) -> dict[str, Any] | None:
     """What the set in `folder`, finished or not, is made from; None where there is none."""
-    if (folder / "provenance.json").exists():
-        return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["record"]["request"]
+    from hf_qie.embeddings import PROVENANCE
+
+    if (folder / PROVENANCE).exists():
+        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["record"]["request"]
     if (folder / REQUEST).exists():
         return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     return None
@@ -185,6 +191,11 @@ def chunk_files(plan: "Plan", folder: Path) -> dict[Path, range]:
     }
 
 
+def account_path(path: Path) -> Path:
+    """Where it says what became of the rows of a chunk file."""
+    return path.parent / UNFINISHED / f"{path.stem}.json"
+
+
 def write_chunks(plan: "Plan", models: "Models", folder: Path, *, rank: int, world_size: int) -> None:
     """Write this rank's chunks that are not there yet."""
     from tqdm import tqdm
@@ -196,17 +207,19 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, rank: int, wor
     name = plan.task.name if world_size == 1 else f"{plan.task.name} (rank {rank} of {world_size})"
     total = sum(len(rows) for _, rows in mine)
     done = total - sum(len(rows) for rows in todo.values())
-    with tqdm(desc=name, unit="row", total=total, initial=done, disable=rank != 0) as bar:
-        writer = ChunkWriter(plan, models, progress=bar.update)
+    with (
+        tqdm(desc=name, unit="row", total=total, initial=done, disable=rank != 0) as bar,
+        ChunkWriter(plan, models, progress=bar.update) as writer,
+    ):
         for path, rows in todo.items():
-            writer.write(path, rows, aside=folder / UNFINISHED / f"{path.stem}.rank{rank}.arrow")
+            writer.write(path, rows, account_path=account_path(path), aside=folder / WRITING / path.name)
 
 
-def finish(plan: "Plan", folder: Path, *, recipe: Recipe, request: Mapping[str, Any], features: Any) -> None:
+def finish(plan: "Plan", folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: "Models") -> None:
     """Make the chunk files a set that `load_from_disk` opens; `provenance.json`, written last, says it is whole."""
     from datasets import DatasetInfo
 
-    from hf_qie.chunks import Account, account_path
+    from hf_qie.chunks import Account
     from hf_qie.embeddings import PROVENANCE, fingerprint, write_durably
 
     files, total = chunk_files(plan, folder), Account()
@@ -224,32 +237,30 @@ def finish(plan: "Plan", folder: Path, *, recipe: Recipe, request: Mapping[str, 
         "_split": "train",
     }
     write_durably(folder / "state.json", json.dumps(state, indent=2))
-    DatasetInfo(features=features).write_to_directory(str(folder), pretty_print=True)
+    DatasetInfo(features=plan.features(models.encoder.width)).write_to_directory(str(folder), pretty_print=True)
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
     write_durably(folder / "bad_rows.jsonl", "".join(lines))
     save_recipe(recipe, folder / "recipe.yaml")
     counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(path.stat().st_size for path in files)}
-    record = {"request": request, "counts": counts} | record_of(recipe)
+    record = {"request": request, "counts": counts} | record_of(recipe, models)
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
     write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
-    for path in files:
-        account_path(path).unlink()
-    (folder / REQUEST).unlink()
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(folder / UNFINISHED)
 
 
-def record_of(recipe: Recipe) -> dict[str, Any]:
+def record_of(recipe: Recipe, models: "Models") -> dict[str, Any]:
     """What a set was made with, for the reader; never compared."""
     from importlib.metadata import version
-
-    import torch
 
     libraries = ("torch", "torchvision", "transformers", "diffusers", "datasets", "pillow")
     return {
         "model": recipe.model,
         "revision": recipe.revision,
         "versions": {name: version(name) for name in libraries},
-        "device": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu",
+        # there is a second one for pictures, slightly different
+        "processor": type(getattr(models.processor, "image_processor", models.processor)).__name__,
+        "dtype": recipe.extract.dtype,
+        "device": models.encoder.device.type,
         "threads": THREADS,
         "recipe": as_dict(recipe),
     }

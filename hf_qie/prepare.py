@@ -18,7 +18,7 @@ from hf_qie.images import BadImage, area_size, read_image, resize, to_pixels
 from hf_qie.latents import grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.recipe import Extract, Task
-from hf_qie.rows import BadRow, Rows
+from hf_qie.rows import BadRow, Rows, has_inverse
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
@@ -43,10 +43,8 @@ class Plan:
 
     @property
     def inverse_captions(self) -> tuple[str, ...]:
-        """Inverse caption columns that become columns of the set; none unless some row has an inverse."""
-        wanted = self.rows.inverse_captions if self.extract.inverse and not self.task.t2i else ()
-        table = self.rows.table.select_columns(["sources", *wanted]) if wanted else ()
-        return wanted if any(has_inverse(row, wanted) for row in table) else ()
+        """Inverse captions that become columns of the set: those of the recipe, if any row has an inverse."""
+        return self.task.columns.inverse_captions if self.extract.inverse and self.rows.has_inverse else ()
 
     @property
     def inverse_latents(self) -> bool:
@@ -57,15 +55,10 @@ class Plan:
         """Columns of the set for an encoder of that `width`."""
         return set_features(
             width=width,
-            captions=self.rows.captions,
+            captions=self.task.columns.captions,
             inverse_captions=self.inverse_captions,
             inverse_latents=self.inverse_latents,
         )
-
-
-def has_inverse(row: Mapping[str, Any], inverse_captions: Sequence[str]) -> bool:
-    """An inverse takes exactly one source and at least one inverse caption."""
-    return len(row["sources"]) == 1 and any(row[caption] for caption in inverse_captions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +81,27 @@ class Prepared:
     pixels: dict[Picture, torch.Tensor]  # [3, H, W] in [-1, 1]
 
 
-def prepare(row: dict[str, Any], plan: Plan, processor: Any, inverse_captions: Sequence[str]) -> Prepared:
+def prepare(row: dict[str, Any], plan: Plan, processor: Any) -> Prepared:
     """Read, resize and tokenize one row; raises BadRow."""
-    task, root = plan.task.columns, Path(row["root"])
-    images = {path: read_picture(root, path, column=task.sources) for path in row["sources"]}
-    images |= {row["target"]: read_picture(root, row["target"], column=task.target)}
-    wanted = [("", row["sources"], row["target"], plan.rows.captions)]
-    if inverse_captions and has_inverse(row, inverse_captions):
-        wanted.append(("inverse_", [row["target"]], row["sources"][0], inverse_captions))
+    names, root = plan.task.columns, Path(row["root"])
+    images = {path: read_picture(root, path, column=names.sources) for path in row["sources"]}
+    images |= {row["target"]: read_picture(root, row["target"], column=names.target)}
+    wanted = [("", row["sources"], row["target"], names.captions)]
+    if plan.extract.inverse and has_inverse(row, plan.task):
+        wanted.append(("inverse_", [row["target"]], row["sources"][0], names.inverse_captions))
     directions, pixels = [], {}
     for prefix, sources, target, captions in wanted:
         sized = [(path, area_size(images[path].size, plan.source_area_px)) for path in sources]
         sized_target = (target, area_size(images[target].size, plan.target_area_px))
-        present = tuple(caption for caption in captions if row[caption])
-        prompt = prompt_of(row, [images[path] for path in sources], present, plan, processor)
-        direction = Direction(prefix=prefix, captions=present, prompt=prompt, sources=sized, target=sized_target)
+        texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
+        prompt = prompt_of(texts, [images[path] for path in sources], plan, processor)
+        direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, sources=sized, target=sized_target)
         check_length(direction)
         directions.append(direction)
         if not prefix or plan.inverse_latents:
             pixels |= {(path, size): to_pixels(resize(images[path], size)) for path, size in (*sized, sized_target)}
     columns = {"row": row["row"], "source_image": row["sources"], "target_image": row["target"]}
-    columns |= {caption: row[caption] for caption in plan.rows.captions} | {"num_sources": len(row["sources"])}
+    columns |= {caption: row["texts"][caption] for caption in names.captions} | {"num_sources": len(row["sources"])}
     return Prepared(columns=columns, directions=directions, pixels=pixels)
 
 
@@ -120,18 +113,15 @@ def read_picture(root: Path, path: str, *, column: str) -> Image.Image:
         raise BadRow(str(error), column=column, path=path) from error
 
 
-def prompt_of(
-    row: Mapping[str, Any], sources: Sequence[Image.Image], captions: Sequence[str], plan: Plan, processor: Any
-) -> Prompt:
-    """The prompt for the captions of a row, the drop caption last."""
+def prompt_of(texts: Mapping[str, str], sources: Sequence[Image.Image], plan: Plan, processor: Any) -> Prompt:
+    """The prompt for `texts`, by caption column, over `sources`; the drop caption comes last."""
     template = plan.family.template(len(sources))
     seen = [resize(image, area_size(image.size, plan.family.vlm_area_px)) for image in sources]
+    texts = {**texts, "drop": plan.extract.drop_caption}
     try:
-        return make_prompt(
-            processor, template, seen, [*(row[caption] for caption in captions), plan.extract.drop_caption]
-        )
+        return make_prompt(processor, template, seen, list(texts.values()))
     except BadPrompt as error:
-        raise BadRow(str(error), column=" or ".join(captions)) from error
+        raise BadRow(str(error), column=list(texts)[error.place]) from error
 
 
 def check_length(direction: Direction) -> None:
@@ -139,6 +129,6 @@ def check_length(direction: Direction) -> None:
     prompt = direction.prompt
     sides = [side for _, size in (*direction.sources, direction.target) for side in grid_of(size)]
     most = MAX_POSITIONS - max(sides) // 2 if direction.sources else MAX_TEXT_TO_IMAGE_TOKENS
-    for caption, branch in zip((*direction.captions, "drop_caption"), prompt.branches, strict=True):
+    for caption, branch in zip((*direction.captions, "drop"), prompt.branches, strict=True):
         if (num_tokens := len(prompt.shared) + len(branch) - prompt.drop) > most:
             raise BadRow(f"{num_tokens} tokens of pictures and text, at most {most} can be placed", column=caption)

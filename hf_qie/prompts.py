@@ -15,11 +15,16 @@ from PIL import Image
 
 from hf_qie.family import Template
 
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # stand for what is seen; only templates may hold them
 TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread changes its padding
 
 
 class BadPrompt(ValueError):
-    """A caption that cannot be encoded; the message says why, not where."""
+    """A caption that cannot be encoded: why, and its `place` among the captions given."""
+
+    def __init__(self, reason: str, *, place: int):
+        super().__init__(reason)
+        self.place = place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +60,14 @@ def make_prompt(processor: Any, template: Template, images: Sequence[Image.Image
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     shared_text, vision = template.shared(len(images)), {}
+    for place, caption in enumerate(captions):
+        if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in caption]:
+            raise BadPrompt(f"the caption holds {found[0]}, which stands for a picture", place=place)
     if images:
-        for caption in captions:
-            if found := [token for token in (processor.image_token, processor.video_token) if token in caption]:
-                raise BadPrompt(f"the caption holds {found[0]}, which stands for a picture")
         vision = processor.image_processor(images=list(images), return_tensors="pt")
         tokens_per_image = vision["image_grid_thw"].prod(dim=-1) // processor.image_processor.merge_size**2
-        pieces = shared_text.split(processor.image_token)
-        pads = [processor.image_token * n for n in tokens_per_image.tolist()]
+        pieces = shared_text.split(IMAGE_TOKEN)
+        pads = [IMAGE_TOKEN * n for n in tokens_per_image.tolist()]
         shared_text = pieces[0] + "".join(pad + piece for pad, piece in zip(pads, pieces[1:], strict=True))
     texts = [shared_text + caption + template.after for caption in captions]
     with TOKENIZING:

@@ -1,0 +1,221 @@
+"""A picture file of any kind becomes the upright RGB pixels that its maker saw, or says why it cannot."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from PIL import Image
+
+from hf_qie.images import BadImage, area_size, read_image, to_pixels
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def quarters(width=40, height=20):
+    """Red, green, blue and grey quarters: any turn or mirroring shows."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = 200, 0, 0
+    pixels[: height // 2, width // 2 :] = 0, 200, 0
+    pixels[height // 2 :, : width // 2] = 0, 0, 200
+    pixels[height // 2 :, width // 2 :] = 100, 100, 100
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(image, format, **options)` -> what `read_image` makes of `image` saved in that format."""
+
+    def save_and_read(image, name="picture.png", **options):
+        image.save(tmp_path / name, **options)
+        return read_image(tmp_path / name)
+
+    return save_and_read
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
+def test_a_picture_stands_upright_whatever_its_exif_says(read, orientation, name):
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,  # the camera's turn to the left; EXIF 6 asks for one to the right
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    upright, exif = quarters(), Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = upright.transpose(turns[orientation]) if orientation in turns else upright
+    image = read(stored, name, exif=exif, **({"lossless": True} if name.endswith("webp") else {"quality": 95}))
+    assert (image.mode, image.size) == ("RGB", upright.size)
+    for place in ((10, 5), (30, 5), (10, 15), (30, 15)):  # the middle of each quarter
+        np.testing.assert_allclose(image.getpixel(place), upright.getpixel(place), atol=9)  # JPEG
+
+
+def on_white(alpha):
+    """What RGB (200, 0, 0) of that opacity looks like on white."""
+    share = alpha / 255
+    return [round(255 - share * (255 - value)) for value in (200, 0, 0)]
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_transparency_shows_white(read, alpha):
+    image = read(Image.new("RGBA", (4, 4), (200, 0, 0, alpha)))
+    np.testing.assert_allclose(image.getpixel((0, 0)), on_white(alpha), atol=1)
+
+
+def test_a_transparent_colour_of_a_palette_shows_white(read):
+    paletted = quarters().quantize(4)
+    red = paletted.getpixel((0, 0))
+    image = read(paletted, transparency=red)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.getpixel((30, 0)) == (0, 200, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+def test_a_colour_that_is_declared_transparent_shows_white(read, mode):
+    image = Image.new(mode, (4, 4), 0)
+    image.putpixel((3, 3), (9, 9, 9) if mode == "RGB" else 255)
+    image = read(image, transparency=(0, 0, 0) if mode == "RGB" else 0)
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grey_with_transparency_shows_white(read):
+    image = Image.new("LA", (2, 1), (50, 255))
+    image.putpixel((1, 0), (50, 0))
+    image = read(image)
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(50, 50, 50), (255, 255, 255)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "seen"),
+    [("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("P", 0, (0, 0, 0)), ("RGB", (1, 2, 3), (1, 2, 3))],
+)
+def test_plain_modes_keep_their_colours(read, mode, colour, seen):
+    image = read(Image.new(mode, (4, 4), colour))
+    assert image.mode == "RGB" and image.getpixel((1, 1)) == seen
+
+
+def test_print_colours_become_light(read):
+    image = read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "print.jpg")
+    np.testing.assert_allclose(image.getpixel((4, 4)), (255, 0, 0), atol=9)  # JPEG
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+def test_grey_of_16_bits_keeps_its_range(read, name):
+    values = np.array([[0, 255, 257, 32768, 65535]] * 2, np.uint16)
+    image = read(Image.fromarray(values), name)
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0))[0] for x in range(5)] == [0, 1, 1, 128, 255]
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(read):
+    assert read(Image.fromarray(np.full((4, 4), 200, np.uint16))).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_floats_are_bad_since_nothing_says_their_range(read):
+    with pytest.raises(BadImage, match="floats without a range"):
+        read(Image.new("F", (4, 4), 0.5), "depth.tif")
+
+
+@pytest.mark.parametrize(("name", "options"), [("moving.gif", {}), ("moving.webp", {"lossless": True})])
+def test_of_a_moving_picture_the_first_frame_counts(read, name, options):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    image = read(frames[0], name, save_all=True, append_images=frames[1:], **options)
+    assert image.getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_the_content_and_not_the_name_says_the_format(read):
+    assert read(quarters(), "webp_in_truth.jpg", format="WEBP", lossless=True).size == (40, 20)
+
+
+def encoded(format, **options):
+    buffer = io.BytesIO()
+    quarters().save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "UnidentifiedImageError"),
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "UnidentifiedImageError"),
+        (encoded("JPEG")[:300], "OSError: "),
+        (encoded("PNG")[:-40], "truncated"),
+        (encoded("WEBP")[:60], "Error: "),
+        (encoded("AVIF")[:-20], "Error: "),
+    ],
+)
+def test_a_broken_file_is_bad_with_a_reason(tmp_path, content, reason):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(BadImage, match=rf"^cannot read the picture \(.*{reason}.*\)$"):
+        read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it can still read
+def test_damage_of_any_kind_is_bad_or_read(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    rng, path = random.Random(0), tmp_path / "damaged"
+    whole = [encoded(format, exif=exif) for format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")]
+    whole += [encoded(format) for format in ("GIF", "BMP", "JPEG2000", "ICO", "TGA")]
+    bad = 0
+    for _ in range(600):
+        content = bytearray(rng.choice(whole))
+        del content[rng.choice([len(content), rng.randrange(len(content))]) :]
+        for _ in range(rng.choice([0, 1, 5]) if content else 0):
+            content[rng.randrange(min(len(content), 300))] = rng.choice([0, 1, 255, rng.randrange(256)])
+        path.write_bytes(content)
+        try:
+            assert read_image(path).mode == "RGB"
+        except BadImage:
+            bad += 1
+    assert 100 < bad < 600
+
+
+def test_a_folder_and_a_missing_file_are_bad(tmp_path):
+    with pytest.raises(BadImage, match="IsADirectoryError"):
+        read_image(tmp_path)
+    with pytest.raises(BadImage, match="FileNotFoundError"):
+        read_image(tmp_path / "gone.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_is_bad_before_it_is_decoded(read, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(BadImage, match=r"^40 x 20 pixels are more than 500$"):
+        read(quarters())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # from twice on, Pillow itself refuses
+    with pytest.raises(BadImage, match="DecompressionBombError"):
+        read(quarters())
+
+
+@pytest.mark.parametrize("size", [(81, 10), (10, 81)])
+def test_a_strip_longer_than_8_to_1_is_bad(read, size):
+    with pytest.raises(BadImage, match=f"^{size[0]} x {size[1]} pixels are longer than 8 to 1$"):
+        read(Image.new("RGB", size))
+    assert read(Image.new("RGB", (80, 10))).size == (80, 10)
+
+
+def test_area_size_is_the_pipelines_calculate_dimensions():
+    rng = np.random.default_rng(0)
+    sizes = [(int(w), int(h)) for w, h in rng.integers(64, 4096, (2000, 2)) if max(w, h) <= 8 * min(w, h)]
+    sizes += [(n, m) for n in range(1, 30) for m in range(1, 30)]  # simple ratios, which fall on halves
+    for area_px in (384 * 384, 512 * 512, 1024 * 1024, 80 * 80):
+        for width, height in sizes:
+            assert area_size((width, height), area_px) == calculate_dimensions(area_px, width / height)[:2]
+
+
+def test_halves_are_rounded_to_even_as_the_pipelines_do():
+    assert area_size((1, 1), 80 * 80) == (64, 64)  # 2.5 x 32
+    assert area_size((1, 1), 112 * 112) == (128, 128)  # 3.5 x 32
+
+
+def test_pixels_go_from_minus_one_to_one():
+    image = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
+    torch.testing.assert_close(to_pixels(image)[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))

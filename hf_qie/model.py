@@ -5,6 +5,7 @@ Letters: B rows, S target tokens, R source tokens, L prompt tokens, D prompt wid
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -150,8 +151,16 @@ def matches(name: str, part: str) -> bool:
     return part == "." or f".{part}." in f".{name}."
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """What Trainer calls activation checkpointing, by diffusers' name (its models lack Trainer's)."""
+def enable_activation_checkpointing(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """What Trainer calls activation checkpointing, by diffusers' name; its models lack Trainer's.
+
+    Raises InputError for options that it does not know: every block is checkpointed, the way torch recommends.
+    """
+    if options not in (None, {}, {"use_reentrant": False}):
+        raise InputError(
+            f"training.activation_checkpointing_kwargs: got {options}, wanted no more than use_reentrant: false; "
+            "leave it out"
+        )
     transformer = model.get_base_model() if isinstance(model, PeftModel) else model
     transformer.enable_gradient_checkpointing()
 

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
+# What a launcher asks for by the environment, and Trainer would do, or silently leave, without the recipe.
+LAUNCHER_REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
+    "ACCELERATE_DYNAMO_BACKEND": "compiled training",
+}
 # What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 
@@ -35,10 +43,10 @@ def main(argv: list[str]) -> None:
 
 
 def refuse_launcher() -> None:
-    """Raise InputError where the launcher asks for what training would not do."""
-    for flag, capability in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(flag, "false").lower() in ("1", "true", "yes"):
-            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; use --multi_gpu")
+    """Raise InputError where the launcher asks for what training would not do, or not as the recipe says."""
+    for flag, capability in LAUNCHER_REFUSED.items():
+        if os.environ.get(flag, "no").lower() not in ("no", "false", "0", ""):
+            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
@@ -173,23 +181,27 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
     """One line on what is about to happen."""
     from accelerate.logging import get_logger
 
+    from hf_qie.trainer import step_of
+
     arguments, parameters = trainer.args, list(trainer.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    compute = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[arguments.mixed_precision]
-    get_logger("hf_qie.train").info(
-        "training %s of %s parameters, %s (%s arithmetic); %d rows a step: %d ranks x %d rows x %d accumulated; %s "
-        "of %d steps; encoder: not loaded, VAE: not loaded",
+    logger = get_logger("hf_qie.train")
+    logger.info(
+        "training %s of %s parameters in %s, arithmetic in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
+        "%d steps, %s; encoder: not loaded, VAE: not loaded",
         f"{sum(parameter.numel() for parameter in trained):,}",
         f"{sum(parameter.numel() for parameter in parameters):,}",
         "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
-        compute,
+        {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[arguments.mixed_precision],
         global_batch_size(arguments),
         arguments.world_size,
         arguments.per_device_train_batch_size,
         arguments.gradient_accumulation_steps,
-        f"going on from {checkpoint}" if checkpoint else "from the first",
         arguments.max_steps,
+        f"going on from {checkpoint}" if checkpoint else "from the first",
     )
+    if checkpoint and step_of(checkpoint) >= arguments.max_steps:
+        logger.warning("%s is the end of this run; raise training.max_steps to go on", checkpoint)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Letters: B rows, S target tokens.
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,18 +62,14 @@ class EditTrainer(Trainer):
         """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`."""
         assert args.max_steps > 0, "the plan has a fixed length"
         if args.activation_checkpointing:
-            if args.activation_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
-                raise InputError(
-                    f"training.activation_checkpointing_kwargs: got {args.activation_checkpointing_kwargs}, but whole "
-                    "blocks are checkpointed, with use_reentrant: false; leave it out"
-                )
-            enable_activation_checkpointing(model)
+            enable_activation_checkpointing(model, args.activation_checkpointing_kwargs)
             # done; Trainer would call a method that diffusers' models lack
             args.activation_checkpointing = args.gradient_checkpointing = False
-        args._n_gpu = min(args.n_gpu, 1)  # a process has one device; for more of them Trainer would use DataParallel
+        if args.n_gpu > 1:
+            logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
+            args._n_gpu = 1  # else Trainer would use DataParallel
         super().__init__(model=model, args=args, train_dataset=draws, data_collator=collate)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError("FSDP and DeepSpeed are not available yet; launch with --multi_gpu instead")
+        assert not (self.is_fsdp_enabled or self.is_deepspeed_enabled), "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
         self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
         self.global_batch_size = self.get_total_train_batch_size(args)
@@ -224,13 +219,16 @@ def file_digest(path: Path) -> str:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that is whole; a warning names the newer ones that are not, and why."""
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = {int(found[0]): path for path in folders if (found := re.findall(r"-(\d+)$", path.name))}
-    for _, folder in sorted(numbered.items(), reverse=True):
+    for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=step_of, reverse=True):
         if (reason := misfit(folder)) is None:
             return folder
         logger.warning("%s is passed over: %s", folder, reason)
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps the run had done."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def misfit(folder: Path) -> str | None:

@@ -43,7 +43,7 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     done = start(root, path, "training.max_steps=2")
     assert done.returncode == 0, done.stderr
-    assert "training 26,752 of 372,256 parameters, float32 (float32 arithmetic); 4 rows a step" in done.stderr
+    assert "training 26,752 of 372,256 parameters in float32, arithmetic in float32; 4 rows a step" in done.stderr
     assert "encoder: not loaded, VAE: not loaded" in done.stderr
     assert "8 draws\ntask" in done.stderr
     run = tmp_path / "run"
@@ -108,10 +108,15 @@ def test_a_set_of_another_checkpoint_is_refused(root, tiny, tmp_path):
     assert "tasks.edit: its embedding set does not fit the checkpoint" in message
 
 
-@pytest.mark.parametrize(("flag", "capability"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_what_the_launcher_asks_for_is_refused_where_it_would_not_happen(root, tiny, tmp_path, flag, capability):
-    message = refused(root, write_recipe(tmp_path, tiny()), **{f"ACCELERATE_USE_{flag}": "true"})
-    assert f"accelerate launch: asks for {capability}, which is not available yet" in message
+@pytest.mark.parametrize(
+    ("asked", "capability"),
+    [("--use_fsdp", "FSDP"), ("--multi_gpu --dynamo_backend inductor", "compiled training")],
+)
+def test_what_the_launcher_asks_for_and_would_not_happen_is_refused(root, tiny, tmp_path, asked, capability):
+    done = start(root, write_recipe(tmp_path, tiny()), module=(*TWO_RANKS[:1], *asked.split(), *TWO_RANKS[2:]))
+    assert done.returncode == 1
+    message = f"accelerate launch: asks for {capability}, which is not available yet; leave it out"
+    assert done.stderr.count(message) == 1, done.stderr
 
 
 def test_values_that_only_training_arguments_know_are_input_errors(root, tiny, tmp_path):

@@ -267,9 +267,10 @@ def test_a_resumed_run_logs_and_saves_when_its_recipe_says(tiny, tmp_path):
     }
 
 
-def test_a_finished_run_trains_no_further(tiny, tmp_path):
+def test_a_finished_run_trains_no_further_and_says_so(tiny, tmp_path, caplog):
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     finished, again = run(path), run(path)
+    assert "checkpoint-4 is the end of this run; raise training.max_steps to go on" in caplog.text
     assert again.state.global_step == 4
     hold(again, finished)
 

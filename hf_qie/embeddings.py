@@ -81,7 +81,7 @@ def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArra
     return pa.ListArray.from_arrays(
         pa.array(np.cumsum([0, *lengths]), pa.int32()),
         pa.FixedSizeListArray.from_arrays(data, width),
-        mask=pa.array([value is None for value in values]),
+        mask=pa.array([value is None for value in values], pa.bool_()),
     )
 
 
@@ -168,7 +168,7 @@ def weight_digest(path: Path) -> str:
             raise InputError(f"model: {path} is no safetensors file; fetch it again")
         digest = hashlib.sha256(str(size).encode() + head + file.read(length))
         for i in range(SAMPLES):
-            file.seek(size * i // SAMPLES)
+            file.seek(max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))  # the last ends with the file
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 

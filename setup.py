@@ -23,6 +23,7 @@ setup(
         "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
         "peft>=0.21",
         "huggingface_hub>=2.0",
+        "jinja2>=3.1",  # cards
         "safetensors>=0.8",
         "pyarrow>=21",
         "pyyaml>=6.0.2",

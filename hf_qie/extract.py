@@ -3,7 +3,8 @@
     accelerate launch hf_qie/extract.py recipe.yaml [key.of.the.recipe=value ...]
 
 Runs the prompt encoder and the VAE once over every task of the recipe and leaves one embedding set a task under
-extract.output_dir; open one with datasets.load_from_disk. Started again, it goes on where it stopped.
+extract.output_dir; open one with datasets.load_from_disk. With extract.push_to_hub the sets are then published.
+Started again, it goes on where it stopped.
 Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else); `accelerate
 launch` itself makes 1 of all but 0.
 """
@@ -22,6 +23,7 @@ from hf_qie.recipe import InputError, Recipe, Task, as_dict, load_recipe, run_sc
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
     from hf_qie.chunks import Models
     from hf_qie.family import Family
@@ -43,7 +45,10 @@ def main(argv: list[str]) -> int:
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
-    return extract(recipe, family, plans)  # the rows stay mapped without a name, and a killed run leaves none behind
+    code = extract(recipe, family, plans)  # the rows stay mapped without a name, and a killed run leaves none behind
+    if recipe.extract.push_to_hub:
+        push(recipe, list(plans), code)
+    return code
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -71,17 +76,11 @@ def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path) -> "Pl
 
 def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> int:
     """Write the sets of all plans; rank 0 opens and closes each, every rank does its share of the chunks."""
-    import datasets
-    import torch
-    from accelerate import PartialState
     from accelerate.logging import get_logger
 
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
 
-    # weeks, not minutes: ranks wait for each other only at the end of a task
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
-    torch.set_num_threads(THREADS)
-    datasets.disable_progress_bars()
+    state = start(recipe)
     logger = get_logger("hf_qie.extract")  # run by path, this module is __main__
     if any(plan.source_area_px != family.vae_area_px for plan in plans.values()):
         logger.warning(
@@ -114,6 +113,23 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
             logger.error("%s: more bad rows than extract.max_bad_share allows", name)
             code = TOO_MANY_BAD
     return code
+
+
+def start(recipe: Recipe) -> "PartialState":
+    """Join the other ranks; where the sets are to be published, find out before the work whether they can be."""
+    import datasets
+    import torch
+    from accelerate import PartialState
+
+    from hf_qie.publish import open_repo
+
+    # weeks, not minutes: ranks wait for each other only at the end of a task
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
+    torch.set_num_threads(THREADS)
+    datasets.disable_progress_bars()
+    if recipe.extract.push_to_hub and state.is_main_process:
+        open_repo(recipe.extract)
+    return state
 
 
 def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> "Models":
@@ -276,6 +292,22 @@ def closing_line(name: str, folder: Path, counts: Mapping[str, int], *, minutes:
         f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
         f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt; left in {folder}"
     )
+
+
+def push(recipe: Recipe, names: list[str], code: int) -> None:
+    """Publish the finished sets, from one rank; not where too many of their rows are bad."""
+    from accelerate import PartialState
+    from accelerate.logging import get_logger
+
+    from hf_qie.publish import push_sets
+
+    logger = get_logger("hf_qie.extract")
+    if code:
+        logger.error("extract.push_to_hub: nothing is pushed; mend the bad rows, or raise extract.max_bad_share")
+    elif PartialState().is_main_process:
+        folders = {name: Path(recipe.extract.output_dir, name) for name in names}
+        address = push_sets(folders, tasks=recipe.tasks, extract=recipe.extract)
+        logger.info("pushed %s to %s", ", ".join(names), address)
 
 
 if __name__ == "__main__":

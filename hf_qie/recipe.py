@@ -41,6 +41,7 @@ Dropout = Annotated[float, "a number from 0 to below 1", lambda x: 0 <= x < 1]
 ModeScale = Annotated[float, "a number from -1 to 1.75", lambda x: -1 <= x <= 1.75]  # where it is one to one
 Shard = Annotated[tuple[int, ...], "[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1]]
 Names = Annotated[tuple[Name, ...], "a list of at least one name", len]
+HubName = Annotated[str, "a Hub id like org/name", lambda name: name.count("/") == 1]
 TaskName = Annotated[
     str,
     "a name of letters, digits and _ that does not start with a digit",
@@ -106,7 +107,7 @@ class Extract:
     overwrite: bool = False  # true: start again where the recipe or the data changed
     shard: Shard | None = None  # [i, n]: this launch does chunks i, i+n, ...
     allow_private_urls: bool = False  # true: also read images from addresses of the local network
-    push_to_hub: Name | None = None  # org/name; one config per task, the first is the default
+    push_to_hub: HubName | None = None  # one config per task, the first is the default
     private: bool = True  # of the pushed repository
     license: Name | None = None  # on the pushed card
 
@@ -186,9 +187,6 @@ LATER = {
     "extract.latents": "encoding images while training",
     "extract.shard": "extraction shared out over job arrays",
     "extract.allow_private_urls": "images from addresses of the local network",
-    "extract.push_to_hub": "pushing embedding sets",
-    "extract.private": "pushing embedding sets",
-    "extract.license": "pushing embedding sets",
     "sampling.*": "pictures while training",
     "tasks.*.eval_rows": "evaluation while training",
     "training.eval_*": "evaluation while training",

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hub import Hub
 from PIL import Image
 
 from hf_qie.shapes import synthetic_edits
@@ -69,6 +70,13 @@ def tiny(built_once) -> Callable[[str], Path]:
 def edits(built_once) -> Path:
     """A folder with 24 synthetic rows a task (`edit.jsonl`, `combine.jsonl`, `text_to_image.jsonl`); read only."""
     return built_once("edits", lambda folder: synthetic_edits(folder, rows=24))
+
+
+@pytest.fixture
+def loopback_hub(tmp_path) -> Iterator[Hub]:
+    """A small Hub of this test's own; see tests/hub.py."""
+    with Hub(tmp_path / "hub") as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,370 @@
+"""Embedding sets to the Hub and back, over HTTP with a Hub on loopback."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import load_from_disk
+from hub import TOKEN, Hub
+from push_rate import measure
+
+from hf_qie.cards import BEGIN, END
+from hf_qie.public import public, public_path
+from hf_qie.recipe import InputError, load_recipe
+
+TASKS = ("edit", "combine", "text_to_image")
+# `load_dataset` in a process of its own: each config is left in a folder as it comes
+LOAD = """
+import sys
+from datasets import load_dataset
+for name in sys.argv[3:]:
+    load_dataset(sys.argv[1], name, split="train").save_to_disk(f"{sys.argv[2]}/{name}")
+assert "hf_qie" not in sys.modules
+"""
+# a push without what extract.py imports for its other work; small shards, few a commit
+PUSH = """
+import sys
+from pathlib import Path
+from hf_qie import publish
+from hf_qie.recipe import load_recipe, run_script
+publish.SHARD_BYTES, publish.SHARDS_PER_COMMIT = 200_000, 2
+def main(argv):
+    recipe = load_recipe(argv[0], argv[2:])
+    folders = {name: Path(recipe.extract.output_dir, name) for name in argv[1].split(",")}
+    publish.push_sets(folders, tasks=recipe.tasks, extract=recipe.extract)
+run_script(main)
+"""
+
+
+def run(hub: Hub, home: Path, *command: object, **changes) -> subprocess.CompletedProcess:
+    """A process of Python that takes `hub` for the Hub."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=hub.environment(home) | changes,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def push(hub: Hub, recipe: Path, tasks: str, *overrides: str, code: int = 0, **changes) -> str:
+    """Push finished sets in small shards; returns what was said."""
+    done = run(hub, recipe.parent / "home", "-c", PUSH, recipe, tasks, *overrides, **changes)
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
+def write_data(folder: Path, edits: Path) -> None:
+    """The three tasks of the synthetic edits, 6 rows each, with paths as people have them and one row that is bad."""
+    shutil.copytree(edits, folder)
+    for task in TASKS:
+        path = folder / f"{task}.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:6]]
+        if task == "edit":
+            rows[0]["target_image"] = str(folder / rows[0]["target_image"])
+            rows[1]["target_image"] = str(folder.parent / "elsewhere" / "target.png")
+            rows[2]["target_image"] = "../elsewhere/target.png"
+            rows[3]["target_image"] = "../elsewhere/broken.png"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(next((folder / "images").iterdir()), elsewhere / "target.png")
+    (elsewhere / "broken.png").write_bytes(b"no picture")
+
+
+@pytest.fixture(scope="session")
+def pushed(built_once, tiny, edits, root) -> Path:
+    """What a run of extract.py with `push_to_hub` leaves: embeddings/, hub/, recipe.yaml, requests.json, said.txt."""
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        write_data(folder / "private-data", edits)
+        recipe = {
+            "model": str(tiny()),
+            "tasks": {task: {"data": str(folder / "private-data" / f"{task}.jsonl")} for task in TASKS},
+            "extract": {
+                "output_dir": str(folder / "embeddings"),
+                "image_sample_size": 64,
+                "source_sample_size": 64,
+                "push_to_hub": "org/edits",
+                "max_bad_share": 0.2,
+                "license": "cc-by-4.0",
+            },
+        }
+        (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+        with Hub(folder / "hub") as hub:
+            done = run(hub, folder / "home", root / "hf_qie" / "extract.py", folder / "recipe.yaml")
+            assert done.returncode == 0, done.stderr
+            requests = [[one.method, one.path, one.body.decode()] for one in hub.requests]
+        (folder / "requests.json").write_text(json.dumps(requests), encoding="utf-8")
+        (folder / "said.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+
+    return built_once("pushed", build)
+
+
+@pytest.fixture
+def work(pushed, tmp_path) -> Path:
+    """A recipe.yaml with sets of its own, embeddings/, not pushed yet."""
+    shutil.copytree(pushed / "embeddings", tmp_path / "embeddings")
+    recipe = json.loads((pushed / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["extract"]["output_dir"] = str(tmp_path / "embeddings")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return tmp_path / "recipe.yaml"
+
+
+def card_of(hub: Hub) -> tuple[dict, str]:
+    """Metadata and text of the card."""
+    _, metadata, text = hub.read("org/edits", "README.md").decode().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def shards_of(hub: Hub) -> list[str]:
+    return sorted(path for path in hub.files("org/edits") if path.endswith(".parquet"))
+
+
+def test_what_load_dataset_gives_is_the_set_row_for_row_and_type_for_type(pushed, tmp_path):
+    with Hub(pushed / "hub") as hub:
+        done = run(hub, tmp_path / "home", "-c", LOAD, "org/edits", tmp_path, *TASKS)
+        assert done.returncode == 0, done.stderr
+    for task in TASKS:
+        back, there = load_from_disk(tmp_path / task), load_from_disk(pushed / "embeddings" / task)
+        assert back.features == there.features
+        assert len(back) == (5 if task == "edit" else 6)
+        assert back.remove_columns("target_image")[:] == there.remove_columns("target_image")[:]
+    own = [json.loads(line)["target_image"] for line in (pushed / "private-data" / "edit.jsonl").open()]
+    expected = [Path(own[0]).relative_to(pushed / "private-data").as_posix(), "target.png", "target.png", *own[4:]]
+    assert load_from_disk(tmp_path / "edit")["target_image"][:] == expected
+
+
+def test_the_three_lines_of_the_card_run_as_printed(pushed, tmp_path):
+    with Hub(pushed / "hub") as hub:
+        (lines,) = re.findall(r"```python\n(.*?)```", card_of(hub)[1], re.DOTALL)
+        assert lines.count("\n") == 3
+        show = "row = ds[0]\nprint({name: (str(row[name].dtype), row[name].shape[1]) for name in row})"
+        done = run(hub, tmp_path / "home", "-c", lines + show)
+    assert done.stdout == (
+        "{'image_embeds': ('torch.float16', 96), 'text_embeds_instruction': ('torch.float16', 96)}\n"
+    ), done.stderr
+
+
+def test_the_repository_is_private_unless_the_recipe_says_otherwise(pushed):
+    requests = json.loads((pushed / "requests.json").read_text(encoding="utf-8"))
+    (created,) = {body for _, path, body in requests if path == "/api/repos/create"}
+    expected = {"name": "edits", "organization": "org", "visibility": "private", "type": "dataset"}
+    assert json.loads(created) == expected
+
+
+def test_no_token_and_no_folder_of_this_machine_leaves_it(pushed):
+    secrets = [TOKEN, str(pushed), str(pushed.parent), "private-data", "elsewhere", f"{Path.home()}/", os.getcwd()]
+    texts = {"log": (pushed / "said.txt").read_text(encoding="utf-8")}
+    assert TOKEN not in texts.pop("log")
+    texts |= {path: body for _, path, body in json.loads((pushed / "requests.json").read_text(encoding="utf-8"))}
+    texts |= {path.name: path.read_bytes().decode("latin-1") for path in (pushed / "hub" / "blobs").iterdir()}
+    with Hub(pushed / "hub") as hub:
+        for shard in shards_of(hub):  # strings are compressed in there
+            table = pq.read_table(pushed / "hub" / "blobs" / hub.files("org/edits")[shard]["sha256"])
+            texts[shard] = repr(table.select(["source_image", "target_image", "instruction"]).to_pylist())
+            texts[f"{shard}: schema"] = repr(table.schema.metadata)
+    found = {(name, secret) for name, text in texts.items() for secret in secrets if secret in text}
+    assert not found
+    for folder in ("embeddings", "hub"):
+        for path in (pushed / folder).rglob("*"):
+            assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_the_card_tells_what_was_recorded(pushed):
+    with Hub(pushed / "hub") as hub:
+        metadata, text = card_of(hub)
+        provenance = json.loads(hub.read("org/edits", "provenance/edit.json"))
+        assert not [path for path in hub.files("org/edits") if "bad_rows" in path]
+    assert metadata["license"] == "cc-by-4.0"
+    configs = {config["config_name"]: config for config in metadata["configs"]}
+    assert set(configs) == set(TASKS)
+    assert [name for name, config in configs.items() if config.get("default")] == ["edit"]
+    assert all(config["data_files"][0]["path"].startswith(f"data/{name}/") for name, config in configs.items())
+    local = json.loads((pushed / "embeddings" / "edit" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["compat"] == local["compat"]
+    assert provenance["fingerprint"] == local["fingerprint"]
+    assert "| `edit` | 5 | 0 | 1 of 6 | " in text
+    assert re.search(r"## Skipped rows\n\n`edit`:\n\n- 1: target_image: cannot read the picture \(\w+: .*…\)\n", text)
+    assert "model `edit_plus`" in text
+    assert "Picture {number}: <|vision_start|><|image_pad|><|vision_end|>{caption}<|im_end|>" in text
+    assert "the stock pipeline\n  shows the VAE another area" in text
+    for column in load_from_disk(pushed / "embeddings" / "edit").column_names:
+        assert f"\n| `{column}` | `" in text
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    shown, own = yaml.safe_load(recipe), json.loads((pushed / "recipe.yaml").read_text(encoding="utf-8"))
+    assert shown["extract"]["push_to_hub"] == "org/edits"
+    assert shown["tasks"]["edit"]["data"] == ["edit.jsonl"]
+    assert shown.keys() > own.keys()
+    assert "## Licence\n\ncc-by-4.0\n" in text
+
+
+def test_a_push_goes_on_where_it_was_killed(work, loopback_hub):
+    """Shards on the Hub are neither prepared nor sent again, and what is prepared is not prepared again."""
+    reached, prepared = threading.Event(), work.parent / "embeddings" / "combine" / "parquet"
+
+    def hold_fourth(method, path):
+        if method == "PUT" and len(loopback_hub.asked("PUT", "^/lfs/")) >= 3:
+            reached.set()
+            threading.Event().wait(30)
+            return 500
+        return None
+
+    loopback_hub.intercept = hold_fourth
+    first = subprocess.Popen(
+        [sys.executable, "-c", PUSH, work, "combine"],
+        env=loopback_hub.environment(work.parent / "home"),
+        stderr=subprocess.DEVNULL,
+    )
+    assert reached.wait(60)
+    before = {path.name: path.stat().st_mtime_ns for path in prepared.glob("*.parquet")}
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert len(shards_of(loopback_hub)) == 2  # of four; the third is sent, the fourth only prepared
+    assert len(before) == 2
+    times = {}
+
+    def watch(method, path):
+        times.update({path.name: path.stat().st_mtime_ns for path in prepared.glob("*.parquet")})
+
+    loopback_hub.intercept = watch
+    push(loopback_hub, work, "combine")
+    assert times == before
+    sent = [one.path for one in loopback_hub.asked("PUT", "^/lfs/")]
+    assert len(sent) == len(set(sent)) == len(shards_of(loopback_hub)) == 4
+    assert not prepared.exists() or not any(prepared.iterdir())
+
+
+def test_a_hub_that_fails_ends_the_push_with_its_error_and_the_next_one_goes_on(work, loopback_hub):
+    loopback_hub.intercept = lambda method, path: (
+        507 if method == "PUT" and len(loopback_hub.asked("PUT", "^/lfs/")) >= 1 else None
+    )
+    said = push(loopback_hub, work, "combine", code=1)
+    assert "extract.push_to_hub: org/edits: " in said
+    assert "507" in said
+    assert said.rstrip().endswith("start again: a push goes on where it stopped")
+    assert "Traceback" not in said
+    loopback_hub.intercept = lambda method, path: None
+    push(loopback_hub, work, "combine")
+    sent = [one.path for one in loopback_hub.asked("PUT", "^/lfs/")]
+    assert len(sent) == len(set(sent)) == len(shards_of(loopback_hub)) == 4
+
+
+def test_a_push_of_one_more_task_keeps_the_others_and_what_people_wrote(work, loopback_hub):
+    push(loopback_hub, work, "text_to_image")
+    metadata, text = card_of(loopback_hub)
+    head = f"---\nlanguage: [en, zh]\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
+    loopback_hub.write("org/edits", "README.md", f"{head}\nOur pictures.\n\n{text.strip()}\nAsk us.\n".encode())
+    push(loopback_hub, work, "edit", "extract.license=mit")
+    after, text = card_of(loopback_hub)
+    assert text.strip().startswith(f"Our pictures.\n\n{BEGIN}")
+    assert text.endswith(f"{END}Ask us.\n")
+    assert after["language"] == ["en", "zh"]
+    assert after["license"] == "mit"
+    assert [config["config_name"] for config in after["configs"]] == ["edit", "text_to_image"]
+    assert after["configs"][1] == metadata["configs"][0]
+    assert "default" not in after["configs"][0]
+    assert after["dataset_info"][1] == metadata["dataset_info"]
+    assert 'load_dataset("org/edits", "text_to_image"' in text
+    assert "| `edit` | 5 |" in text
+    assert "| `text_to_image` | 6 |" in text
+
+
+def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(work, loopback_hub):
+    push(loopback_hub, work, "edit")
+    before = loopback_hub.files("org/edits")
+    path = work.parent / "embeddings" / "edit" / "provenance.json"
+    provenance = json.loads(path.read_text(encoding="utf-8"))
+    provenance["record"]["request"]["data"] = "other rows"
+    path.write_text(json.dumps(provenance), encoding="utf-8")
+    said = push(loopback_hub, work, "edit", code=1)
+    assert said.strip() == (
+        "extract.push_to_hub: org/edits has a config edit that is made with another data; push elsewhere, rename the "
+        "task, or set extract.overwrite: true to replace it"
+    )
+    assert loopback_hub.files("org/edits") == before
+    push(loopback_hub, work, "edit", "extract.overwrite=true")
+    assert len(shards_of(loopback_hub)) == 3
+    assert not set(shards_of(loopback_hub)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "token", "message"),
+    [
+        ([], "hf_wrong", "org/edits: .*401.*\nlog in with `hf auth login`, or set HF_TOKEN to a token that may write"),
+        (["extract.private=false"], TOKEN, r"extract\.private: got false, but org/edits is there and private; set"),
+        (["extract.license=mine"], TOKEN, r"extract\.license: the Hub does not take 'mine'; give an identifier of"),
+        (["extract.push_to_hub=org/a..b"], TOKEN, r"extract\.push_to_hub: .*'org/a\.\.b'"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused_at_once(work, loopback_hub, overrides, token, message):
+    loopback_hub.create("org/edits", private=True)
+    said = push(loopback_hub, work, "edit", *overrides, code=1, HF_TOKEN=token)
+    assert re.search(message, said, re.DOTALL)
+    assert "Traceback" not in said
+    assert token not in said
+    assert not loopback_hub.asked("PUT", "")
+
+
+def test_a_repository_needs_an_organisation_and_a_name(work):
+    with pytest.raises(InputError, match=r"extract\.push_to_hub: got \"edits\", wanted a Hub id like org/name"):
+        load_recipe(work, ["extract.push_to_hub=edits"])
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("a/b.png", "a/b.png"),
+        ("./a//b.png", "a/b.png"),
+        ("/data/set/a/b.png", "a/b.png"),
+        ("../b.png", "b.png"),
+        ("../../home/someone/b.png", "b.png"),
+        ("/data/settled/b.png", "b.png"),
+        ("file:///home/someone/b.png", "b.png"),
+        ("row-7-target", "row-7-target"),
+        ("https://host:8080/a/b.png?X-Amz-Signature=1&x=2#top", "https://host:8080/a/b.png"),
+        ("HTTPS://someone:pa@ss@host/a@b.png", "HTTPS://host/a@b.png"),
+        (None, None),
+    ],
+)
+def test_a_path_is_shown_from_the_images_root_and_a_url_without_who_asks(path, shown):
+    assert public_path(path, [Path("/data/set")]) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509"),
+        ("outputs/run", "outputs/run"),
+        ("/home/someone/models/edit/", "edit"),
+        ("~/data/*.jsonl", "*.jsonl"),
+        ("../someone/rows.jsonl", "rows.jsonl"),
+        (str(Path.home()), "~"),
+        (f"/scratch/{Path.home().name}/", "~"),
+        ({"image_root": "/home/someone/pictures"}, {}),
+        ("C:\\Users\\someone\\rows.jsonl", "rows.jsonl"),
+        ('{"folder": "/home/someone/x", "and/or": 1}', '{"folder": "x", "and/or": 1}'),
+        ("https://someone:secret@host/rows.jsonl?token=1", "https://host/rows.jsonl"),
+        ({"a": ["/tmp/x/y", 1, None, True]}, {"a": ["y", 1, None, True]}),
+    ],
+)
+def test_a_recorded_value_is_shown_without_folders_of_the_machine(value, shown):
+    assert public(value) == shown
+
+
+def test_shards_of_real_width_are_prepared_fast(tmp_path):
+    """80 MB/s and more on an idle core; a quarter of it leaves room for what else runs here."""
+    megabytes_per_s = measure(tmp_path, rows=48)
+    logging.getLogger(__name__).info("%.0f MB/s of one core", megabytes_per_s)
+    assert megabytes_per_s > 20

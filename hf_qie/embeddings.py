@@ -210,8 +210,9 @@ def source_area(family: Family, source_sample_size: int | None) -> int:
     if source_sample_size is None:
         return family.vae_area_px
     if family.one_resize and source_sample_size**2 != family.vae_area_px:
+        hands = f"hands one picture of {family.vae_area_px:,} pixels to encoder and VAE"
         raise InputError(
-            f"extract.source_sample_size: {source_sample_size}: {family.pipeline} hands one picture of "
-            f"{family.vae_area_px:,} pixels to encoder and VAE; leave it null"
+            f"extract.source_sample_size: {source_sample_size}: {family.pipeline} "
+            f"{hands if family.edit else 'takes no sources'}; leave it null"
         )
     return source_sample_size**2

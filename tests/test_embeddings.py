@@ -317,3 +317,5 @@ def test_only_a_family_of_two_resizes_takes_another_source_size():
         "extract.source_sample_size: 512: QwenImageEditPipeline hands one picture of 1,048,576 pixels to encoder and "
         "VAE; leave it null"
     )
+    with pytest.raises(InputError, match=r"512: QwenImagePipeline takes no sources; leave it null$"):
+        source_area(FAMILIES["QwenImagePipeline"], 512)

@@ -2,15 +2,17 @@
 
 import math
 import struct
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 MAX_ASPECT = 8  # beyond it the 32-pixel rounding of `area_size` distorts, and no checkpoint has seen it
 SIDE_MULTIPLE_PX = 32
+BEGINNING_BYTES = 32  # told of a file that is no picture
 # what Pillow's readers raise on damaged files
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, MemoryError, struct.error, DecompressionBombError)
 Image.init()  # all formats: Pillow loads them when it first meets one, and of two threads that meet it one may miss it
@@ -20,7 +22,7 @@ class BadImage(ValueError):
     """A picture that cannot be used; the message says why, not where."""
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(file: Path | BytesIO) -> Image.Image:
     """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16-bit grey scaled to 8.
 
     The pipelines convert nothing, so it has to be right before they see it.
@@ -29,7 +31,7 @@ def read_image(path: Path) -> Image.Image:
         BadImage: the file is missing, unreadable, too large (`Image.MAX_IMAGE_PIXELS`) or longer than 8 to 1.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
@@ -39,8 +41,17 @@ def read_image(path: Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # its own message names a place in memory
+        raise BadImage(f"cannot read the picture (UnidentifiedImageError: {beginning(file)})") from error
     except BROKEN as error:
         raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
+
+
+def beginning(file: Path | BytesIO) -> str:
+    """How a file begins that is no picture: web pages, JSON and Git LFS pointers show at once."""
+    with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as content:
+        head = content.read(BEGINNING_BYTES)
+    return f"it begins with {repr(head)[1:]}" if head else "it is empty"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

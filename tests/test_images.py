@@ -142,8 +142,8 @@ def encoded(format, **options):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "UnidentifiedImageError"),
-        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "UnidentifiedImageError"),
+        (b"", "UnidentifiedImageError: it is empty"),
+        (b"<!DOCTYPE html><html>404 Not Found", "UnidentifiedImageError: it begins with '<!DOCTYPE html><html>404"),
         (encoded("JPEG")[:300], "OSError: "),
         (encoded("PNG")[:-40], "truncated"),
         (encoded("WEBP")[:60], "Error: "),
@@ -153,8 +153,9 @@ def encoded(format, **options):
 def test_a_broken_file_is_bad_with_a_reason(tmp_path, content, reason):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(BadImage, match=rf"^cannot read the picture \(.*{reason}.*\)$"):
-        read_image(path)
+    for file in (path, io.BytesIO(content)):
+        with pytest.raises(BadImage, match=rf"^cannot read the picture \(.*{reason}.*\)$"):
+            read_image(file)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on what it can still read

@@ -9,6 +9,7 @@ import http.client
 import io
 import ipaddress
 import math
+import re
 import socket
 import ssl
 import string
@@ -26,6 +27,7 @@ MAX_REDIRECTS = 5
 PAUSES_S = (1.0, 2.0, 4.0)  # before each further try
 REDIRECTS = (301, 302, 303, 307, 308)
 TOO_MANY_REQUESTS = 429
+PASSWORD = "the URL holds a user name or password, which would be stored with the row; leave it out"
 HEADERS = {"User-Agent": "hf_qie", "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is open internet in IPv6
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
@@ -46,6 +48,11 @@ class Passing(Exception):
 def is_url(path: str) -> bool:
     """Whether a picture is to be fetched rather than opened."""
     return path.lower().startswith(tuple(f"{scheme}://" for scheme in PORTS))
+
+
+def holds_password(url: str) -> bool:
+    """Whether a URL names a user before its host."""
+    return re.match(r"[^/?#]*//[^/?#]*@", url) is not None
 
 
 def fetch(url: str, *, allow_private: bool) -> bytes:
@@ -102,8 +109,8 @@ def split(url: str) -> SplitResult:
         raise BadUrl("no valid URL") from error
     if not allowed:
         raise BadUrl(f"only {' and '.join(PORTS)} URLs with a host are fetched")
-    if "@" in parts.netloc:
-        raise BadUrl("the URL holds a user name or password, which would be stored with the row; leave it out")
+    if holds_password(url):
+        raise BadUrl(PASSWORD)
     return parts
 
 

@@ -5,6 +5,7 @@ Needs no model, so threads do it ahead of the device.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from hf_qie.embeddings import set_features
 from hf_qie.family import Family
+from hf_qie.fetch import BadUrl, fetch, is_url
 from hf_qie.images import BadImage, area_size, read_image, resize, to_pixels
 from hf_qie.latents import grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
@@ -83,9 +85,9 @@ class Prepared:
 
 def prepare(row: dict[str, Any], plan: Plan, processor: Any) -> Prepared:
     """Read, resize and tokenize one row; raises BadRow."""
-    names, root = plan.task.columns, Path(row["root"])
-    images = {path: read_picture(root, path, column=names.sources) for path in row["sources"]}
-    images |= {row["target"]: read_picture(root, row["target"], column=names.target)}
+    names, root = plan.task.columns, row["root"]
+    images = {path: read_picture(path, root=root, plan=plan, column=names.sources) for path in row["sources"]}
+    images |= {row["target"]: read_picture(row["target"], root=root, plan=plan, column=names.target)}
     wanted = [("", row["sources"], row["target"], names.captions)]
     if plan.extract.inverse and has_inverse(row, plan.task):
         wanted.append(("inverse_", [row["target"]], row["sources"][0], names.inverse_captions))
@@ -105,12 +107,20 @@ def prepare(row: dict[str, Any], plan: Plan, processor: Any) -> Prepared:
     return Prepared(columns=columns, directions=directions, pixels=pixels)
 
 
-def read_picture(root: Path, path: str, *, column: str) -> Image.Image:
-    """The picture at `path`; raises BadRow naming column and path."""
+def read_picture(path: str, *, root: str, plan: Plan, column: str) -> Image.Image:
+    """The picture at `path` of a row of `plan.rows`; raises BadRow naming column and path."""
     try:
-        return read_image(root / path)
-    except BadImage as error:
+        return read_image(open_picture(path, root=root, plan=plan))
+    except (BadImage, BadUrl) as error:
         raise BadRow(str(error), column=column, path=path) from error
+
+
+def open_picture(path: str, *, root: str, plan: Plan) -> Path | BytesIO:
+    """The file of a picture, or its bytes where it comes by a URL or lies in the data itself; raises BadUrl."""
+    if is_url(path):
+        return BytesIO(fetch(path, allow_private=plan.extract.allow_private_urls))
+    stored = plan.rows.stored and plan.rows.stored.read(path)
+    return Path(root, path) if stored is None else BytesIO(stored)
 
 
 def prompt_of(texts: Mapping[str, str], sources: Sequence[Image.Image], plan: Plan, processor: Any) -> Prompt:

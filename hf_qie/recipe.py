@@ -186,7 +186,6 @@ class Recipe:
 LATER = {
     "extract.latents": "encoding images while training",
     "extract.shard": "extraction shared out over job arrays",
-    "extract.allow_private_urls": "images from addresses of the local network",
     "sampling.*": "pictures while training",
     "tasks.*.eval_rows": "evaluation while training",
     "training.eval_*": "evaluation while training",

@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+from hf_qie.fetch import PASSWORD, holds_password, is_url
 from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.records import Embedded, Table, clip, no_rows, open_data
 
 EXAMPLES_NAMED = 5  # of many missing files
 HALVES = re.compile("[\ud800-\udfff]")
@@ -31,13 +33,15 @@ class BadRow(ValueError):
 class Rows:
     """The rows of a task, in the order of its data.
 
-    `table` has the columns `row` (0-based), `sources` (paths as given, [] for text-to-image), `target`, `root` (the
-    folder that relative paths start from) and `texts`, by caption and inverse caption, null where the row has none.
+    `table` has the columns `row` (0-based), `sources` (paths or URLs as given, [] for text-to-image), `target`, `root`
+    (the folder that relative paths start from) and `texts`, by caption and inverse caption, null where the row has
+    none. A picture that lies in the data itself has a name in place of a path, by which `stored` reads it.
     """
 
     table: Dataset
+    stored: Table | None = None  # the data where pictures may lie in it
     has_inverse: bool  # some row has one
-    digest: str  # sha256 of the data files
+    digest: str  # sha256 of the data
 
 
 def read_rows(task: Task, *, folder: Path, max_sources: int | None = None) -> Rows:
@@ -45,24 +49,25 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None) -> Ro
 
     `max_sources` is what the checkpoint takes. Raises InputError naming file, line, column, value and remedy.
     """
-    text = Value("string")
+    text, missing, inverse, seen, digest = Value("string"), Missing(task), False, set(), hashlib.sha256()
+    lines, stored = open_data(task, digest)
     texts = dict.fromkeys((*task.columns.captions, *task.columns.inverse_captions), text)
     columns = {"row": Value("int64"), "sources": List(text), "target": text, "root": text, "texts": texts}
-    seen, digest, missing, inverse = set(), hashlib.sha256(), Missing(task), False
     path = folder / f"{task.name}.arrow"
     with ArrowWriter(features=Features(columns), path=str(path), writer_batch_size=1000) as writer:
-        for number, (where, root, line) in enumerate(read_lines(task, digest)):
+        for number, (where, root, line) in enumerate(lines):
             row = {"row": number, "root": root} | check_row(line, where=where, task=task, max_sources=max_sources)
             writer.write(row)
             seen.update(line)
             missing.look(row, where=where)
             inverse = inverse or has_inverse(row, task)
         if not seen:
-            raise InputError(f"tasks.{task.name}.data: {', '.join(task.data)} holds no rows")
+            raise InputError(no_rows(task))
         writer.finalize()
     missing.refuse()
     check_columns(task, seen)
-    return Rows(table=Dataset.from_file(str(path)), has_inverse=inverse, digest=digest.hexdigest())
+    table = Dataset.from_file(str(path))
+    return Rows(table=table, stored=stored, has_inverse=inverse, digest=digest.hexdigest())
 
 
 def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
@@ -70,47 +75,10 @@ def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
     return len(row["sources"]) == 1 and any(row["texts"][caption] for caption in task.columns.inverse_captions)
 
 
-def data_files(task: Task) -> list[Path]:
-    """The files that `data` names, globs in sorted order; raises InputError for what is not there or not JSONL."""
-    found = []
-    for pattern in task.data:
-        # as it stands first: a name may have brackets
-        names = [pattern] if os.path.exists(pattern) else sorted(glob(pattern, recursive=True))
-        if not names:
-            raise InputError(f"tasks.{task.name}.data: no file {pattern} (looked from {Path.cwd()})")
-        for file in map(Path, names):
-            if file.suffix not in (".jsonl", ".ndjson") or not file.is_file():
-                raise InputError(
-                    f"tasks.{task.name}.data: {file} is not read yet; give .jsonl files (one JSON object a line)"
-                )
-            found.append(file)
-    return found
-
-
-def read_lines(task: Task, digest: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """`file:line`, root of relative paths and content of each line not blank; `digest` takes in the files as read."""
-    for file in data_files(task):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                digest.update(line)
-                if not line.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
-                    raise InputError(f"{where}: no JSON ({error}); each line has to be one JSON object") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{where}: {clip(row)} is no JSON object with columns")
-                yield where, task.image_root or str(file.parent), row
-
-
 def check_row(line: dict[str, Any], *, where: str, task: Task, max_sources: int | None) -> dict[str, Any]:
     """Sources, target and texts of one line of the data."""
     columns = task.columns
-    sources = [] if task.t2i else line.get(columns.sources)
-    if isinstance(sources, str | None):
-        sources = [sources] if sources else []
+    sources = [] if task.t2i else as_list(line.get(columns.sources))
     if not (isinstance(sources, list) and all(is_text(path) and path for path in sources)):
         raise InputError(f"{where}: {columns.sources}: {clip(sources)} is no path, list of paths or null")
     target = line.get(columns.target)
@@ -128,6 +96,16 @@ def check_row(line: dict[str, Any], *, where: str, task: Task, max_sources: int 
             raise InputError(f"{where}: {column}: {clip(text)} is no text (in UTF-8) or null")
     texts = {column: text if text and text.strip() else None for column, text in texts.items()}
     return {"sources": sources, "target": target, "texts": texts}
+
+
+def as_list(sources: Any) -> Any:
+    """No picture, one or several as a list; as CSV has no lists, a string may hold one in JSON."""
+    if isinstance(sources, str) and sources.startswith("["):
+        with suppress(ValueError):  # a path may begin so too
+            return json.loads(sources)
+    if isinstance(sources, str | None):
+        return [sources] if sources else []
+    return sources
 
 
 def is_text(value: Any) -> bool:
@@ -161,11 +139,15 @@ class Missing:
         self.task, self.count, self.examples = task, 0, []
 
     def look(self, row: Mapping[str, Any], *, where: str) -> None:
-        """Note the pictures of `row` that are not files."""
+        """Note the pictures of `row` that should be files and are not; raises InputError for a URL with a password."""
         columns = self.task.columns
         for column, path in [*((columns.sources, path) for path in row["sources"]), (columns.target, row["target"])]:
-            if path.startswith(("http://", "https://")):
-                raise InputError(f"{where}: {column}: {path}: URLs are not read yet; download the pictures first")
+            if isinstance(path, Embedded):
+                continue
+            if is_url(path):  # whether it gives a picture shows when it is fetched
+                if holds_password(path):
+                    raise InputError(f"{where}: {column}: {PASSWORD}")
+                continue
             file = os.path.join(row["root"], path)
             if not os.path.isfile(file):
                 self.count += 1
@@ -180,9 +162,3 @@ class Missing:
                 + f"\n{self.count:,} pictures are missing; paths are relative to tasks.{self.task.name}.image_root, "
                 "by default the folder of the data file"
             )
-
-
-def clip(value: Any) -> str:
-    """A value for an error message, not longer than a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

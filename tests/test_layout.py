@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "settings arguments recipe family fetch rows images prompts encoder latents embeddings cards public publish "
-    "prepare chunks extract mix loader collate flow losses model trainer train shapes tiny"
+    "settings arguments recipe family fetch records rows images prompts encoder latents embeddings cards public "
+    "publish prepare chunks extract mix loader collate flow losses model trainer train shapes tiny"
 ).split()
 
 

@@ -265,7 +265,6 @@ def test_an_override_that_is_no_yaml_is_refused(write):
 NOT_BUILT = {  # for each line of LATER, an override that is not the default
     "extract.latents": "extract.latents=false",
     "extract.shard": "extract.shard=[0, 2]",
-    "extract.allow_private_urls": "extract.allow_private_urls=true",
     "sampling.*": "sampling.every=100",
     "tasks.*.eval_rows": "tasks.portraits.eval_rows=5",
     "training.eval_*": "training.eval_strategy=steps",

@@ -181,8 +181,8 @@ BAD_LINES = {
     '{"source_image": "a.png", "target_image": "b.png", "instruction": "half \\ud83d"}': (
         'instruction: "half \ud83d" is no text (in UTF-8) or null'
     ),
-    '{"source_image": "https://example.org/a.png", "target_image": "b.png"}': (
-        "source_image: https://example.org/a.png: URLs are not read yet; download the pictures first"
+    '{"source_image": "https://me:secret@example.org/a.png", "target_image": "b.png"}': (
+        "source_image: the URL holds a user name or password, which would be stored with the row; leave it out"
     ),
 }
 
@@ -266,12 +266,3 @@ def test_data_that_is_not_there_or_empty_is_refused(data, tmp_path):
     )
     empty = data(["", " "])
     assert refusal(tmp_path, empty) == f"tasks.faces.data: {empty} holds no rows"
-
-
-@pytest.mark.parametrize("name", ["data.csv", "data.parquet", "folder.jsonl"])
-def test_other_kinds_of_data_are_refused_for_now(tmp_path, name):
-    path = tmp_path / name
-    path.mkdir() if name.startswith("folder") else path.touch()
-    assert refusal(tmp_path, path) == (
-        f"tasks.faces.data: {path} is not read yet; give .jsonl files (one JSON object a line)"
-    )

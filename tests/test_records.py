@@ -1,0 +1,425 @@
+"""The same rows, told in any kind of data, are the same lines; what is wrong with them is named with its place."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from hub import Hub
+from picture_server import PictureServer, picture_server
+from pyarrow import parquet
+
+from hf_qie import records
+from hf_qie.extract import TOO_MANY_BAD
+from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.records import Embedded, open_data
+from hf_qie.rows import read_rows
+
+TEXTS = ("instruction", "instruction_cn", "inverse_instruction")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What datasets makes of Parquet lies in the test's own folder."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def rows(edits) -> list[dict]:
+    """Six rows of no, one, two and three sources; relative paths start at the folder of the edits."""
+    lines = {name: (edits / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("edit", "combine")}
+    found = [json.loads(line) for line in (*lines["edit"][:3], *lines["combine"][:2])]
+    found.append(json.loads((edits / "text_to_image.jsonl").read_text("utf-8").splitlines()[0]))
+    assert [row["source_image"] and len(as_list(row["source_image"])) for row in found] == [1, 1, 1, 2, 3, None]
+    wanted = ("source_image", "target_image", *TEXTS)
+    return [{name: row.get(name) for name in wanted} for row in found]
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+# --- the kinds, each written as its users write it
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: list[dict]) -> Path:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:  # with the mark of Excel
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            several = isinstance(row["source_image"], list)
+            writer.writerow(row | ({"source_image": json.dumps(row["source_image"])} if several else {}))
+    return path
+
+
+def embedded(rows: list[dict], folder: Path, *, names: bool = False) -> Dataset:
+    """The rows with the pictures in them, all under one file name or none, as `datasets.Image` stores them."""
+
+    def picture(path: str) -> dict:
+        return {"bytes": (folder / path).read_bytes(), "path": "image.png" if names else None}
+
+    texts = dict.fromkeys(TEXTS, Value("string"))
+    features = Features({"source_image": List(Image()), "target_image": Image()} | texts)
+    return Dataset.from_list(
+        [
+            row
+            | {
+                "source_image": row["source_image"] and [picture(path) for path in as_list(row["source_image"])],
+                "target_image": picture(row["target_image"]),
+            }
+            for row in rows
+        ],
+        features=features,
+    )
+
+
+def task_of(*data: Path | str, **more) -> Task:
+    columns = Columns(captions=TEXTS[:2], inverse_captions=TEXTS[2:])
+    return Task(name="a", data=tuple(map(str, data)), **{"columns": columns} | more)
+
+
+def read(task: Task) -> list[tuple]:
+    lines, _ = open_data(task, hashlib.sha256())
+    return list(lines)
+
+
+def digest_of(task: Task) -> str:
+    digest = hashlib.sha256()
+    lines, _ = open_data(task, digest)
+    assert list(lines)
+    return digest.hexdigest()
+
+
+def message(task: Task) -> str:
+    with pytest.raises(InputError) as error:
+        read(task)
+    return str(error.value)
+
+
+# --- what the lines hold
+
+
+def test_csv_gives_the_rows_of_jsonl(tmp_path, edits, rows):
+    task = {"image_root": str(edits)}
+    one, other = (
+        read_rows(task_of(write(tmp_path / f"a.{kind}", rows), **task), folder=tmp_path)
+        for kind, write in (("jsonl", write_jsonl), ("csv", write_csv))
+    )
+    assert one.table[:] == other.table[:]
+    assert one.table["sources"][:] == [as_list(row["source_image"]) for row in rows]
+
+
+def test_a_table_of_paths_gives_the_rows_of_jsonl(tmp_path, edits, rows):
+    rows = [row | {"source_image": as_list(row["source_image"])} for row in rows]
+    data = Dataset.from_list(rows)
+    parquet.write_table(data.with_format("arrow")[:], tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    tables = [
+        read_rows(task_of(tmp_path / name, image_root=str(edits)), folder=tmp_path).table[:]
+        for name in (write_jsonl(tmp_path / "a.jsonl", rows).name, "a.parquet", "saved")
+    ]
+    assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_pictures_in_the_data_are_read_by_their_names(tmp_path, edits, rows, kind):
+    data = embedded(rows, edits, names=True)
+    if kind == "saved":
+        data.save_to_disk(tmp_path / "a.saved")
+    else:
+        parquet.write_table(data.with_format("arrow")[:], tmp_path / "a.parquet")
+    found = read_rows(task_of(tmp_path / f"a.{kind}"), folder=tmp_path)
+    assert found.table[3]["sources"] == ["row-3-source-0", "row-3-source-1"]
+    assert found.table[3]["target"] == "row-3-target"
+    for row, given in zip(found.table, rows, strict=True):
+        paths = [*as_list(given["source_image"]), given["target_image"]]
+        stored = [found.stored.read(name) for name in (*row["sources"], row["target"])]
+        assert stored == [(edits / path).read_bytes() for path in paths]
+        assert row["texts"] == {name: given[name] for name in TEXTS}
+    assert found.stored.read("images/1.png") is None
+
+
+def test_one_picture_column_holds_bytes_paths_and_nulls(tmp_path):
+    pictures = [b"bare", None]
+    structs = [{"bytes": b"in a struct", "path": "x.png"}, {"bytes": None, "path": "b.png"}]
+    data = {"source_image": pa.array(pictures, pa.large_binary()), "target_image": structs, "instruction": ["x", "y"]}
+    parquet.write_table(pa.table(data), tmp_path / "a.parquet")
+    task = task_of(tmp_path / "a.parquet")
+    lines, table = open_data(task, hashlib.sha256())
+    values = [(line["source_image"], line["target_image"]) for _, _, line in lines]
+    assert values == [("row-0-source", "row-0-target"), (None, "b.png")]
+    assert [isinstance(value, Embedded) for row in values for value in row] == [True, True, False, False]
+    assert (table.read("row-0-source"), table.read("row-0-target")) == (b"bare", b"in a struct")
+    assert table.read("row-1-target") is None  # a file of that name is no picture of the data
+
+
+def test_several_files_of_a_kind_follow_each_other_in_order(tmp_path, rows):
+    for name, part in (("b", rows[:2]), ("a[1]", rows[2:3]), ("c", rows[3:])):
+        part = [row | {"source_image": as_list(row["source_image"])} for row in part]
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+        parquet.write_table(pa.Table.from_pylist(part), tmp_path / f"{name}.parquet")
+    for kind, first in (("jsonl", ":1"), ("parquet", ", row 0")):
+        found = read(task_of(tmp_path / f"a[1].{kind}", tmp_path / f"[bc].{kind}"))
+        assert [row["target_image"] for *_, row in found] == [rows[i]["target_image"] for i in (2, 0, 1, 3, 4, 5)]
+        assert [where for where, *_ in found if where.endswith(first)] == [
+            f"{tmp_path}/{name}.{kind}{first}" for name in ("a[1]", "b", "c")
+        ]
+        assert {root for _, root, _ in found} == {str(tmp_path)}
+
+
+def test_paths_of_a_saved_dataset_start_beside_it(tmp_path):
+    Dataset.from_dict({"target_image": ["a.png"], "instruction": ["x"]}).save_to_disk(tmp_path / "data" / "set")
+    assert [root for _, root, _ in read(task_of(tmp_path / "data" / "set"))] == [str(tmp_path / "data")]
+
+
+def test_a_saved_dataset_of_several_splits_gives_the_tasks(tmp_path):
+    splits = {name: Dataset.from_dict({"target_image": [f"{name}.png"]}) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "set")
+    assert [line for *_, line in read(task_of(tmp_path / "set", split="test"))] == [{"target_image": "test.png"}]
+    assert message(task_of(tmp_path / "set", split="validation")) == (
+        f"tasks.a.split: {tmp_path}/set has no validation; there are train, test"
+    )
+
+
+def test_a_csv_field_may_have_line_breaks_commas_and_quotes(tmp_path):
+    text = 'Make it "red",\n\nthen 红.'
+    write_csv(tmp_path / "a.csv", [{"source_image": None, "target_image": "a.png", "instruction": text}])
+    ((where, _, row),) = read(task_of(tmp_path / "a.csv"))
+    assert row == {"source_image": None, "target_image": "a.png", "instruction": text}
+    assert where == f"{tmp_path}/a.csv:4"
+
+
+def test_a_path_may_begin_like_a_list(tmp_path):
+    (tmp_path / "[1] a.png").touch()
+    write_csv(tmp_path / "a.csv", [{"source_image": "[1] a.png", "target_image": "[1] a.png", "instruction": "x"}])
+    task = task_of(tmp_path / "a.csv", columns=Columns())
+    assert read_rows(task, folder=tmp_path).table["sources"][:] == [["[1] a.png"]]
+
+
+# --- what is wrong with them
+
+
+def test_kinds_are_not_mixed(tmp_path):
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).touch()
+    told = f"{tmp_path}/a.jsonl and {tmp_path}/b.csv differ in kind; give them as two tasks"
+    assert message(task_of(tmp_path / "*")) == f"tasks.a.data: {told}"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "folder"])
+def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "a.json").touch()
+    (tmp_path / "a.jsonl").touch()
+    assert message(task_of(tmp_path / "a.jsonl", tmp_path / name)) == (
+        f"tasks.a.data: {tmp_path / name} cannot be read; give .jsonl, .ndjson, .csv, .parquet files, one folder of "
+        "save_to_disk or one dataset of the Hub as org/name"
+    )
+
+
+def test_a_folder_that_is_no_saved_dataset_is_named_as_such(tmp_path):
+    assert message(task_of(tmp_path)).startswith(f"tasks.a.data: {tmp_path} is no folder of save_to_disk (")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", ":3: more fields than the 2 names of the first line"),
+        (b"a,b,a\n1,2,3\n", ":1: a column occurs twice in a, b, a"),
+        (b"a,b\n1,2\n\xff,2\n", ", after line 2: no CSV in UTF-8 ("),
+        (b'a,b\n1,"2"x\n', ", after line 1: no CSV in UTF-8 ("),
+    ],
+)
+def test_a_broken_csv_is_named_with_its_line(tmp_path, content, told):
+    (tmp_path / "a.csv").write_bytes(content)
+    assert message(task_of(tmp_path / "a.csv")).startswith(f"{tmp_path}/a.csv{told}")
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"nonsense")
+    assert message(task_of(tmp_path / "a.parquet")).startswith(f"{tmp_path}/a.parquet: no Parquet (")
+
+
+def test_parquet_files_of_different_columns_are_refused(tmp_path):
+    for name in ("a", "b"):
+        parquet.write_table(pa.table({name: ["x"]}), tmp_path / f"{name}.parquet")
+    assert message(task_of(tmp_path / "*.parquet")).startswith(f"tasks.a.data: cannot read {tmp_path}/a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
+def test_data_without_rows_is_refused(tmp_path, kind):
+    empty = Dataset.from_dict({"target_image": []}, features=Features({"target_image": Value("string")}))
+    if kind == "saved":
+        empty.save_to_disk(tmp_path / "a.saved")
+    else:
+        (tmp_path / f"a.{kind}").write_text("target_image\n" if kind == "csv" else "")
+    if kind == "parquet":
+        parquet.write_table(empty.with_format("arrow")[:], tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="holds no rows"):
+        read_rows(task_of(tmp_path / f"a.{kind}"), folder=tmp_path)
+
+
+def test_a_picture_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
+    table = {"source_image": [None, None], "target_image": ["a.png", "b.png"], "instruction": ["x", "y"]}
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InputError) as error:
+        read_rows(task_of(tmp_path / "a.parquet", columns=Columns()), folder=tmp_path)
+    told = f"{tmp_path}/a.parquet, row 1: target_image: no file {tmp_path}/b.png"
+    assert str(error.value).startswith(told)
+
+
+# --- whether the data is the same as before
+
+
+@pytest.mark.parametrize("whole_bytes", [records.WHOLE_BYTES, 0], ids=["whole", "sampled"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
+def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
+    tmp_path, edits, rows, monkeypatch, kind, whole_bytes
+):
+    monkeypatch.setattr(records, "WHOLE_BYTES", whole_bytes)
+
+    def digest(name: str, rows: list[dict], pictures: Path = edits) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        if kind in ("jsonl", "csv"):
+            data = {"jsonl": write_jsonl, "csv": write_csv}[kind](folder / f"a.{kind}", rows)
+        elif kind == "saved":
+            embedded(rows, pictures).save_to_disk(data := folder / "set")
+        else:
+            parquet.write_table(embedded(rows, pictures).with_format("arrow")[:], data := folder / "a.parquet")
+        return digest_of(task_of(data))
+
+    first = digest("first", rows)
+    assert digest("again", rows) == first
+    assert digest("caption", [*rows[:5], rows[5] | {"instruction": "Another"}]) != first
+    assert digest("order", rows[::-1]) != first
+    if kind in ("parquet", "saved"):
+        (tmp_path / "images").mkdir()
+        for path in (edits / "images").iterdir():  # of the same length, so that no size tells
+            (tmp_path / "images" / path.name).write_bytes(path.read_bytes()[:-1] + b"x")
+        assert digest("picture", rows, tmp_path) != first
+
+
+# --- the Hub
+
+READ = """
+import hashlib, json, sys
+from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.records import open_data
+from hf_qie.rows import read_rows
+from pathlib import Path
+
+folder, data, split = sys.argv[1:]
+try:
+    found = read_rows(Task(name="a", data=(data,), split=split, columns=Columns()), folder=Path(folder))
+except InputError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    pictures = [found.stored.read(row["target"]) for row in found.table]
+    told = {"sources": found.table["sources"][:], "digest": found.digest}
+    print(json.dumps(told | {"pictures": [hashlib.sha256(picture).hexdigest() for picture in pictures]}))
+"""
+
+
+def read_from(hub: Hub, home: Path, data: str, *, split: str = "train", **environment: str) -> dict:
+    """What a process sees of a dataset of the Hub; the address of the Hub is fixed when a process imports datasets."""
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(home), data, split],
+        env=hub.environment(home) | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
+    files = tmp_path / "files"
+    files.mkdir()
+    embedded(rows[:1], edits).to_parquet(files / "test-00000-of-00001.parquet")
+    embedded(rows, edits).to_parquet(files / "train-00000-of-00001.parquet")
+    with Hub(tmp_path / "hub") as hub:
+        hub.upload("org/edits", files, kind="datasets")
+        hub.tag("org/edits", "v1")
+        found = read_from(hub, tmp_path / "home", "org/edits")
+        names = [[f"row-{row}-source-{place}" for place in range(count)] for row, count in ((3, 2), (4, 3), (5, 0))]
+        assert found["sources"][3:] == names
+        paths = [edits / row["target_image"] for row in rows]
+        assert found["pictures"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        assert read_from(hub, tmp_path / "home", "org/edits@v1", split="test")["pictures"] == found["pictures"][:1]
+        # on another machine, and without internet once it is in the cache
+        assert read_from(hub, tmp_path / "other", "org/edits:default@v1") == found
+        assert read_from(hub, tmp_path / "home", "org/edits", HF_HUB_OFFLINE="1") == found
+        (files / "README.md").write_text("More words, the same rows.")
+        hub.upload("org/edits", files, kind="datasets")
+        assert read_from(hub, tmp_path / "home", "org/edits")["digest"] != found["digest"]
+        for data in ("org/nothing", "org/edits@v2", "org/edits:small"):
+            told = f"tasks.a.data: {data} is no file or folder here, and as a dataset of the Hub it cannot be loaded: "
+            assert read_from(hub, tmp_path / "home", data)["error"].startswith(told)
+
+
+# --- extraction
+
+
+def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, rows, tiny):
+    with picture_server() as server:
+        server.put_folder(edits)
+        data = embedded(rows, edits)
+        data.save_to_disk(tmp_path / "saved")
+        parquet.write_table(data.with_format("arrow")[:], tmp_path / "a.parquet")
+        (tmp_path / "urls").mkdir()
+        tasks = {
+            "paths": {"data": str(write_jsonl(tmp_path / "a.jsonl", rows)), "image_root": str(edits)},
+            "fields": {"data": str(write_csv(tmp_path / "a.csv", rows)), "image_root": str(edits)},
+            "parquet": {"data": str(tmp_path / "a.parquet")},
+            "saved": {"data": str(tmp_path / "saved")},
+            "urls": {
+                "data": str(write_jsonl(tmp_path / "urls" / "a.jsonl", [with_urls(row, server) for row in rows]))
+            },
+        }
+        columns = {"captions": TEXTS[:2], "inverse_captions": TEXTS[2:]}
+        recipe = {
+            "model": str(tiny("edit_plus")),
+            "tasks": {name: task | {"columns": columns} for name, task in tasks.items()},
+            "extract": {"output_dir": str(tmp_path / "sets"), "image_sample_size": 64, "source_sample_size": 64},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
+        refused = extract(tmp_path, "extract.output_dir=" + str(tmp_path / "refused"))
+        assert refused == TOO_MANY_BAD
+        assert extract(tmp_path, "extract.allow_private_urls=true") == 0
+    sets = {name: load_from_disk(str(tmp_path / "sets" / name)) for name in tasks}
+    given = ["source_image", "target_image"]
+    for name, found in sets.items():
+        assert len(found) == len(rows)
+        for column in found.remove_columns(given).column_names:
+            assert found.data.column(column).equals(sets["paths"].data.column(column)), (name, column)
+    assert sets["urls"]["target_image"][0] == server.url(f"/{rows[0]['target_image']}")
+    assert sets["saved"][3]["source_image"] == ["row-3-source-0", "row-3-source-1"]
+    bad = [json.loads(line) for line in (tmp_path / "refused" / "urls" / "bad_rows.jsonl").open()]
+    assert [row["row"] for row in bad] == list(range(6))
+    told = "127.0.0.1 is no address of the open internet; extract.allow_private_urls: true lets it in"
+    assert {row["reason"] for row in bad} == {told}
+
+
+def with_urls(row: dict, server: PictureServer) -> dict:
+    sources = [server.url(f"/{path}") for path in as_list(row["source_image"])]
+    return row | {"source_image": sources, "target_image": server.url(f"/{row['target_image']}")}
+
+
+def extract(folder: Path, override: str) -> int:
+    from hf_qie.extract import main
+
+    return main([str(folder / "recipe.yaml"), override])

@@ -134,9 +134,9 @@ def dataset_card(
     configs.to_dataset_card_data(data)
     DatasetInfosDict(infos).to_dataset_card_data(data)
     before, _, rest = (card.text if card else "").partition(BEGIN)
-    after = rest.partition(END)[2]
+    words = f"{before.strip()}\n\n" if before.strip() else ""
     body = BEGIN + card_body(repo, data, provenances) + END
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{before.lstrip()}{body}{after}")
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{words}{body}{rest.partition(END)[2]}")
 
 
 def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mapping[str, Any]]) -> str:

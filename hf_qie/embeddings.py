@@ -6,6 +6,7 @@ Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value, load_from_disk
-from huggingface_hub import snapshot_download
+from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from hf_qie.family import Family, from_hub
 from hf_qie.recipe import InputError
+from hf_qie.records import HUB_ID
 
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 64
@@ -116,10 +119,60 @@ def open_set(folder: Path) -> Dataset:
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """`compat` and `record` of the set in `folder`; raises InputError for a set of another format."""
-    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return parse_provenance(folder / PROVENANCE, where=str(folder))
+
+
+def parse_provenance(path: Path, *, where: str) -> dict[str, Any]:
+    """The provenance in a file; raises InputError for a set of another format."""
+    provenance = json.loads(path.read_text(encoding="utf-8"))
     if (version := provenance["compat"]["format"]) != FORMAT_VERSION:
-        raise InputError(f"{folder}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
+        raise InputError(f"{where}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
     return provenance
+
+
+def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict[str, Any]]:
+    """A set and its provenance, from a folder, or from the Hub where a string names no folder.
+
+    `org/name` has the config `task`, `org/name:config` that one; `@revision` may follow: a branch, tag or commit.
+    Raises InputError where there is no such set.
+    """
+    if isinstance(embeddings, Path) or Path(embeddings).is_dir():
+        return open_set(Path(embeddings)), read_provenance(Path(embeddings))
+    at, found = f"tasks.{task}.embeddings: {embeddings}", HUB_ID.fullmatch(embeddings)
+    if not found:
+        raise InputError(f"{at}: no folder here, and no Hub id like org/name, org/name:config or org/name@revision")
+    repo, config, revision = found["repo"], found["config"] or task, found["revision"]
+    try:
+        return download_set(repo, config, revision=revision, where=at)
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{at}: no folder here, not in the local cache, and the Hub is out of reach") from error
+    except EntryNotFoundError as error:
+        files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
+        remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none at all"
+        raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{at}: no folder here, and the Hub refuses it ({error})") from error
+
+
+def download_set(repo: str, config: str, *, revision: str | None, where: str) -> tuple[Dataset, dict[str, Any]]:
+    """A published set and its provenance; raises what huggingface_hub does."""
+    path = Path(hf_hub_download(repo, f"provenance/{config}.json", repo_type="dataset", revision=revision))
+    provenance = parse_provenance(path, where=where)
+    shards = published_shards(config, provenance)
+    commit = path.parent.parent.name  # the cache has a folder for each
+    folder = snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=shards)
+    # by the content of the shards: load_dataset(repo) would make all Arrow files anew at each commit to the repository
+    files = [str(shard.resolve()) for shard in sorted(Path(folder).glob(shards))]
+    if not files:
+        raise InputError(f"{where}: nothing at {shards}, as its provenance wants; push the set again")
+    data = load_dataset("parquet", data_files=files, split="train")
+    return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
+
+
+def published_shards(config: str, provenance: Mapping[str, Any]) -> str:
+    """The pattern of a published set's Parquet files: they bear a digest of its provenance."""
+    return f"data/{config}/train-*-{fingerprint(provenance)[:12]}.parquet"
 
 
 def checkpoint_compat(model: str, *, revision: str | None, family: Family, weights: bool = True) -> dict[str, Any]:

@@ -5,7 +5,6 @@ digest of the set's provenance, so that what the Hub has of a set shows by name 
 where it stopped. The card, which is what readers go by, comes last, in one commit with the provenance.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
-from hf_qie.embeddings import matrix_width, move_durably, read_provenance
+from hf_qie.embeddings import matrix_width, move_durably, published_shards, read_provenance
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.recipe import Extract, InputError, Task
 
@@ -112,21 +111,22 @@ class Publication:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """As recorded, without what is of this machine alone, and with the rows skipped by reason."""
+        """As recorded, without what is of this machine alone, with the rows skipped by reason and the set's own id."""
         provenance = read_provenance(self.folder)
         lines = (self.folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
         skipped = Counter(reason_of(json.loads(line)) for line in lines)
-        return provenance | {"record": public(provenance["record"]) | {"skipped": dict(skipped.most_common())}}
+        more = {"skipped": dict(skipped.most_common()), "set": self.data._fingerprint}
+        return provenance | {"record": public(provenance["record"]) | more}
 
     @cached_property
-    def key(self) -> str:
-        """A short digest of the provenance."""
-        return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()[:12]
+    def pattern(self) -> str:
+        """Of the shards' paths."""
+        return published_shards(self.name, self.provenance)
 
     @cached_property
     def data(self) -> Dataset:
-        """The rows, as Arrow tables."""
-        return load_from_disk(str(self.folder)).with_format("arrow")
+        """The rows."""
+        return load_from_disk(str(self.folder))
 
     @property
     def num_bytes(self) -> int:
@@ -139,8 +139,7 @@ class Publication:
         num_rows, count = len(self.data), max(1, math.ceil(self.num_bytes / SHARD_BYTES))
         edges = [num_rows * i // count for i in range(count + 1)]
         return {
-            f"data/{self.name}/train-{i:05d}-of-{count:05d}-{self.key}.parquet": range(edges[i], edges[i + 1])
-            for i in range(count)
+            self.pattern.replace("*", f"{i:05d}-of-{count:05d}"): range(edges[i], edges[i + 1]) for i in range(count)
         }
 
     def prepare(self, shard: str) -> Path:
@@ -233,7 +232,7 @@ class Repo:
             self.card(files, revision=head),
             repo=self.name,
             infos={one.name: info_of(one, files) for one in sets},
-            data_files={one.name: f"data/{one.name}/train-*-{one.key}.parquet" for one in sets},
+            data_files={one.name: one.pattern for one in sets},
             provenances=provenances,
             license=license,
         )
@@ -275,11 +274,11 @@ def misfits(there: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 
 
 def write_shard(data: Dataset, rows: range, path: Path, *, roots: Sequence[Path]) -> None:
-    """Write `rows` of a set, in the arrow format, to the Parquet file `path`, which appears when it is whole."""
-    aside = path.with_suffix(".new")
+    """Write `rows` of a set to the Parquet file `path`, which appears when it is whole."""
+    aside, tables = path.with_suffix(".new"), data.with_format("arrow")
     with pq.ParquetWriter(aside, data.features.arrow_schema, **parquet_settings(data.features)) as writer:
         for start in range(rows.start, rows.stop, ROW_GROUP_ROWS):
-            table = data[start : min(start + ROW_GROUP_ROWS, rows.stop)]
+            table = tables[start : min(start + ROW_GROUP_ROWS, rows.stop)]
             writer.write_table(public_rows(table, roots), row_group_size=ROW_GROUP_ROWS)
     move_durably(aside, path)
 

@@ -54,23 +54,18 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
     Raises InputError where one is missing or does not fit.
     """
-    from hf_qie.embeddings import check_compat, checkpoint_compat, open_set, read_provenance
+    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings
     from hf_qie.family import read_family
 
-    folders = {}
-    for name, task in recipe.tasks.items():
-        folder = Path(task.embeddings or Path(recipe.extract.output_dir, name))
-        if task.embeddings and not folder.is_dir():
-            raise InputError(
-                f"tasks.{name}.embeddings: {folder} is no folder; sets from the Hub are not available yet"
-            )
-        if task.weight > 0:
-            folders[name] = folder
-    sets = {name: open_set(folder) for name, folder in folders.items()}
+    opened = {
+        name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
+        for name, task in recipe.tasks.items()
+        if task.weight > 0
+    }
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
-    check_compat({name: read_provenance(folder) for name, folder in folders.items()}, checkpoint, model=recipe.model)
-    return sets
+    check_compat({name: provenance for name, (_, provenance) in opened.items()}, checkpoint, model=recipe.model)
+    return {name: data for name, (data, _) in opened.items()}
 
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":

@@ -44,7 +44,7 @@ def measure(folder: Path, *, rows: int) -> float:
     table = to_table(wanted, features)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=16)
-    data = Dataset.from_file(str(folder / "rows.arrow")).with_format("arrow")
+    data = Dataset.from_file(str(folder / "rows.arrow"))
     started = time.process_time()
     write_shard(data, range(rows), folder / "shard.parquet", roots=[Path("/data/images")])
     return table.nbytes / 1e6 / (time.process_time() - started)

@@ -13,12 +13,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
 from datasets import load_from_disk
 from hub import TOKEN, Hub
 from push_rate import measure
+from safetensors.torch import load_file
 
 from hf_qie.cards import BEGIN, END
+from hf_qie.extract import TOO_MANY_BAD
+from hf_qie.extract import push as push_unless_bad
 from hf_qie.public import public, public_path
 from hf_qie.recipe import InputError, load_recipe
 
@@ -281,6 +286,28 @@ def test_a_push_of_one_more_task_keeps_the_others_and_what_people_wrote(work, lo
     assert "| `text_to_image` | 6 |" in text
 
 
+def test_a_card_that_somebody_changed_meanwhile_is_not_overwritten(work, loopback_hub):
+    def meddle(method, path):
+        if (
+            path.endswith("/commit/main") and len(loopback_hub.asked("POST", "/commit/main")) == 1
+        ):  # the second to come
+            loopback_hub.write("org/edits", "README.md", b"Ours.\n")
+
+    loopback_hub.intercept = meddle
+    said = push(loopback_hub, work, "text_to_image", code=1)
+    assert "412" in said
+    assert said.rstrip().endswith("start again: a push goes on where it stopped")
+    assert loopback_hub.read("org/edits", "README.md") == b"Ours.\n"
+    push(loopback_hub, work, "text_to_image")
+    assert card_of(loopback_hub)[1].strip().startswith(f"Ours.\n\n{BEGIN}")
+
+
+def test_nothing_is_pushed_where_too_many_rows_are_bad(work, caplog):
+    PartialState(cpu=True)
+    push_unless_bad(load_recipe(work), ["edit"], TOO_MANY_BAD)  # a push would fail: tests are offline
+    assert "nothing is pushed; mend the bad rows, or raise extract.max_bad_share" in caplog.text
+
+
 def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(work, loopback_hub):
     push(loopback_hub, work, "edit")
     before = loopback_hub.files("org/edits")
@@ -320,6 +347,85 @@ def test_a_push_that_cannot_succeed_is_refused_at_once(work, loopback_hub, overr
 def test_a_repository_needs_an_organisation_and_a_name(work):
     with pytest.raises(InputError, match=r"extract\.push_to_hub: got \"edits\", wanted a Hub id like org/name"):
         load_recipe(work, ["extract.push_to_hub=edits"])
+
+
+# opens a set as training does, and leaves its rows and provenance in a folder
+OPEN = """
+import json, sys
+from hf_qie.embeddings import open_embeddings
+from hf_qie.recipe import run_script
+def main(argv):
+    data, provenance = open_embeddings(argv[0], task=argv[1])
+    data.save_to_disk(argv[2])
+    with open(f"{argv[2]}/opened.json", "w") as file:
+        json.dump([data._fingerprint, provenance], file)
+run_script(main)
+"""
+
+
+def test_a_set_is_opened_from_the_hub_as_from_its_folder(work, loopback_hub, tmp_path):
+    """By task, config and revision; and again when the Hub cannot be reached."""
+    push(loopback_hub, work, "combine")
+    loopback_hub.tag("org/edits", "v1")
+    there = load_from_disk(work.parent / "embeddings" / "combine")
+    path = work.parent / "embeddings" / "combine" / "provenance.json"
+    compat = json.loads(path.read_text(encoding="utf-8"))["compat"]
+    provenance = json.loads(path.read_text(encoding="utf-8"))
+    provenance["record"]["request"]["data"] = "other rows"
+    path.write_text(json.dumps(provenance), encoding="utf-8")
+    push(loopback_hub, work, "combine", "extract.overwrite=true")  # v1 stays what it was
+    names = [("org/edits:combine@v1", "any", {}), ("org/edits@v1", "combine", {"HF_HUB_OFFLINE": "1"})]
+    for number, (name, task, changes) in enumerate(names):
+        folder = tmp_path / f"opened{number}"
+        done = run(loopback_hub, tmp_path / "home", "-c", OPEN, name, task, folder, **changes)
+        assert done.returncode == 0, done.stderr
+        back = load_from_disk(folder)
+        assert back.features == there.features
+        assert back[:] == there[:]
+        fingerprint, provenance = json.loads((folder / "opened.json").read_text(encoding="utf-8"))
+        assert fingerprint == there._fingerprint
+        assert provenance["compat"] == compat
+        assert provenance["record"]["request"]["data"] != "other rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/edits:portraits", "org/edits has no embedding set portraits; there are combine, edit, text_to_image; "),
+        ("org/edits:edit@v7", r"no folder here, and the Hub refuses it \(.*Revision Not Found"),
+        ("org/nothing", r"no folder here, and the Hub refuses it \(.*Repository Not Found"),
+        ("nothing", "no folder here, and no Hub id like org/name, org/name:config or org/name@revision"),
+    ],
+)
+def test_a_set_that_is_not_there_is_told_with_what_is(pushed, tmp_path, name, message):
+    with Hub(pushed / "hub") as hub:
+        done = run(hub, tmp_path / "home", "-c", OPEN, name, "any", tmp_path / "opened")
+    assert done.returncode == 1
+    assert re.match(rf"tasks\.any\.embeddings: {name}: {message}", done.stderr, re.DOTALL)
+    assert "Traceback" not in done.stderr
+
+
+def test_training_on_a_set_of_the_hub_gives_the_weights_of_training_on_its_folder(pushed, root, tmp_path):
+    train = """
+import sys
+from hf_qie.train import main
+for embeddings, output_dir in zip(sys.argv[2::2], sys.argv[3::2]):
+    main([sys.argv[1], f"tasks.edit.embeddings={embeddings}", f"training.output_dir={output_dir}"])
+"""
+    recipe = {
+        "model": json.loads((pushed / "recipe.yaml").read_text(encoding="utf-8"))["model"],
+        "tasks": {"edit": {}},
+        "trainable": {"lora": {"rank": 4}},
+        "training": {"use_cpu": True, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    sets = ["org/edits", tmp_path / "hub", pushed / "embeddings" / "edit", tmp_path / "folder"]
+    with Hub(pushed / "hub") as hub:
+        done = run(hub, tmp_path / "home", "-c", train, tmp_path / "recipe.yaml", *sets)
+    assert done.returncode == 0, done.stderr
+    ours, local = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("hub", "folder"))
+    assert ours.keys() == local.keys()
+    assert all(torch.equal(ours[name], local[name]) for name in ours)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_ready_set_is_taken_from_where_it_lies(root, tiny, tmp_path):
     done = start(root, path, "training.max_steps=1")
     assert done.returncode == 0, done.stderr
     message = refused(root, path, "tasks.edit.embeddings=nowhere")
-    assert "tasks.edit.embeddings: nowhere is no folder" in message
+    assert "tasks.edit.embeddings: nowhere: no folder here, and no Hub id" in message
 
 
 def test_epochs_are_passes_over_the_rows_of_the_weighted_tasks(tiny, tmp_path):

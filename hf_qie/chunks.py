@@ -76,11 +76,12 @@ class ChunkWriter:
     def write(self, path: Path, rows: range, *, account_path: Path, aside: Path) -> None:
         """Encode `rows` into the Arrow file `path`, written `aside` until it is whole and its account is on disk."""
         account = Account(rows_in=len(rows))
-        windows = asyncio.Semaphore(WINDOWS)
+        windows, loop = asyncio.Semaphore(WINDOWS), None
 
         async def embed(batch: dict[str, list[Any]], rank_of_map: int | None) -> pa.Table:
             # `map` knows no rank, as the launcher owns the processes; it is fixed before
             assert rank_of_map is None
+            nonlocal loop
             loop = asyncio.get_running_loop()
             wanted = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             async with windows:
@@ -104,6 +105,7 @@ class ChunkWriter:
             writer_batch_size=WRITER_BATCH_SIZE,
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
+        loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         account.bad.sort(key=lambda bad: bad["row"])
         write_durably(account_path, json.dumps(vars(account), ensure_ascii=False))
         move_durably(aside, path)

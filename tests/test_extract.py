@@ -359,6 +359,21 @@ def test_rows_under_way_do_not_grow_with_the_rows(chunk, rows):
     assert 0 < max(alive) <= WINDOWS
 
 
+def num_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files through /proc")
+def test_a_chunk_leaves_no_file_open_to_the_garbage_collector(chunk, rows):
+    before = []
+    gc.disable()
+    try:
+        chunk(rows["text_to_image"], watch=lambda models: before.append(num_open_files()))
+        assert num_open_files() == before[0]
+    finally:
+        gc.enable()
+
+
 # --- bad rows
 
 

@@ -20,8 +20,8 @@ STOCK_AREAS_PX = {family.vae_area_px for family in FAMILIES.values()}
 
 MEANINGS = {  # pattern of a column's name, without `inverse_`: what it holds
     "row": "0-based position in the task's data; rows that were skipped are missing",
-    "source_image": "path or URL of each source; empty for text-to-image",
-    "target_image": "path or URL of the target",
+    "source_image": "path or URL of each source, or its place in the data; empty for text-to-image",
+    "target_image": "path or URL of the target, or its place in the data",
     "num_sources": "number of sources",
     "image_embeds": "prompt states of the image part, shared by all captions of the row; empty for text-to-image",
     "text_embeds_drop": "prompt states from there on for the drop caption",

@@ -21,6 +21,7 @@ from hf_qie.embeddings import LATENT_CHANNELS, move_durably, to_table, write_dur
 from hf_qie.encoder import Encoder, PromptStates
 from hf_qie.latents import LatentEncoder, grid_of
 from hf_qie.prepare import Direction, Picture, Plan, Prepared, prepare
+from hf_qie.prompts import Prompt
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 
@@ -153,8 +154,8 @@ def use_device(device: torch.device) -> None:
 
 def run_models(rows: Sequence[Prepared], models: Models, plan: Plan) -> list[dict[str, Any] | BadRow]:
     """All columns of each row, or why its numbers cannot be stored."""
-    directions = [direction for row in rows for direction in row.directions]
-    states = iter(models.encoder([direction.prompt for direction in directions]))
+    prompts = [direction.prompt for row in rows for direction in row.directions]
+    states = iter(encode_prompts(prompts, models.encoder, batch_size=plan.extract.batch_size))
     latents = encode_pictures(rows, models, plan)
     results: list[dict[str, Any] | BadRow] = []
     for row, latents_of in zip(rows, latents, strict=True):
@@ -164,6 +165,16 @@ def run_models(rows: Sequence[Prepared], models: Models, plan: Plan) -> list[dic
         unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
         results.append(BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns)
     return results
+
+
+def encode_prompts(prompts: Sequence[Prompt], encoder: Encoder, *, batch_size: int) -> list[PromptStates]:
+    """States of each prompt; those of like length share a pass, so that little of it is padding."""
+    order = sorted(range(len(prompts)), key=lambda place: prompts[place].num_tokens)
+    states: dict[int, PromptStates] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        states |= zip(places, encoder([prompts[place] for place in places]), strict=True)
+    return [states[place] for place in range(len(prompts))]
 
 
 def direction_columns(

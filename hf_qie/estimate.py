@@ -1,0 +1,253 @@
+"""What a row becomes, told from picture headers and captions alone: sizes, tokens, grids and bytes.
+
+No pixel is decoded and no model is there, so it is known before anything takes time.
+"""
+
+import functools
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from transformers import Qwen2_5_VLConfig
+
+from hf_qie.embeddings import LATENT_CHANNELS
+from hf_qie.fetch import BadUrl, is_url
+from hf_qie.images import BROKEN, MAX_ASPECT, BadImage, area_size, beginning
+from hf_qie.latents import grid_of
+from hf_qie.prepare import MAX_POSITIONS, MAX_TEXT_TO_IMAGE_TOKENS, Plan, open_picture
+from hf_qie.prompts import IMAGE_TOKEN, VIDEO_TOKEN
+from hf_qie.recipe import InputError
+from hf_qie.rows import BadRow, has_inverse
+
+SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
+FLOAT16_BYTES = 2
+ROW_BYTES = 128  # of a row beside states, latents and strings: numbers, grids, offsets
+
+Size = tuple[int, int]  # (width, height) in pixels
+Grid = tuple[int, int]  # packed (height, width)
+Row = Mapping[str, Any]  # of `Rows.table`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A picture as far as it is known without decoding."""
+
+    size: Size  # as read: upright, before any resize
+    file: Path | None  # None: it came by a URL or lies in the data itself
+    content: str  # tells it from others: the file's path, or a digest of its bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A row in one direction, forward or inverse."""
+
+    target_grid: Grid
+    source_grids: tuple[Grid, ...]
+    num_image_states: int
+    num_text_states: dict[str, int]  # by caption column that the row has, and "drop"
+
+    @property
+    def num_states(self) -> int:
+        """Vectors that the set stores of the encoder."""
+        return self.num_image_states + sum(self.num_text_states.values())
+
+    @property
+    def num_latents(self) -> int:
+        """Vectors that the set stores of the VAE."""
+        return sum(height * width for height, width in (self.target_grid, *self.source_grids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What one row becomes."""
+
+    sources: list[Header]
+    target: Header
+    num_tokens: dict[str, int]  # of each caption that the row has, alone
+    forward: Way
+    inverse: Way | None
+    num_bytes: int  # in the set
+
+
+class Estimator:
+    """Turns rows of a plan into outlooks, a batch at a time; `width` is the encoder's.
+
+    Without `fetch` a picture behind a URL counts as a square: its shape hardly moves the size of a set.
+    """
+
+    def __init__(self, plan: Plan, processor: Any, *, width: int, fetch: bool):
+        self.plan, self.processor, self.width, self.fetch = plan, processor, width, fetch
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.readers = ThreadPoolExecutor(plan.extract.num_workers, "headers")
+        self.count = functools.cache(lambda text: len(self.tokenizer(text)["input_ids"]))
+
+    def __call__(self, rows: Sequence[Row]) -> list[Outlook | BadRow]:
+        """The outlook of each row, or why extraction will list it as bad."""
+        pictures = {(row["root"], path) for row in rows for path in (*row["sources"], row["target"])}
+        headers = dict(zip(pictures, self.readers.map(self.read_header, pictures), strict=True))
+        tokens = self.caption_tokens(rows)
+        outlooks: list[Outlook | BadRow] = []
+        for row in rows:
+            try:
+                outlooks.append(self.look(row, headers, tokens))
+            except BadRow as error:
+                outlooks.append(error)
+        return outlooks
+
+    def read_header(self, picture: tuple[str, str]) -> Header | BadImage | BadUrl:
+        """The header of the picture at (root, path), or why there is none. Runs in many threads."""
+        root, path = picture
+        if is_url(path) and not self.fetch:
+            return Header(size=(1, 1), file=None, content=path)
+        try:
+            file = open_picture(path, root=root, plan=self.plan)
+            size = header_size(file)
+        except (BadImage, BadUrl) as error:
+            return error
+        if isinstance(file, Path):
+            return Header(size=size, file=file, content=str(file))
+        return Header(size=size, file=None, content=hashlib.sha256(file.getbuffer()).hexdigest())
+
+    def caption_tokens(self, rows: Sequence[Row]) -> dict[str, int]:
+        """Tokens of all captions of `rows`, by `lead` and caption; the tokenizer is called once."""
+        texts = set()
+        for row in rows:
+            captions = [self.plan.extract.drop_caption, *filter(None, row["texts"].values())]
+            texts |= {self.lead(len(row["sources"])) + caption for caption in captions}
+        return dict(zip(texts, map(len, self.tokenizer(list(texts))["input_ids"]), strict=True))
+
+    def lead(self, num_sources: int) -> str:
+        """The text between the last special token and the caption: no token reaches over a special one."""
+        return self.plan.family.template(num_sources).shared(num_sources).rpartition("|>")[2]
+
+    def look(self, row: Row, headers: Mapping[Any, Header | Exception], tokens: Mapping[str, int]) -> Outlook:
+        """The outlook of one row, in the steps of `prepare`; raises BadRow."""
+        plan, columns = self.plan, self.plan.task.columns
+        sources = [header_of(row, path, headers, column=columns.sources) for path in row["sources"]]
+        target = header_of(row, row["target"], headers, column=columns.target)
+        captions = {name: row["texts"][name] for name in columns.captions if row["texts"][name]}
+        sizes = [source.size for source in sources]
+        forward, inverse = self.way(sizes, target.size, captions, tokens), None
+        if plan.extract.inverse and has_inverse(row, plan.task):
+            undo = {name: row["texts"][name] for name in columns.inverse_captions if row["texts"][name]}
+            inverse = self.way([target.size], sizes[0], undo, tokens)
+            captions |= undo
+        num_states = forward.num_states + (inverse.num_states if inverse else 0)
+        num_latents = forward.num_latents + (inverse.num_latents if inverse and plan.inverse_latents else 0)
+        texts = [*row["sources"], row["target"], *(row["texts"][name] or "" for name in columns.captions)]
+        vectors_bytes = FLOAT16_BYTES * (num_states * self.width + num_latents * LATENT_CHANNELS)
+        lead = self.lead(len(sources))
+        return Outlook(
+            sources=sources,
+            target=target,
+            num_tokens={name: tokens[lead + text] - self.count(lead) for name, text in captions.items()},
+            forward=forward,
+            inverse=inverse,
+            num_bytes=vectors_bytes + sum(len(text.encode()) for text in texts) + ROW_BYTES,
+        )
+
+    def way(self, sources: list[Size], target: Size, captions: Mapping[str, str], tokens: Mapping[str, int]) -> Way:
+        """One direction of a row; raises BadRow for a caption that extraction refuses."""
+        plan, template = self.plan, self.plan.family.template(len(sources))
+        texts = {**captions, "drop": plan.extract.drop_caption}
+        for name, text in texts.items():
+            if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in text]:
+                raise BadRow(f"the caption holds {found[0]}, which stands for a picture", column=name)
+        lead, after = self.lead(len(sources)), self.count(template.after)
+        seen = [area_size(size, plan.family.vlm_area_px) for size in sources]
+        # each picture's own token is counted in the template
+        shared = self.count(template.shared(len(sources))) + sum(self.picture_tokens(size) - 1 for size in seen)
+        way = Way(
+            target_grid=grid_of(area_size(target, plan.target_area_px)),
+            source_grids=tuple(grid_of(area_size(size, plan.source_area_px)) for size in sources),
+            num_image_states=shared - template.drop if sources else 0,
+            num_text_states={name: tokens[lead + text] - self.count(lead) + after for name, text in texts.items()},
+        )
+        check_length(way)
+        return way
+
+    def picture_tokens(self, size: Size) -> int:
+        """Tokens of a picture that the encoder sees at `size`."""
+        images = self.processor.image_processor
+        return images.get_number_of_image_patches(size[1], size[0]) // images.merge_size**2
+
+
+def check_length(way: Way) -> None:
+    """Raise BadRow where the states are more than the transformer can place, as `prepare.check_length`."""
+    sides = [side for grid in (way.target_grid, *way.source_grids) for side in grid]
+    most = MAX_POSITIONS - max(sides) // 2 if way.source_grids else MAX_TEXT_TO_IMAGE_TOKENS
+    for caption, num_text_states in way.num_text_states.items():
+        if (num_tokens := way.num_image_states + num_text_states) > most:
+            raise BadRow(f"{num_tokens} tokens of pictures and text, at most {most} can be placed", column=caption)
+
+
+def header_size(file: Path | BytesIO) -> Size:
+    """The size that `read_image` will give, by the header alone.
+
+    Raises BadImage, as it does, as far as the header tells.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise BadImage(f"{width} x {height} pixels are longer than {MAX_ASPECT} to 1")
+            if image.mode == "F":
+                raise BadImage("its pixels are floats without a range; save it with 8 or 16 bits")
+            # the base class's: PNG's own decodes the picture, to look for EXIF behind it
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+            return (height, width) if turned and image.format != "TIFF" else (width, height)  # TIFF opens turned
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"cannot read the picture (UnidentifiedImageError: {beginning(file)})") from error
+    except BROKEN as error:
+        raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
+
+
+def header_of(row: Row, path: str, headers: Mapping[Any, Header | Exception], *, column: str) -> Header:
+    """The header of a picture of `row`; raises BadRow naming column and path where there is none."""
+    header = headers[row["root"], path]
+    if isinstance(header, Exception):
+        raise BadRow(str(header), column=column, path=path)
+    return header
+
+
+def encoder_width(model: str, *, revision: str | None) -> int:
+    """Width of the prompt encoder's states, by its config."""
+    config = Qwen2_5_VLConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
+    return config.text_config.hidden_size
+
+
+def estimate_bytes(plan: Plan, processor: Any, *, width: int) -> int:
+    """Bytes that the set of `plan` will take, from rows spread evenly over its data."""
+    table = plan.rows.table
+    sample = np.linspace(0, len(table) - 1, min(SAMPLE_ROWS, len(table))).round().astype(int)
+    outlooks = Estimator(plan, processor, width=width, fetch=False)([table[int(row)] for row in sample])
+    return round(len(table) * np.mean([look.num_bytes if isinstance(look, Outlook) else 0 for look in outlooks]))
+
+
+def check_space(num_bytes: Mapping[str, int], output_dir: Path) -> str:
+    """What the sets under `output_dir` still take and what is free, in words; `num_bytes` is each task's whole set.
+
+    Raises InputError where they do not fit. What is written already counts as done: it is kept or deleted.
+    """
+    there = {name: sum(file.stat().st_size for file in (output_dir / name).glob("**/*")) for name in num_bytes}
+    wanted = sum(max(0, size - there[name]) for name, size in num_bytes.items())
+    folder = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    words = (
+        f"{output_dir}: about {wanted:,} bytes to write ({wanted / 1e9:,.1f} GB), {free:,} free ({free / 1e9:,.1f} GB)"
+    )
+    if wanted > free:
+        raise InputError(f"extract.output_dir: {words}; make room, or name a folder on a larger disk")
+    return words

@@ -1,0 +1,194 @@
+"""A finished set against the official pipeline: some of its rows encoded again, one caption at a time.
+
+Nothing here shares a pass, a batch or a formula with extraction; only reading a picture is the same.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from PIL import Image
+from torch import Tensor
+
+from hf_qie.embeddings import matrix_width, open_set
+from hf_qie.family import Family
+from hf_qie.latents import PIXELS_PER_TOKEN
+from hf_qie.mix import draw_rng
+from hf_qie.prepare import Plan, read_picture
+from hf_qie.recipe import InputError
+from hf_qie.rows import BadRow
+from hf_qie.survey import aligned
+
+STORED = 2.0**-11  # half a step of float16, in which sets are stored
+ROUNDINGS = 32
+GRIDS = ("_grid", "_grids")
+
+
+def bound(dtype: torch.dtype) -> float:
+    """How far a column may be off by rounding alone, in parts of its length.
+
+    Storing rounds each value by 2^-11 of itself at most. Computing in another order differs by what is rounded on the
+    way: u, half a step of `dtype`, at each of some 120 sums into the residual stream of 32 + 28 layers. Independent
+    ones add up to their root, 11 u, so two runs are 15 u apart; doubled, as trained weights may amplify. Random
+    weights of that depth give 11 u in float32 and 4 u in bfloat16, while lost 3-D positions give 0.3 or more.
+    """
+    return STORED + ROUNDINGS * torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far one column of one row is from the pipeline's."""
+
+    column: str
+    largest: float
+    mean: float
+    relative: float  # length of the difference by length of the pipeline's column
+
+
+class Official:
+    """The checkpoint's own pipeline, without its transformer."""
+
+    def __init__(self, model: str, family: Family, *, revision: str | None, dtype: torch.dtype, device: torch.device):
+        loaded = getattr(diffusers, family.pipeline).from_pretrained(
+            model, revision=revision, transformer=None, dtype=dtype
+        )
+        names = ("scheduler", "vae", "text_encoder", "tokenizer")
+        parts = {name: getattr(loaded.to(device), name) for name in names} | {"transformer": None}
+        self.family = family
+        self.text_to_image = QwenImagePipeline(**parts)
+        # a text-to-image checkpoint has no pipeline that encodes pictures, but the same VAE
+        self.edit = loaded if family.edit else QwenImageEditPlusPipeline(**parts, processor=None)
+        if family.edit:
+            hand_token_types_through(self.edit)
+
+    @torch.no_grad()
+    def states(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:
+        """States `[L, D]` of one caption over pictures of any size."""
+        if not sources:
+            return self.text_to_image._get_qwen_prompt_embeds(caption)[0][0]
+        seen = [
+            self.edit.image_processor.resize(image, *self.size(image, self.family.vlm_area_px)) for image in sources
+        ]
+        return self.edit._get_qwen_prompt_embeds(caption, seen[0] if self.family.max_sources == 1 else seen)[0][0]
+
+    @torch.no_grad()
+    def latents(self, image: Image.Image, area_px: int) -> Tensor:
+        """Packed latents `[S, 64]` of a picture of any size."""
+        height, width = self.size(image, area_px)
+        pixels = self.edit.image_processor.preprocess(image, height, width)[:, :, None]
+        latents = self.edit._encode_vae_image(pixels.to(self.edit.device, self.edit.vae.dtype), generator=None)[
+            :, :, 0
+        ]
+        return self.edit._pack_latents(latents, *latents.shape)[0]
+
+    def size(self, image: Image.Image, area_px: int) -> tuple[int, int]:
+        """(height, width) in pixels to which the pipeline resizes a picture."""
+        width, height = calculate_dimensions(area_px, image.width / image.height)
+        return height, width
+
+
+def hand_token_types_through(pipeline: Any) -> None:
+    """Hand the processor's `mm_token_type_ids` to the encoder: diffusers 0.42 loses them, and with them 3-D positions.
+
+    https://github.com/huggingface/diffusers/issues/14194
+    """
+    processor, forward, types = pipeline.processor, pipeline.text_encoder.forward, {}
+
+    def process(*args: Any, **kwargs: Any) -> Any:
+        outputs = processor(*args, **kwargs)
+        types["mm_token_type_ids"] = outputs["mm_token_type_ids"].to(pipeline.device)
+        return outputs
+
+    pipeline.processor = process
+    pipeline.text_encoder.forward = lambda **kwargs: forward(**types | kwargs)
+
+
+def verify_set(
+    plan: Plan, folder: Path, official: Official, *, num_rows: int, seed: int
+) -> tuple[int, list[Difference]]:
+    """Encode random rows of the set in `folder` again; how many, and how far each column of each is off.
+
+    Raises InputError where the set was made from other pictures, or one cannot be read any more.
+    """
+    data = open_set(folder)
+    chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
+    numbers = [name for name, feature in data.features.items() if matrix_width(feature) or name.endswith(GRIDS)]
+    texts, numbers = (
+        data.remove_columns(numbers),
+        data.select_columns(numbers).with_format("torch", dtype=torch.float32),
+    )
+    differences = []
+    for place in sorted(map(int, chosen)):
+        row, stored = plan.rows.table[texts[place]["row"]], numbers[place]
+        if (row["sources"], row["target"]) != (texts[place]["source_image"], texts[place]["target_image"]):
+            raise InputError(f"{folder}: row {row['row']} has other pictures than the data now; extract it again")
+        columns = official_columns(row, stored, plan, official)
+        differences += [compare(column, stored.get(column), values) for column, values in columns]
+    return len(chosen), differences
+
+
+def official_columns(
+    row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Official
+) -> Iterator[tuple[str, Tensor]]:
+    """Every column of numbers of a row, by the pipeline; `stored` says where its pictures end and text starts."""
+    names, where = plan.task.columns, {"root": row["root"], "plan": plan}
+    try:
+        sources = [read_picture(path, column=names.sources, **where) for path in row["sources"]]
+        target = read_picture(row["target"], column=names.target, **where)
+    except BadRow as error:
+        raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.column}: {error.path}: {error}") from error
+    ways = [("", sources, target, names.captions)]
+    if stored.get("inverse_image_embeds") is not None:
+        ways.append(("inverse_", [target], sources[0], names.inverse_captions))
+    for prefix, seen, made, captions in ways:
+        texts = {name: row["texts"][name] for name in captions if row["texts"][name]}
+        texts |= {"drop": plan.extract.drop_caption}
+        cut = len(stored[f"{prefix}image_embeds"])
+        for name, text in texts.items():
+            states = official.states(text, seen)
+            yield f"{prefix}text_embeds_{name}", states[cut:]
+        yield f"{prefix}image_embeds", states[:cut]
+        if prefix and not plan.inverse_latents:
+            continue
+        pictures = [(made, plan.target_area_px), *((image, plan.source_area_px) for image in seen)]
+        latents, *others = [official.latents(*picture) for picture in pictures]
+        grid, *grids = [torch.tensor(official.size(*picture)) // PIXELS_PER_TOKEN for picture in pictures]
+        yield f"{prefix}target_latents", latents
+        yield f"{prefix}target_grid", grid
+        yield f"{prefix}source_latents", torch.cat([latents[:0], *others])
+        yield f"{prefix}source_grids", torch.cat([grid[:0], *grids])
+
+
+def compare(column: str, stored: Any, official: Tensor) -> Difference:
+    """How far a column of one row is off; infinitely where it has another length."""
+    stored, official = torch.as_tensor([] if stored is None else stored).flatten(), official.float().cpu().flatten()
+    if len(stored) != len(official):
+        return Difference(column=column, largest=math.inf, mean=math.inf, relative=math.inf)
+    if not len(official):
+        return Difference(column=column, largest=0.0, mean=0.0, relative=0.0)
+    off = (stored - official).abs()
+    relative = float(off.norm() / official.norm())
+    return Difference(column=column, largest=float(off.max()), mean=float(off.mean()), relative=relative)
+
+
+def table_of(differences: Sequence[Difference], *, limit: float) -> str:
+    """One line a column, over all rows."""
+    rows = [("", "rows", "largest", "mean", "relative", "at most")]
+    for column in dict.fromkeys(difference.column for difference in differences):
+        of_column = [difference for difference in differences if difference.column == column]
+        relative = max(difference.relative for difference in of_column)
+        figures = max(one.largest for one in of_column), sum(one.mean for one in of_column) / len(of_column), relative
+        verdict = "" if relative <= limit else "  beyond rounding"
+        rows.append((column, len(of_column), *(f"{figure:.1e}" for figure in figures), f"{limit:.1e}{verdict}"))
+    return "\n".join(f"  {line}".rstrip() for line in aligned(rows))
+
+
+def beyond(differences: Sequence[Difference], *, limit: float) -> list[str]:
+    """The columns that are off by more than rounding."""
+    return list(dict.fromkeys(difference.column for difference in differences if not difference.relative <= limit))

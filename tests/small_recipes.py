@@ -1,0 +1,77 @@
+"""Recipes over made-up rows for the tests of RUN 0, and what it needs to look at them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import ExifTags, Image
+
+from hf_qie import extract
+from hf_qie.encoder import load_processor
+from hf_qie.extract import make_plan
+from hf_qie.family import read_family
+from hf_qie.recipe import load_recipe
+
+WIDTH = 96  # of the tiny encoder
+SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2}
+RED, GREEN, BLUE = (200, 30, 30), (30, 160, 30), (30, 30, 200)
+
+
+def weightless(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint without its weights: whoever loads a model from it fails."""
+    return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def write_recipe(folder: Path, model: Path, tasks: dict[str, list[dict] | Path], **sections) -> Path:
+    """A recipe over rows, or a file of rows, by task; sets go to `folder`/sets. JSON is YAML."""
+    data = {}
+    for name, rows in tasks.items():
+        data[name] = {"data": str(rows if isinstance(rows, Path) else folder / f"{name}.jsonl")}
+        if not isinstance(rows, Path):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    section = {"output_dir": str(folder / "sets"), **SMALL, **sections.pop("extract", {})}
+    recipe = {"model": str(model), "tasks": data, "extract": section} | sections
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return folder / "recipe.yaml"
+
+
+def plans_of(path: Path, folder: Path, *overrides: str) -> tuple[dict, object]:
+    """Every task's plan, and the processor."""
+    recipe = load_recipe(path, overrides)
+    family = read_family(recipe.model)
+    folder.mkdir(exist_ok=True)
+    plans = {name: make_plan(recipe, task, family, folder) for name, task in recipe.tasks.items()}
+    return plans, load_processor(recipe.model, family=family)
+
+
+def extract_edits(folder: Path, model: Path, edits: Path) -> None:
+    """`folder`/recipe.yaml over a few synthetic edits, and its finished sets."""
+    folder.mkdir()
+    tasks = {}
+    for name, number in {"edit": 6, "combine": 3, "text_to_image": 3}.items():
+        rows = [json.loads(line) for line in (edits / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for row in rows[:number]:
+            sources = row["source_image"] or []
+            row["source_image"] = [str(edits / path) for path in ([sources] if isinstance(sources, str) else sources)]
+            row["target_image"] = str(edits / row["target_image"])
+        tasks[name] = rows[:number]
+    assert extract.main([str(write_recipe(folder, model, tasks))]) == 0
+
+
+def picture(path: Path, size=(80, 60), mode="RGB", orientation=None, **more) -> Path:
+    image = Image.new(mode, size)
+    if orientation:
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        more["exif"] = image.getexif()
+    image.save(path, **more)
+    return path
+
+
+def columns_of(image: Image.Image, colour: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Ranges of columns, from the left, in which `colour` occurs."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    there = (pixels == torch.tensor(colour, dtype=torch.uint8)).all(dim=2).any(dim=0).nonzero().flatten().tolist()
+    starts = [x for x in there if x - 1 not in there]
+    return [(start, next(x for x in there if x >= start and x + 1 not in there)) for start in starts]

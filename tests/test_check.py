@@ -1,0 +1,199 @@
+"""RUN 0: what it tells of a task's rows, and where it stops."""
+
+import json
+import re
+import shutil
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import datasets
+import pytest
+from picture_server import picture_server
+from PIL import Image
+from small_recipes import (
+    BLUE,
+    GREEN,
+    RED,
+    WIDTH,
+    columns_of,
+    extract_edits,
+    picture,
+    plans_of,
+    weightless,
+    write_recipe,
+)
+
+from hf_qie import check, sheet
+from hf_qie.encoder import load_processor
+from hf_qie.estimate import estimate_bytes
+from hf_qie.family import read_family
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.survey import KINDS, survey
+
+URLS = ("/p.png", "/gone.png")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(built_once, tiny) -> Path:
+    """A checkpoint without weights."""
+    return built_once("edit_plus_weightless", lambda folder: weightless(tiny("edit_plus"), folder))
+
+
+@pytest.fixture(scope="session")
+def extracted(built_once, tiny, edits) -> Path:
+    """A recipe whose sets are finished."""
+    return built_once("few_edits", lambda folder: extract_edits(folder, tiny(), edits)) / "recipe.yaml"
+
+
+@pytest.fixture
+def odd(tmp_path, checkpoint) -> Path:
+    """A recipe over rows with every kind of oddness; what is wrong with each stands beside it."""
+    plain = {"red": (128, 64), "blue": (64, 128), "green": (64, 128), "wide": (900, 100)}
+    colours = {"red": RED, "blue": BLUE, "green": GREEN, "wide": GREEN}
+    for name, size in plain.items():
+        Image.new("RGB", size, colours[name]).save(tmp_path / f"{name}.png")
+    shutil.copy(tmp_path / "red.png", tmp_path / "copy.png")
+    Image.new("1", (12000, 12000)).save(tmp_path / "huge.png")
+    (tmp_path / "broken.png").write_bytes(b"<html>not found</html>")
+    shown = {"source_image": "red.png", "target_image": "blue.png"}
+    rows = [
+        {**shown, "instruction": "Make it blue.", "instruction_cn": "变成蓝色。", "inverse_instruction": "Undo it."},
+        {**shown, "instruction": "Make it blue.", "instruction_cn": "变成蓝色。"},  # the same, but for its inverse
+        {**shown, "target_image": "red.png", "instruction": "Keep it."},
+        {**shown, "target_image": "copy.png", "instruction": "Keep it."},
+        {**shown, "target_image": "broken.png", "instruction": "a"},
+        {**shown, "source_image": "wide.png", "instruction": "a"},
+        {**shown, "target_image": "huge.png", "instruction": "a"},
+        {**shown, "instruction": "one word too many " * 1500},
+        {**shown, "instruction": "Put <|image_pad|> here."},
+        {**shown, "instruction": " ", "instruction_cn": None},
+        {**shown, "source_image": ["red.png", "green.png"], "instruction": "Mix them."},
+        {**shown, "source_image": None, "instruction": "Draw a blue field."},
+    ]
+    extract = {"max_bad_share": 0.5}
+    return write_recipe(tmp_path, checkpoint, {"odd": rows}, extract=extract, mix={"same_shape": 2})
+
+
+@pytest.fixture
+def found(odd, tmp_path):
+    """The survey of the odd rows."""
+    plans, processor = plans_of(odd, tmp_path / "mapped")
+    return survey(plans["odd"], processor, width=WIDTH, progress=lambda rows: None)
+
+
+def test_every_row_is_counted_by_its_sources(found):
+    assert found.num_rows == 12
+    assert found.source_counts == {0: 1, 1: 10, 2: 1}
+
+
+def test_each_odd_row_is_found_with_its_reason(found):
+    told = {kind: {(one.row, one.column, one.path): one.reason for one in found.found(kind)} for kind in KINDS}
+    bad = told["bad row"]
+    assert {row for row, *_ in bad} == {4, 5, 6, 7, 8}
+    assert "it begins with '<html>" in bad[4, "target_image", "broken.png"]
+    assert bad[5, "source_image", "wide.png"] == "900 x 100 pixels are longer than 8 to 1"
+    assert "12000" in bad[6, "target_image", "huge.png"]
+    assert "at most 4092 can be placed" in bad[7, "instruction", None]  # 4096 less half the source's 8 tokens
+    assert "<|image_pad|>" in bad[8, "instruction", None]
+    assert told["duplicate"] == {(1, "target_image", "blue.png"): "sources, target and captions of row 0"}
+    assert set(told["source equals target"]) == {(2, "source_image", "red.png"), (3, "source_image", "red.png")}
+    assert [row for row, *_ in told["no caption"]] == [9]
+
+
+def test_sizes_are_those_of_the_good_rows(found):
+    assert found.sizes["target_image"] == {(64, 128): 5, (128, 64): 2}
+    assert found.sizes["source_image"] == {(128, 64): 6, (64, 128): 1}
+
+
+def test_a_caption_is_as_long_as_the_tokenizer_says(found, tiny):
+    tokenizer = load_processor(str(tiny()), family=read_family(str(tiny()))).tokenizer
+    good = ["Make it blue.", "Make it blue.", "Keep it.", "Keep it.", "Mix them.", "Draw a blue field."]
+    assert found.num_tokens["instruction"] == Counter(len(tokenizer(text)["input_ids"]) for text in good)
+    assert found.num_tokens["instruction_cn"] == {len(tokenizer("变成蓝色。")["input_ids"]): 2}
+    assert found.num_tokens["inverse_instruction"] == {len(tokenizer("Undo it.")["input_ids"]): 1}
+
+
+def test_buckets_are_those_that_the_mix_draws_from(found, odd):
+    # shapes of the seven good rows: (red to blue) three times, (red to red) twice, two sources once, none once
+    assert found.buckets(load_recipe(odd).mix, cell_rows=2) == (4, pytest.approx(2 / 7))
+    # with inverses, the row that has one is in a bucket of its own, and so is its inverse
+    inverse = load_recipe(odd, ["mix.inverse_share=0.5"]).mix
+    assert found.buckets(inverse, cell_rows=2) == (6, pytest.approx(3 / 7))
+
+
+def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
+    check.main([str(odd)])
+    out = capsys.readouterr().out
+    told = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", out, re.MULTILINE))
+    assert out.startswith("odd: 12 rows\n")
+    assert told["sources of a row"] == "1 with 0, 10 with 1, 1 with 2"
+    assert told["shapes"] == "4; 28.6% of the draws from shapes of fewer rows than a cell, 2"
+    assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1"]
+    assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
+    folder = odd.parent / "sets" / check.FIRST_LOOK
+    assert f"bad row: and 2 more, all in {folder / 'odd.jsonl'}\n" in out
+    rows = [json.loads(line)["row"] for line in (folder / "odd.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("extract.max_bad_share=0.2", r"tasks.odd: 5 of 12 rows are bad, extract.max_bad_share allows 2; .*"),
+        ("extract.on_bad_row=fail", r"tasks.odd: 5 of 12 rows are bad, extract.on_bad_row: fail allows none; .*"),
+    ],
+)
+def test_rows_that_extraction_would_not_accept_are_an_error(odd, capsys, override, message):
+    with pytest.raises(InputError, match=message):
+        check.main([str(odd), override])
+    assert capsys.readouterr().out.startswith("odd: 12 rows")
+
+
+def test_pictures_in_the_data_are_told_by_their_bytes(tmp_path, checkpoint):
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in (RED, BLUE))
+    rows = {"source_image": [red, red, red, red], "target_image": [blue, blue, red, blue], "instruction": list("aaab")}
+    pictures = {"source_image": datasets.Image(), "target_image": datasets.Image()}
+    features = datasets.Features({**pictures, "instruction": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"saved": tmp_path / "saved"}), tmp_path / "map")
+    found = survey(plans["saved"], processor, width=WIDTH, progress=lambda rows: None)
+    assert [(one.kind, one.row) for one in found.findings] == [("duplicate", 1), ("source equals target", 2)]
+    assert columns_of(sheet.contact_sheet(plans["saved"], seed=0), RED)
+
+
+def test_pictures_behind_urls_are_fetched_by_the_look_and_not_by_the_estimate(tmp_path, checkpoint):
+    (tmp_path / "pictures").mkdir()
+    path = picture(tmp_path / "pictures" / "p.png", (128, 64))
+    with picture_server() as server:
+        server.put_folder(path.parent)
+        rows = [{"source_image": server.url(name), "target_image": str(path), "instruction": "a"} for name in URLS]
+        recipe = write_recipe(tmp_path, checkpoint, {"urls": rows}, extract={"allow_private_urls": True})
+        plans, processor = plans_of(recipe, tmp_path / "mapped")
+        estimate = estimate_bytes(plans["urls"], processor, width=WIDTH)
+        assert server.asked == []
+        found = survey(plans["urls"], processor, width=WIDTH, progress=lambda rows: None)
+        assert set(server.asked) == set(URLS)
+    assert found.sizes["source_image"] == {(128, 64): 1}
+    assert [(one.kind, one.row, one.reason) for one in found.findings] == [("bad row", 1, "HTTP 404 Not Found")]
+    # that one of two rows is bad the estimate cannot know; a square has more tokens than a picture of 2 to 1
+    assert estimate == pytest.approx(2 * found.num_bytes, rel=0.15)
+
+
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
+
+def test_the_look_refuses_a_disk_that_is_too_small(odd, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 12_345))
+    with pytest.raises(InputError, match=r"extract.output_dir: \S*sets: about [\d,]+ bytes to write .* 12,345 free"):
+        check.main([str(odd)])
+
+
+def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
+    check.main([str(extracted)])
+    assert ": about 0 bytes to write" in capsys.readouterr().out
+
+
+def test_without_a_finished_set_there_is_nothing_to_verify(odd):
+    with pytest.raises(InputError, match="no finished embedding set; run"):
+        check.main([str(odd), "--verify", "1"])

@@ -27,7 +27,7 @@ class Pass:
 
 
 def shared_passes(rows: Sequence[Prepared], *, batch_size: int) -> list[Pass]:
-    """Passes for all directions of `rows`, at most `batch_size` rows each: many instructions on one photo cost one photo.
+    """Passes for all directions of `rows`, of at most `batch_size` rows: many instructions on one photo run it once.
 
     Prompts over the same sources differ in their branches alone; the last branch of each is the drop caption.
     """

@@ -215,7 +215,9 @@ class ChunkWriter:
             account.num_tokens_padded += max(lengths) * len(lengths)
             for one, states in zip(batch, encoded, strict=True):
                 columns |= state_columns(one, states)
-        account.num_tokens_apart += sum(direction.prompt.num_tokens_apart for one in passes for direction in one.directions)
+        account.num_tokens_apart += sum(
+            direction.prompt.num_tokens_apart for one in passes for direction in one.directions
+        )
         return columns
 
     def run(self, model: Callable[[list], list], batches: Iterable[list]) -> Iterator[list]:

@@ -3,12 +3,14 @@
 Needs no model, so threads do it ahead of the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
-
 
 from datasets import Features
 from PIL import Image
@@ -16,10 +18,10 @@ from PIL import Image
 from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
-from hf_qie.images import BadImage, area_size, read_image, resize, to_pixels
+from hf_qie.images import BadImage, area_size, read_image, resize
 from hf_qie.latents import grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
-from hf_qie.recipe import Extract, Task
+from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import BadRow, Rows, has_inverse
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "settings arguments recipe family fetch records rows images prompts encoder latents embeddings cards public "
-    "publish prepare batches chunks extract mix loader collate flow losses model trainer train shapes tiny"
+    "publish prepare batches chunks unfinished extract mix loader collate flow losses model trainer train shapes tiny"
 ).split()
 
 

@@ -110,18 +110,19 @@ class ChunkWriter:
 
         `near_end` is called once, when the last window is read: the time to open the next chunk.
         """
-        windows = asyncio.Semaphore(WINDOWS)
+        windows, loop = asyncio.Semaphore(WINDOWS), None
         last = int(chunk.table[-1]["row"])
 
         async def embed(batch: dict[str, list[Any]], rank_of_map: int | None) -> pa.Table:
             # `map` knows no rank, as the launcher owns the processes; it is fixed before
             assert rank_of_map is None
+            nonlocal loop
+            loop = asyncio.get_running_loop()
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             async with windows:
                 before, chunk.claimed = chunk.claimed, Event()
                 turn = (before, chunk.claimed)
                 after_reading = near_end if rows[-1]["row"] == last else None
-                loop = asyncio.get_running_loop()
                 table = await loop.run_in_executor(self.windows, self.embed, rows, chunk, turn, after_reading)
             self.progress(len(rows))
             return table
@@ -138,6 +139,7 @@ class ChunkWriter:
             writer_batch_size=WRITER_BATCH_SIZE,
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
+        loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
         write_durably(account_path, json.dumps(vars(chunk.account), ensure_ascii=False))
         move_durably(aside, path)

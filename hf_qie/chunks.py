@@ -1,31 +1,37 @@
 """The work of RUN 1: rows, a chunk at a time, through encoder and VAE into Arrow files.
 
-A chunk is a fixed range of rows. Threads read and prepare its pictures while one thread runs the models; the file
-appears under its name only when it is complete, beside an account of what happened to each of its rows.
+A chunk is a fixed range of rows, done in windows of a few batches. While threads read the pictures of one window, one
+thread runs the models over the window before it, and `map` writes the one before that. The file of a chunk appears
+under its name only when it is complete, beside an account of what happened to each of its rows.
 """
 
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets import Dataset
 
+from hf_qie.batches import Pass, like_length, same_size, shared_passes
 from hf_qie.embeddings import LATENT_CHANNELS, move_durably, to_table, write_durably
 from hf_qie.encoder import Encoder, PromptStates
+from hf_qie.images import to_pixels
 from hf_qie.latents import LatentEncoder, grid_of
-from hf_qie.prepare import Direction, Picture, Plan, Prepared, prepare
-from hf_qie.prompts import Prompt
+from hf_qie.prepare import Direction, Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 
-WINDOWS = 2  # batches under way: one is encoded while the next is read
+WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together
+WINDOWS = 2  # under way at a time: one is encoded while the next is read
+AHEAD = 2  # batches handed to the models' thread before it has done them
 WRITER_BATCH_SIZE = 16  # rows held before they are written: a row has megabytes
 
 
@@ -46,6 +52,7 @@ class Account:
     rows_out: int = 0
     rows_without_caption: int = 0
     num_tokens: int = 0  # that the encoder ran
+    num_tokens_padded: int = 0  # with the padding of its batches
     num_tokens_apart: int = 0  # of one pass per caption
     bad: list[dict[str, Any]] = field(default_factory=list)
 
@@ -55,51 +62,77 @@ class Account:
             setattr(self, name, getattr(self, name) + value)
 
 
+class Chunk:
+    """A range of rows under way."""
+
+    def __init__(self, table: Dataset, plan: Plan):
+        self.table = table
+        self.account = Account(rows_in=len(table))
+        self.pictures = Pictures(table, plan)
+        self.latents: dict[Picture, Future[np.ndarray]] = {}  # of pictures that several rows use
+        self.reads: dict[int, Future[Prepared | BadRow]] = {}  # by row, begun ahead
+        self.claimed = Event()  # by the last window so far: it has taken its part of the pictures
+        self.claimed.set()
+
+
 class ChunkWriter:
     """Turns ranges of rows into chunk files. One a task and rank."""
 
     def __init__(self, plan: Plan, models: Models, *, progress: Callable[[int], Any]):
         self.plan, self.models, self.progress = plan, models, progress
         self.features = plan.features(models.encoder.width)
+        self.batch_size = plan.extract.batch_size
 
     def __enter__(self) -> "ChunkWriter":
         """Start the threads."""
         device = self.models.encoder.device
         self.readers = ThreadPoolExecutor(self.plan.extract.num_workers, "reader")
+        self.windows = ThreadPoolExecutor(WINDOWS, "window")
         self.runner = ThreadPoolExecutor(1, "models", initializer=use_device, initargs=(device,))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Wait for what is under way, and end the threads."""
-        self.readers.shutdown(cancel_futures=True)
-        self.runner.shutdown(cancel_futures=True)
+        for threads in (self.readers, self.windows, self.runner):
+            threads.shutdown(cancel_futures=True)
 
-    def write(self, path: Path, rows: range, *, account_path: Path, aside: Path) -> None:
-        """Encode `rows` into the Arrow file `path`, written `aside` until it is whole and its account is on disk."""
-        account = Account(rows_in=len(rows))
+    def open(self, rows: range) -> Chunk:
+        """Begin a chunk: its first window is read while the models still work on another chunk."""
+        chunk = Chunk(self.plan.rows.table.select(rows), self.plan)
+        first = range(min(len(chunk.table), WINDOW_BATCHES * self.batch_size))
+        chunk.reads = {row["row"]: self.readers.submit(self.read, row, chunk) for row in chunk.table.select(first)}
+        return chunk
+
+    def write(
+        self, path: Path, chunk: Chunk, *, account_path: Path, aside: Path, near_end: Callable[[], object]
+    ) -> None:
+        """Encode a chunk into the Arrow file `path`, written `aside` until it is whole and its account is on disk.
+
+        `near_end` is called once, when the last window is read: the time to open the next chunk.
+        """
         windows, loop = asyncio.Semaphore(WINDOWS), None
+        last = int(chunk.table[-1]["row"])
 
         async def embed(batch: dict[str, list[Any]], rank_of_map: int | None) -> pa.Table:
             # `map` knows no rank, as the launcher owns the processes; it is fixed before
             assert rank_of_map is None
             nonlocal loop
             loop = asyncio.get_running_loop()
-            wanted = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             async with windows:
-                ready = await asyncio.gather(
-                    *(loop.run_in_executor(self.readers, self.prepare, row) for row in wanted)
-                )
-                table = await loop.run_in_executor(self.runner, self.encode, wanted, ready, account)
-            self.progress(len(wanted))
+                before, chunk.claimed = chunk.claimed, Event()
+                turn = (before, chunk.claimed)
+                after_reading = near_end if rows[-1]["row"] == last else None
+                table = await loop.run_in_executor(self.windows, self.embed, rows, chunk, turn, after_reading)
+            self.progress(len(rows))
             return table
 
-        chunk = self.plan.rows.table.select(rows)
-        chunk.map(
+        chunk.table.map(
             embed,
             batched=True,
-            batch_size=self.plan.extract.batch_size,
+            batch_size=WINDOW_BATCHES * self.batch_size,
             with_rank=True,
-            remove_columns=chunk.column_names,
+            remove_columns=chunk.table.column_names,
             features=self.features,
             cache_file_name=str(aside),
             load_from_cache_file=False,
@@ -107,41 +140,139 @@ class ChunkWriter:
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
-        account.bad.sort(key=lambda bad: bad["row"])
-        write_durably(account_path, json.dumps(vars(account), ensure_ascii=False))
+        chunk.account.bad.sort(key=lambda bad: bad["row"])
+        write_durably(account_path, json.dumps(vars(chunk.account), ensure_ascii=False))
         move_durably(aside, path)
 
-    def prepare(self, row: dict[str, Any]) -> Prepared | BadRow:
+    def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow:
         """Read the pictures of a row and make its prompts. Runs in many threads."""
         try:
-            return prepare(row, self.plan, self.models.processor)
+            return prepare(row, chunk.pictures, plan=self.plan, processor=self.models.processor)
         except BadRow as error:
             return error
 
-    def encode(self, rows: list[dict[str, Any]], ready: Sequence[Prepared | BadRow], account: Account) -> pa.Table:
-        """Run the models over a batch; bad rows go to the account, the others to a table. Runs in one thread."""
-        good = [one for one in ready if not isinstance(one, BadRow)]
-        outcome = iter(run_models(good, self.models, self.plan) if good else [])
+    def embed(
+        self,
+        rows: list[dict[str, Any]],
+        chunk: Chunk,
+        turn: tuple[Event, Event],
+        after_reading: Callable[[], object] | None,
+    ) -> pa.Table:
+        """The table of a window; bad rows go to the account. Runs in one thread a window."""
+        before, claimed = turn
+        try:
+            begun = [chunk.reads.pop(row["row"], None) or self.readers.submit(self.read, row, chunk) for row in rows]
+            ready = [read.result() for read in begun]
+            if after_reading:
+                after_reading()
+            good = [one for one in ready if not isinstance(one, BadRow)]
+            before.wait()  # windows take pictures in their order, or batches would depend on who was faster
+            latents, mine = self.claim(good, chunk)
+        finally:
+            claimed.set()
+        try:
+            self.encode_pictures(mine, good, latents)
+        except BaseException as error:
+            for picture in mine:  # other windows may wait for them
+                if not latents[picture].done():
+                    latents[picture].set_exception(error)
+            raise
+        states = self.encode_prompts(good, chunk.account)
+        done = {picture: promise.result() for picture, promise in latents.items()}
+        return self.to_table(rows, ready, states, done, chunk.account)
+
+    def claim(self, rows: Sequence[Prepared], chunk: Chunk) -> tuple[dict[Picture, Future], list[Picture]]:
+        """A promise of the latents of every picture of a window, and the pictures that this window has to encode."""
+        latents, mine = {}, []
+        for picture in (picture for row in rows for picture in row.resized):
+            if picture not in latents:
+                known = chunk.latents.get(picture)
+                latents[picture] = known or Future()
+                if known is None:
+                    mine.append(picture)
+                if picture[0] in chunk.pictures.shared:
+                    chunk.latents[picture] = latents[picture]
+        return latents, mine
+
+    def encode_pictures(
+        self, pictures: Sequence[Picture], rows: Sequence[Prepared], latents: Mapping[Picture, Future]
+    ) -> None:
+        """Keep the promise for `pictures`; those of one size share a pass, `vae_batch_size` at a time."""
+        resized = {picture: image for row in rows for picture, image in row.resized.items()}
+        batches = same_size(pictures, batch_size=self.plan.extract.vae_batch_size)
+        pixels = ([to_pixels(resized[picture]) for picture in batch] for batch in batches)
+        for batch, encoded in zip(batches, self.run(self.models.latents, pixels), strict=True):
+            for picture, values in zip(batch, encoded, strict=True):
+                latents[picture].set_result(to_float16(values))
+
+    def encode_prompts(self, rows: Sequence[Prepared], account: Account) -> dict[int, dict[str, np.ndarray]]:
+        """The columns of states of each direction, by its identity; batches are counted in `account`."""
+        passes = shared_passes(rows, batch_size=self.batch_size)
+        batches = like_length(passes, batch_size=self.batch_size)
+        prompts = ([one.prompt for one in batch] for batch in batches)
+        columns = {}
+        for batch, encoded in zip(batches, self.run(self.models.encoder, prompts), strict=True):
+            lengths = [one.prompt.num_tokens for one in batch]
+            account.num_tokens += sum(lengths)
+            account.num_tokens_padded += max(lengths) * len(lengths)
+            for one, states in zip(batch, encoded, strict=True):
+                columns |= state_columns(one, states)
+        account.num_tokens_apart += sum(
+            direction.prompt.num_tokens_apart for one in passes for direction in one.directions
+        )
+        return columns
+
+    def run(self, model: Callable[[list], list], batches: Iterable[list]) -> Iterator[list]:
+        """What `model` makes of each batch; the next ones are made ready and wait in line while it works."""
+        waiting: deque[Future[list]] = deque()
+        for batch in batches:
+            waiting.append(self.runner.submit(model, batch))
+            if len(waiting) == AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def to_table(
+        self,
+        rows: Sequence[dict[str, Any]],
+        ready: Sequence[Prepared | BadRow],
+        states: Mapping[int, dict[str, np.ndarray]],
+        latents: Mapping[Picture, np.ndarray],
+        account: Account,
+    ) -> pa.Table:
+        """The good rows in the order of the input; the bad ones go to `account`."""
         kept = []
         for row, one in zip(rows, ready, strict=True):
-            result = one if isinstance(one, BadRow) else next(outcome)
+            result = one if isinstance(one, BadRow) else self.columns(one, states, latents)
             if isinstance(result, BadRow):
                 self.note_bad(row, result, account)
-                continue
-            kept.append(result)
-            account.rows_out += 1
-            account.rows_without_caption += not one.directions[0].captions
-            account.num_tokens += sum(direction.prompt.num_tokens for direction in one.directions)
-            account.num_tokens_apart += sum(direction.prompt.num_tokens_apart for direction in one.directions)
+            else:
+                kept.append(result)
+                account.rows_out += 1
+                account.rows_without_caption += not one.directions[0].captions
         return to_table(kept, self.features)
+
+    def columns(
+        self,
+        row: Prepared,
+        states: Mapping[int, dict[str, np.ndarray]],
+        latents: Mapping[Picture, np.ndarray],
+    ) -> dict[str, Any] | BadRow:
+        """All columns of a row, or why its numbers cannot be stored."""
+        columns = dict(row.columns)
+        for direction in row.directions:
+            columns |= states[id(direction)]
+            if not direction.prefix or self.plan.inverse_latents:
+                columns |= latent_columns(direction, latents)
+        unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
+        return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
 
     def note_bad(self, row: dict[str, Any], bad: BadRow, account: Account) -> None:
         """List a bad row, or stop the run where the recipe says so."""
         if self.plan.extract.on_bad_row == "fail":
             raise InputError(
                 f"tasks.{self.plan.task.name}: row {row['row']}: {bad.column}: {f'{bad.path}: ' if bad.path else ''}"
-                f"{bad.reason}; "
-                "mend it, or set extract.on_bad_row: skip to list such rows and go on"
+                f"{bad.reason}; mend it, or set extract.on_bad_row: skip to list such rows and go on"
             ) from bad
         account.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
 
@@ -152,62 +283,27 @@ def use_device(device: torch.device) -> None:
         torch.accelerator.set_device_index(device)
 
 
-def run_models(rows: Sequence[Prepared], models: Models, plan: Plan) -> list[dict[str, Any] | BadRow]:
-    """All columns of each row, or why its numbers cannot be stored."""
-    prompts = [direction.prompt for row in rows for direction in row.directions]
-    states = iter(encode_prompts(prompts, models.encoder, batch_size=plan.extract.batch_size))
-    latents = encode_pictures(rows, models, plan)
-    results: list[dict[str, Any] | BadRow] = []
-    for row, latents_of in zip(rows, latents, strict=True):
-        columns = dict(row.columns)
-        for direction in row.directions:
-            columns |= direction_columns(direction, next(states), latents_of, plan)
-        unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
-        results.append(BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns)
-    return results
+def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.ndarray]]:
+    """The columns of states of each direction of a pass, by its identity."""
+    image = to_float16(states.image)
+    columns = {}
+    for direction, texts in one.split(states):
+        names = [f"text_embeds_{caption}" for caption in (*direction.captions, "drop")]
+        values = {"image_embeds": image, **dict(zip(names, map(to_float16, texts), strict=True))}
+        columns[id(direction)] = {direction.prefix + name: value for name, value in values.items()}
+    return columns
 
 
-def encode_prompts(prompts: Sequence[Prompt], encoder: Encoder, *, batch_size: int) -> list[PromptStates]:
-    """States of each prompt; those of like length share a pass, so that little of it is padding."""
-    order = sorted(range(len(prompts)), key=lambda place: prompts[place].num_tokens)
-    states: dict[int, PromptStates] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        states |= zip(places, encoder([prompts[place] for place in places]), strict=True)
-    return [states[place] for place in range(len(prompts))]
-
-
-def direction_columns(
-    direction: Direction, states: PromptStates, latents: Mapping[Picture, np.ndarray], plan: Plan
-) -> dict[str, Any]:
-    """The columns of one direction, float16 arrays for the matrices."""
-    names = [f"text_embeds_{caption}" for caption in (*direction.captions, "drop")]
-    columns: dict[str, Any] = {"image_embeds": to_float16(states.image)}
-    columns |= {name: to_float16(text) for name, text in zip(names, states.texts, strict=True)}
-    if not direction.prefix or plan.inverse_latents:
-        sources = [latents[picture] for picture in direction.sources]
-        columns["target_latents"] = latents[direction.target]
-        columns["target_grid"] = grid_of(direction.target[1])
-        columns["source_latents"] = np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16)
-        columns["source_grids"] = [grid_of(size) for _, size in direction.sources]
-    return {direction.prefix + name: value for name, value in columns.items()}
-
-
-def encode_pictures(rows: Sequence[Prepared], models: Models, plan: Plan) -> list[dict[Picture, np.ndarray]]:
-    """Latents of each row's pictures; those of one size share a pass, `vae_batch_size` at a time."""
-    by_size: dict[tuple[int, int], list[tuple[int, Picture]]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        for picture in row.pixels:
-            by_size[picture[1]].append((number, picture))
-    latents: list[dict[Picture, np.ndarray]] = [{} for _ in rows]
-    step = plan.extract.vae_batch_size
-    for wanted in by_size.values():
-        for start in range(0, len(wanted), step):
-            batch = wanted[start : start + step]
-            encoded = models.latents([rows[number].pixels[picture] for number, picture in batch])
-            for (number, picture), value in zip(batch, encoded, strict=True):
-                latents[number][picture] = to_float16(value)
-    return latents
+def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, Any]:
+    """The columns of latents and grids of one direction."""
+    sources = [latents[picture] for picture in direction.sources]
+    values = {
+        "target_latents": latents[direction.target],
+        "target_grid": grid_of(direction.target[1]),
+        "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
+        "source_grids": [grid_of(size) for _, size in direction.sources],
+    }
+    return {direction.prefix + name: value for name, value in values.items()}
 
 
 def to_float16(values: torch.Tensor) -> np.ndarray:

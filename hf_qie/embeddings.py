@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,7 @@ def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArra
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a crash leaves the old one or the new one, whole."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f"{path.name}.{uuid4().hex}")  # several launches may write the same file
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
     move_durably(beside, path)

@@ -3,29 +3,32 @@
 Needs no model, so threads do it ahead of the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import torch
 from datasets import Features
 from PIL import Image
 
 from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
-from hf_qie.images import BadImage, area_size, read_image, resize, to_pixels
+from hf_qie.images import BadImage, area_size, read_image, resize
 from hf_qie.latents import grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
-from hf_qie.recipe import Extract, Task
+from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import BadRow, Rows, has_inverse
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
 
-Picture = tuple[str, tuple[int, int]]  # path and (width, height) that the VAE sees
+File = tuple[str, str]  # folder that relative paths start from, and path, URL or name of a picture as given
+Picture = tuple[File, tuple[int, int]]  # and (width, height) that the VAE sees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,43 +83,80 @@ class Prepared:
 
     columns: dict[str, Any]  # of the set, as far as they need no model
     directions: list[Direction]
-    pixels: dict[Picture, torch.Tensor]  # [3, H, W] in [-1, 1]
+    resized: dict[Picture, Image.Image]  # what the VAE sees
 
 
-def prepare(row: dict[str, Any], plan: Plan, processor: Any) -> Prepared:
+class Pictures:
+    """The pictures of some rows: each is read once, however many rows use it, and let go after the last of them."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], plan: Plan):
+        self.plan = plan
+        self.rows_left = Counter(file for row in rows for file in set(files_of(row)))
+        self.shared = {file for file, count in self.rows_left.items() if count > 1}
+        self.images: dict[File, Future[Image.Image]] = {}
+        self.lock = Lock()
+
+    def read(self, file: File) -> Image.Image:
+        """The picture in `file`, once for each row that uses it; raises BadImage or BadUrl. Called by many threads."""
+        with self.lock:
+            image = self.images.get(file)
+            if first := image is None:
+                image = self.images[file] = Future()
+            self.rows_left[file] -= 1
+            if self.rows_left[file] == 0:
+                del self.images[file]
+        if first:
+            try:
+                image.set_result(read_image(open_picture(file, plan=self.plan)))
+            except BaseException as error:
+                image.set_exception(error)
+        return image.result()
+
+
+def files_of(row: Mapping[str, Any]) -> list[File]:
+    """The pictures of a row, the target last."""
+    return [(row["root"], path) for path in (*row["sources"], row["target"])]
+
+
+def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor: Any) -> Prepared:
     """Read, resize and tokenize one row; raises BadRow."""
-    names, root = plan.task.columns, row["root"]
-    images = {path: read_picture(path, root=root, plan=plan, column=names.sources) for path in row["sources"]}
-    images |= {row["target"]: read_picture(row["target"], root=root, plan=plan, column=names.target)}
-    wanted = [("", row["sources"], row["target"], names.captions)]
+    names = plan.task.columns
+    images = read_pictures(row, pictures, names)
+    *sources, target = files_of(row)
+    wanted = [("", sources, target, names.captions)]
     if plan.extract.inverse and has_inverse(row, plan.task):
-        wanted.append(("inverse_", [row["target"]], row["sources"][0], names.inverse_captions))
-    directions, pixels = [], {}
-    for prefix, sources, target, captions in wanted:
-        sized = [(path, area_size(images[path].size, plan.source_area_px)) for path in sources]
-        sized_target = (target, area_size(images[target].size, plan.target_area_px))
+        wanted.append(("inverse_", [target], sources[0], names.inverse_captions))
+    directions, resized = [], {}
+    for prefix, shown, edited, captions in wanted:
+        sized = [(file, area_size(images[file].size, plan.source_area_px)) for file in shown]
+        sized_target = (edited, area_size(images[edited].size, plan.target_area_px))
         texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
-        prompt = prompt_of(texts, [images[path] for path in sources], plan, processor)
+        prompt = prompt_of(texts, [images[file] for file in shown], plan, processor)
         direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, sources=sized, target=sized_target)
         check_length(direction)
         directions.append(direction)
         if not prefix or plan.inverse_latents:
-            pixels |= {(path, size): to_pixels(resize(images[path], size)) for path, size in (*sized, sized_target)}
+            resized |= {(file, size): resize(images[file], size) for file, size in (*sized, sized_target)}
     columns = {"row": row["row"], "source_image": row["sources"], "target_image": row["target"]}
     columns |= {caption: row["texts"][caption] for caption in names.captions} | {"num_sources": len(row["sources"])}
-    return Prepared(columns=columns, directions=directions, pixels=pixels)
+    return Prepared(columns=columns, directions=directions, resized=resized)
 
 
-def read_picture(path: str, *, root: str, plan: Plan, column: str) -> Image.Image:
-    """The picture at `path` of a row of `plan.rows`; raises BadRow naming column and path."""
-    try:
-        return read_image(open_picture(path, root=root, plan=plan))
-    except (BadImage, BadUrl) as error:
-        raise BadRow(str(error), column=column, path=path) from error
+def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) -> dict[File, Image.Image]:
+    """The pictures of a row; raises BadRow naming the column and path of the first that cannot be used."""
+    images: dict[File, Image.Image] = {}
+    columns = [*(names.sources for _ in row["sources"]), names.target]
+    for file, column in zip(files_of(row), columns, strict=True):
+        try:
+            images[file] = images.get(file) or pictures.read(file)
+        except (BadImage, BadUrl) as error:
+            raise BadRow(str(error), column=column, path=file[1]) from error
+    return images
 
 
-def open_picture(path: str, *, root: str, plan: Plan) -> Path | BytesIO:
+def open_picture(file: File, *, plan: Plan) -> Path | BytesIO:
     """The file of a picture, or its bytes where it comes by a URL or lies in the data itself; raises BadUrl."""
+    root, path = file
     if is_url(path):
         return BytesIO(fetch(path, allow_private=plan.extract.allow_private_urls))
     stored = plan.rows.stored and plan.rows.stored.read(path)

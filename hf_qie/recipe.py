@@ -185,7 +185,6 @@ class Recipe:
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
     "extract.latents": "encoding images while training",
-    "extract.shard": "extraction shared out over job arrays",
     "sampling.*": "pictures while training",
     "tasks.*.eval_rows": "evaluation while training",
     "training.eval_*": "evaluation while training",

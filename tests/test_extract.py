@@ -21,7 +21,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from hf_qie.chunks import WINDOWS, ChunkWriter
+from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.embeddings import read_provenance
 from hf_qie.encoder import Encoder, load_processor
 from hf_qie.extract import extract, load_models, main, make_plan
@@ -304,7 +304,7 @@ def chunk(tmp_path, tiny, edits):
         with ChunkWriter(plan, models, progress=progress) as writer:
             (tmp_path / "aside").mkdir()
             places = {"account_path": tmp_path / "account.json", "aside": tmp_path / "aside" / "chunk.arrow"}
-            writer.write(tmp_path / "chunk.arrow", range(len(rows)), **places)
+            writer.write(tmp_path / "chunk.arrow", writer.open(range(len(rows))), near_end=lambda: None, **places)
         return json.loads((tmp_path / "account.json").read_text())
 
     return write
@@ -354,9 +354,10 @@ def test_rows_under_way_do_not_grow_with_the_rows(chunk, rows):
     def progress(_):
         alive.append(sum(type(thing) is Prepared for thing in gc.get_objects()))
 
-    chunk(rows["text_to_image"] * 3, progress=progress, batch_size=1, num_workers=4)
-    assert len(alive) == 3 * ROWS["text_to_image"]
-    assert 0 < max(alive) <= WINDOWS
+    given = rows["text_to_image"] * 24
+    chunk(given, progress=progress, batch_size=1, num_workers=4)
+    assert len(alive) == -(-len(given) // WINDOW_BATCHES) > 2 * WINDOWS
+    assert 0 < max(alive) <= WINDOWS * WINDOW_BATCHES
 
 
 def num_open_files() -> int:

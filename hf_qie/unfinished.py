@@ -1,0 +1,171 @@
+"""An embedding set while it is being made: one folder that every rank, node and launch writes its chunks into.
+
+What the set is made from is written first, `provenance.json` last. A launch may do a part of the chunks alone
+(`extract.shard`); whoever finds them all there makes the set whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetInfo
+
+from hf_qie.chunks import Account, Models
+from hf_qie.embeddings import PROVENANCE, fingerprint, write_durably
+from hf_qie.prepare import Plan
+from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
+
+UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
+REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
+
+
+def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """All that decides the content of a set; a folder is only gone on with if this is unchanged.
+
+    Not the batch sizes, though they move the last bits: who runs out of memory may go on with smaller ones.
+    """
+    task, settings = plan.task, as_dict(recipe.extract)
+    roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
+    compat = dict(compat) | {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
+    request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
+    request |= {"columns": as_dict(task.columns)}
+    return request | {name: settings[name] for name in ("image_sample_size", "inverse", "dtype", "chunk_rows")}
+
+
+def writing(folder: Path, recipe: Recipe) -> Path:
+    """Where the chunks of this launch lie, and the claims to them, until they are whole."""
+    i, n = recipe.extract.shard or (0, 1)
+    return folder / UNFINISHED / f"writing-{i}-of-{n}"
+
+
+def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> None:
+    """Make `folder` ready for `request`: new, or gone on with where an earlier run with the same request stopped.
+
+    Raises InputError for a folder made from something else, unless `extract.overwrite` is set.
+    """
+    found = read_request(folder)
+    if found is not None and found != request:
+        before, now = ({**one, **one["compat"], "compat": None} for one in (found, request))
+        differing = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
+        if not recipe.extract.overwrite:
+            raise InputError(
+                f"{folder}: was made with another {', '.join(differing)}; give another extract.output_dir, or set "
+                "extract.overwrite: true to delete it and start again"
+            )
+        shutil.rmtree(folder)
+    elif found is None and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
+    if (folder / PROVENANCE).exists():
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        return
+    aside = writing(folder, recipe)
+    shutil.rmtree(aside, ignore_errors=True)  # of a launch that was killed
+    aside.mkdir(parents=True)
+    if read_request(folder) is None:
+        write_durably(folder / REQUEST, json.dumps(request))
+
+
+def read_request(folder: Path) -> dict[str, Any] | None:
+    """What the set in `folder`, finished or not, is made from; None where there is none."""
+    if (folder / PROVENANCE).exists():
+        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["record"]["request"]
+    if (folder / REQUEST).exists():
+        return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    return None
+
+
+def chunk_files(plan: Plan, folder: Path) -> dict[Path, range]:
+    """Every chunk file of the set and the rows it holds; fixed by `chunk_rows`, whoever writes them."""
+    num_rows, step = len(plan.rows.table), plan.extract.chunk_rows
+    starts = range(0, num_rows, step)
+    return {
+        folder / f"data-{i:05d}-of-{len(starts):05d}.arrow": range(start, min(start + step, num_rows))
+        for i, start in enumerate(starts)
+    }
+
+
+def rows_done(plan: Plan, folder: Path) -> int:
+    """Rows of the chunks that are there."""
+    names = set(os.listdir(folder))
+    return sum(len(rows) for path, rows in chunk_files(plan, folder).items() if path.name in names)
+
+
+def is_done(plan: Plan, folder: Path) -> bool:
+    """True where every chunk is there."""
+    return rows_done(plan, folder) == len(plan.rows.table)
+
+
+def claim_chunks(plan: Plan, folder: Path, recipe: Recipe) -> Iterator[tuple[Path, range]]:
+    """The chunks that are not there yet, each to the rank that asks first: a slow one holds up no other."""
+    i, n = recipe.extract.shard or (0, 1)
+    for path, rows in list(chunk_files(plan, folder).items())[i::n]:
+        if path.exists():
+            continue
+        try:
+            os.close(os.open(writing(folder, recipe) / f"{path.stem}.claim", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield path, rows
+
+
+def account_path(path: Path) -> Path:
+    """Where it says what became of the rows of a chunk file."""
+    return path.parent / UNFINISHED / f"{path.stem}.json"
+
+
+def finish(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: Models) -> None:
+    """Make the chunk files a set that `load_from_disk` opens; `provenance.json`, written last, says it is whole.
+
+    Several launches may come here at once, and write the same.
+    """
+    files, total = chunk_files(plan, folder), Account()
+    try:
+        for path in files:
+            total.add(Account(**json.loads(account_path(path).read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        if (folder / PROVENANCE).exists():  # another launch was faster
+            return
+        raise
+    assert total.rows_in == total.rows_out + len(total.bad) == len(plan.rows.table)
+    compat = request["compat"]
+    state = {
+        "_data_files": [{"filename": path.name} for path in files],
+        "_fingerprint": fingerprint(request)[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": "train",
+    }
+    write_durably(folder / "state.json", json.dumps(state, indent=2))
+    DatasetInfo(features=plan.features(models.encoder.width)).write_to_directory(str(folder), pretty_print=True)
+    lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
+    write_durably(folder / "bad_rows.jsonl", "".join(lines))
+    save_recipe(recipe, folder / "recipe.yaml")
+    counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(path.stat().st_size for path in files)}
+    record = {"request": request, "counts": counts} | record_of(recipe, models)
+    provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
+    write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def record_of(recipe: Recipe, models: Models) -> dict[str, Any]:
+    """What a set was made with, for the reader; never compared."""
+    from importlib.metadata import version
+
+    libraries = ("torch", "torchvision", "transformers", "diffusers", "datasets", "pillow")
+    return {
+        "model": recipe.model,
+        "revision": recipe.revision,
+        "versions": {name: version(name) for name in libraries},
+        # there is a second one for pictures, slightly different
+        "processor": type(getattr(models.processor, "image_processor", models.processor)).__name__,
+        "dtype": recipe.extract.dtype,
+        "device": models.encoder.device.type,
+        "threads": torch.get_num_threads(),
+        "recipe": as_dict(recipe),
+    }

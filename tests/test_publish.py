@@ -326,22 +326,36 @@ def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(
     assert not set(shards_of(loopback_hub)) & set(before)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "token", "message"),
-    [
-        ([], "hf_wrong", "org/edits: .*401.*\nlog in with `hf auth login`, or set HF_TOKEN to a token that may write"),
-        (["extract.private=false"], TOKEN, r"extract\.private: got false, but org/edits is there and private; set"),
-        (["extract.license=mine"], TOKEN, r"extract\.license: the Hub does not take 'mine'; give an identifier of"),
-        (["extract.push_to_hub=org/a..b"], TOKEN, r"extract\.push_to_hub: .*'org/a\.\.b'"),
-    ],
-)
-def test_a_push_that_cannot_succeed_is_refused_at_once(work, loopback_hub, overrides, token, message):
+# tries to open a repository by each of the settings given, and says what went wrong
+REFUSED = """
+import json, sys
+from hf_qie.publish import open_repo
+from hf_qie.recipe import Extract, InputError
+for settings in sys.argv[1:]:
+    try:
+        open_repo(Extract(**json.loads(settings)))
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_push_that_cannot_succeed_is_refused_at_once(loopback_hub, tmp_path):
     loopback_hub.create("org/edits", private=True)
-    said = push(loopback_hub, work, "edit", *overrides, code=1, HF_TOKEN=token)
-    assert re.search(message, said, re.DOTALL)
-    assert "Traceback" not in said
-    assert token not in said
-    assert not loopback_hub.asked("PUT", "")
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+    expected = [
+        ({"private": False}, "extract.private: got false, but org/edits is there and private; set extract.private to"),
+        ({"license": "mine"}, "extract.license: the Hub does not take 'mine'; give an identifier of https://hf.co/"),
+        ({"push_to_hub": "org/a..b"}, "extract.push_to_hub: Cannot have -- or .. in repo_id: 'org/a..b'"),
+    ]
+    settings = [json.dumps({"push_to_hub": "org/edits"} | changes) for changes, _ in expected]
+    done = run(loopback_hub, tmp_path / "home", "-c", REFUSED, *settings)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for message, (_, start) in zip(said, expected, strict=True):
+        assert message.startswith(start)
+    done = run(loopback_hub, tmp_path / "home", "-c", REFUSED, '{"push_to_hub": "org/edits"}', HF_TOKEN="hf_wrong")
+    (message,) = (json.loads(line) for line in done.stdout.splitlines())
+    assert re.fullmatch(rf"extract\.push_to_hub: org/edits: .*401.*\n{re.escape(login)}", message, re.DOTALL)
+    assert "hf_wrong" not in message
 
 
 def test_a_repository_needs_an_organisation_and_a_name(work):
@@ -388,21 +402,31 @@ def test_a_set_is_opened_from_the_hub_as_from_its_folder(work, loopback_hub, tmp
         assert provenance["record"]["request"]["data"] != "other rows"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("org/edits:portraits", "org/edits has no embedding set portraits; there are combine, edit, text_to_image; "),
-        ("org/edits:edit@v7", r"no folder here, and the Hub refuses it \(.*Revision Not Found"),
-        ("org/nothing", r"no folder here, and the Hub refuses it \(.*Repository Not Found"),
-        ("nothing", "no folder here, and no Hub id like org/name, org/name:config or org/name@revision"),
-    ],
-)
-def test_a_set_that_is_not_there_is_told_with_what_is(pushed, tmp_path, name, message):
+# tries to open each of the sets given, and says what went wrong
+MISSING = """
+import json, sys
+from hf_qie.embeddings import open_embeddings
+from hf_qie.recipe import InputError
+for name in sys.argv[1:]:
+    try:
+        open_embeddings(name, task="any")
+    except InputError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_set_that_is_not_there_is_told_with_what_is(pushed, tmp_path):
+    expected = {
+        "org/edits:portraits": "org/edits has no embedding set portraits; there are combine, edit, text_to_image",
+        "org/edits:edit@v7": r"no folder here, and the Hub refuses it \(.*Revision Not Found",
+        "org/nothing": r"no folder here, and the Hub refuses it \(.*Repository Not Found",
+        "nothing": "no folder here, and no Hub id like org/name, org/name:config or org/name@revision",
+    }
     with Hub(pushed / "hub") as hub:
-        done = run(hub, tmp_path / "home", "-c", OPEN, name, "any", tmp_path / "opened")
-    assert done.returncode == 1
-    assert re.match(rf"tasks\.any\.embeddings: {name}: {message}", done.stderr, re.DOTALL)
-    assert "Traceback" not in done.stderr
+        done = run(hub, tmp_path / "home", "-c", MISSING, *expected)
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    for message, (name, told) in zip(said, expected.items(), strict=True):
+        assert re.match(rf"tasks\.any\.embeddings: {name}: {told}", message, re.DOTALL)
 
 
 def test_training_on_a_set_of_the_hub_gives_the_weights_of_training_on_its_folder(pushed, root, tmp_path):

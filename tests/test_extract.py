@@ -42,7 +42,7 @@ SMALL = {
     "num_workers": 2,
 }
 CPU = {"revision": None, "dtype": torch.float32, "device": torch.device("cpu")}
-ROWS = {"edit": 9, "combine": 4, "text_to_image": 3}  # of the synthetic edits
+ROWS = {"edit": 15, "combine": 4, "text_to_image": 3}  # of the synthetic edits
 CAPTIONS = ("instruction", "instruction_cn")
 INVERSE_CAPTIONS = ("inverse_instruction", "inverse_instruction_cn")
 
@@ -595,7 +595,7 @@ def rank_of(process_id: str) -> str | None:
 
 def kill_a_rank(launcher: subprocess.Popen, folder: Path) -> None:
     """SIGKILL rank 1 once two chunks are whole."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list(folder.glob("data-*.arrow"))) < 2:
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -617,7 +617,7 @@ def test_two_ranks_of_which_one_is_killed_leave_in_the_end_what_one_process_leav
     assert launcher.returncode != 0
     assert not (folder / "provenance.json").exists()
     finished = {path: stamp for path, stamp in stamps(folder).items() if path.match("data-*.arrow")}
-    assert 2 <= len(finished) < 5
+    assert 2 <= len(finished) < 8  # of eight
     subprocess.run(command, check=True, capture_output=True)
     assert finished.items() <= stamps(folder).items()
     for task in ROWS:

@@ -312,6 +312,17 @@ def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
         assert digest("picture", rows, tmp_path) != first
 
 
+def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monkeypatch):
+    for name, value in {"WHOLE_BYTES": 0, "SAMPLES": 1, "SAMPLE_BYTES": 8}.items():
+        monkeypatch.setattr(records, name, value)
+    digests = set()
+    for text in ("red", "tan", "red"):
+        data = {"target_image": ["a.png"], "instruction": [text]}
+        Dataset.from_dict(data).save_to_disk(folder := tmp_path / f"{text}-{len(digests)}")
+        digests.add(digest_of(task_of(folder)))
+    assert len(digests) == 2
+
+
 # --- the Hub
 
 READ = """

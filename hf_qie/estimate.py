@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import Qwen2_5_VLConfig
 
-from hf_qie.embeddings import LATENT_CHANNELS
+from hf_qie.embeddings import LATENT_CHANNELS, PROVENANCE
 from hf_qie.fetch import BadUrl, is_url
 from hf_qie.images import BROKEN, MAX_ASPECT, BadImage, area_size, beginning
 from hf_qie.latents import grid_of
@@ -104,11 +104,10 @@ class Estimator:
 
     def read_header(self, picture: tuple[str, str]) -> Header | BadImage | BadUrl:
         """The header of the picture at (root, path), or why there is none. Runs in many threads."""
-        root, path = picture
-        if is_url(path) and not self.fetch:
-            return Header(size=(1, 1), file=None, content=path)
+        if is_url(picture[1]) and not self.fetch:
+            return Header(size=(1, 1), file=None, content=picture[1])
         try:
-            file = open_picture(path, root=root, plan=self.plan)
+            file = open_picture(picture, plan=self.plan)
             size = header_size(file)
         except (BadImage, BadUrl) as error:
             return error
@@ -237,12 +236,14 @@ def estimate_bytes(plan: Plan, processor: Any, *, width: int) -> int:
 
 
 def check_space(num_bytes: Mapping[str, int], output_dir: Path) -> str:
-    """What the sets under `output_dir` still take and what is free, in words; `num_bytes` is each task's whole set.
+    """What is still to be written under `output_dir`, and what is free, in words; `num_bytes`: each task's whole set.
 
-    Raises InputError where they do not fit. What is written already counts as done: it is kept or deleted.
+    Raises InputError where it does not fit. What is there already is kept, or deleted to make room for as much.
     """
-    there = {name: sum(file.stat().st_size for file in (output_dir / name).glob("**/*")) for name in num_bytes}
-    wanted = sum(max(0, size - there[name]) for name, size in num_bytes.items())
+    wanted = 0
+    for name, size in num_bytes.items():
+        if not (output_dir / name / PROVENANCE).exists():
+            wanted += max(0, size - sum(chunk.stat().st_size for chunk in (output_dir / name).glob("*.arrow")))
     folder = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
     words = (

@@ -4,7 +4,7 @@ Needs no model, so threads do it ahead of the device.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from io import BytesIO
@@ -107,7 +107,7 @@ class Pictures:
                 del self.images[file]
         if first:
             try:
-                image.set_result(read_image(open_picture(file, plan=self.plan)))
+                image.set_result(read_file(file, plan=self.plan))
             except BaseException as error:
                 image.set_exception(error)
         return image.result()
@@ -147,11 +147,21 @@ def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) ->
     images: dict[File, Image.Image] = {}
     columns = [*(names.sources for _ in row["sources"]), names.target]
     for file, column in zip(files_of(row), columns, strict=True):
-        try:
-            images[file] = images.get(file) or pictures.read(file)
-        except (BadImage, BadUrl) as error:
-            raise BadRow(str(error), column=column, path=file[1]) from error
+        images[file] = images.get(file) or read_picture(file, column=column, read=pictures.read)
     return images
+
+
+def read_picture(file: File, *, column: str, read: Callable[[File], Image.Image]) -> Image.Image:
+    """What `read` gives of a picture; raises BadRow naming its column and path."""
+    try:
+        return read(file)
+    except (BadImage, BadUrl) as error:
+        raise BadRow(str(error), column=column, path=file[1]) from error
+
+
+def read_file(file: File, *, plan: Plan) -> Image.Image:
+    """One picture; raises BadImage or BadUrl."""
+    return read_image(open_picture(file, plan=plan))
 
 
 def open_picture(file: File, *, plan: Plan) -> Path | BytesIO:

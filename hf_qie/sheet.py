@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hf_qie.mix import draw_rng
-from hf_qie.prepare import Plan, read_picture
+from hf_qie.prepare import Plan, read_file, read_picture
 from hf_qie.rows import BadRow
 
 NUM_ROWS = 6  # on a sheet
@@ -96,7 +96,7 @@ def put(image: Image.Image, name: str, path: str, row: Mapping[str, Any], plan: 
     (left, top), pen, colour = corner, ImageDraw.Draw(image), MADE if name == "target" else FAINT
     pen.rectangle((left, top, left + BOX_PX - 1, top + BOX_PX - 1), fill=PAPER)
     try:
-        picture = read_picture(path, root=row["root"], plan=plan, column=name)
+        picture = read_picture((row["root"], path), column=name, read=functools.partial(read_file, plan=plan))
     except BadRow as error:
         lines = wrap(f"{path}: {error.reason}", BOX_PX - 2 * GAP_PX, font_for("", NAME_PX))[: 2 * MOST_LINES]
         for number, line in enumerate(lines):

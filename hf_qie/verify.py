@@ -20,7 +20,7 @@ from hf_qie.embeddings import matrix_width, open_set
 from hf_qie.family import Family
 from hf_qie.latents import PIXELS_PER_TOKEN
 from hf_qie.mix import draw_rng
-from hf_qie.prepare import Plan, read_picture
+from hf_qie.prepare import Pictures, Plan, files_of, read_pictures
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 from hf_qie.survey import aligned
@@ -137,12 +137,12 @@ def official_columns(
     row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Official
 ) -> Iterator[tuple[str, Tensor]]:
     """Every column of numbers of a row, by the pipeline; `stored` says where its pictures end and text starts."""
-    names, where = plan.task.columns, {"root": row["root"], "plan": plan}
+    names = plan.task.columns
     try:
-        sources = [read_picture(path, column=names.sources, **where) for path in row["sources"]]
-        target = read_picture(row["target"], column=names.target, **where)
+        images = read_pictures(row, Pictures([row], plan), names)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.column}: {error.path}: {error}") from error
+    *sources, target = (images[file] for file in files_of(row))
     ways = [("", sources, target, names.captions)]
     if stored.get("inverse_image_embeds") is not None:
         ways.append(("inverse_", [target], sources[0], names.inverse_captions))
@@ -166,9 +166,9 @@ def official_columns(
 
 
 def compare(column: str, stored: Any, official: Tensor) -> Difference:
-    """How far a column of one row is off; infinitely where it has another length."""
+    """How far a column of one row is off; infinitely where it has another length, or another grid."""
     stored, official = torch.as_tensor([] if stored is None else stored).flatten(), official.float().cpu().flatten()
-    if len(stored) != len(official):
+    if len(stored) != len(official) or (column.endswith(GRIDS) and not torch.equal(stored.float(), official)):
         return Difference(column=column, largest=math.inf, mean=math.inf, relative=math.inf)
     if not len(official):
         return Difference(column=column, largest=0.0, mean=0.0, relative=0.0)

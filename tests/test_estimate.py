@@ -10,7 +10,7 @@ from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, w
 from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, header_size
 from hf_qie.images import BadImage, read_image
 from hf_qie.latents import grid_of
-from hf_qie.prepare import prepare
+from hf_qie.prepare import Pictures, prepare
 from hf_qie.survey import survey
 
 
@@ -91,7 +91,9 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
         given = list(plan.rows.table)
         for row, look in zip(given, Estimator(plan, processor, width=WIDTH, fetch=True)(given), strict=True):
             ways = [look.forward, look.inverse] if look.inverse else [look.forward]
-            for way, direction in zip(ways, prepare(row, plan, processor).directions, strict=True):
+            for way, direction in zip(
+                ways, prepare(row, Pictures([row], plan), plan=plan, processor=processor).directions, strict=True
+            ):
                 prompt = direction.prompt
                 lengths = [len(prompt.shared) + len(branch) - prompt.split for branch in prompt.branches]
                 assert list(way.num_text_states.values()) == lengths

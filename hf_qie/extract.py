@@ -78,6 +78,8 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
 
     state = start(recipe)
+    if state.is_main_process:
+        check_disk(recipe, family, plans)
     logger = get_logger("hf_qie.extract")  # run by path, this module is __main__
     if (side := recipe.extract.source_sample_size) and side**2 != family.vae_area_px:
         logger.warning(
@@ -147,6 +149,19 @@ def start(recipe: Recipe) -> "PartialState":
     if recipe.extract.push_to_hub and state.is_main_process:
         open_repo(recipe.extract)
     return state
+
+
+def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
+    """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
+    from accelerate.logging import get_logger
+
+    from hf_qie.encoder import load_processor
+    from hf_qie.estimate import check_space, encoder_width, estimate_bytes
+
+    processor = load_processor(recipe.model, family=family, revision=recipe.revision)
+    width = encoder_width(recipe.model, revision=recipe.revision)
+    num_bytes = {name: estimate_bytes(plan, processor, width=width) for name, plan in plans.items()}
+    get_logger("hf_qie.extract").info(check_space(num_bytes, Path(recipe.extract.output_dir)))
 
 
 def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> "Models":

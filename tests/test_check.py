@@ -23,7 +23,7 @@ from small_recipes import (
     write_recipe,
 )
 
-from hf_qie import check, sheet
+from hf_qie import check, extract, sheet
 from hf_qie.encoder import load_processor
 from hf_qie.estimate import estimate_bytes
 from hf_qie.family import read_family
@@ -186,6 +186,14 @@ def test_the_look_refuses_a_disk_that_is_too_small(odd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 12_345))
     with pytest.raises(InputError, match=r"extract.output_dir: \S*sets: about [\d,]+ bytes to write .* 12,345 free"):
         check.main([str(odd)])
+
+
+def test_extraction_stops_before_a_model_is_loaded(odd, monkeypatch):
+    # the checkpoint has no weights: loading a model would be another error
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 12_345))
+    with pytest.raises(InputError, match=r"extract.output_dir: \S*sets: about [\d,]+ bytes to write .* 12,345 free"):
+        extract.main([str(odd)])
+    assert not (odd.parent / "sets").exists()
 
 
 def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):

@@ -71,7 +71,9 @@ def test_rounding_to_float16_is_within_the_bound_and_a_thousandth_is_not():
     assert compare("x", (values * 1.001).half().float(), values).relative > limit
 
 
-def test_another_length_is_infinitely_off():
+def test_another_length_or_grid_is_infinitely_off():
     off = compare("x", torch.zeros(3, 4), torch.zeros(2, 4))
     assert off == Difference(column="x", largest=float("inf"), mean=float("inf"), relative=float("inf"))
     assert compare("x", None, torch.zeros(2, 4)).relative == float("inf")
+    assert compare("target_grid", [32, 34], torch.tensor([34, 32])).relative == float("inf")
+    assert compare("target_grid", [32, 34], torch.tensor([32, 34])).relative == 0

@@ -33,7 +33,7 @@ Name = Annotated[str, "a string that is not blank", str.strip]
 Seed = Annotated[int, "an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32]
 Whole = Annotated[int, "an integer of at least 0", lambda n: n >= 0]
 Count = Annotated[int, "an integer of at least 1", lambda n: n >= 1]
-Side = Annotated[int, "an integer of at least 32", lambda px: px >= 32]
+Side = Annotated[int, "an integer of at least 64", lambda px: px >= 64]  # below, a long picture rounds to 0 pixels
 Positive = Annotated[float, "a number above 0", lambda x: x > 0]
 Weight = Annotated[float, "a number of at least 0", lambda x: x >= 0]
 Share = Annotated[float, "a number from 0 to 1", lambda x: 0 <= x <= 1]

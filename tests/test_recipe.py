@@ -128,7 +128,7 @@ BAD_FILES = {
     GOOD + "seed: true": "seed: got true, wanted an integer from 0 to 4294967295",
     GOOD + "extract: {batch_size: 0}": "extract.batch_size: got 0, wanted an integer of at least 1",
     GOOD + "extract: {batch_size: 4.0}": "extract.batch_size: got 4.0, wanted an integer of at least 1",
-    GOOD + "extract: {image_sample_size: 16}": "extract.image_sample_size: got 16, wanted an integer of at least 32",
+    GOOD + "extract: {image_sample_size: 32}": "extract.image_sample_size: got 32, wanted an integer of at least 64",
     GOOD + "extract: {dtype: bf16}": 'extract.dtype: got "bf16", wanted bfloat16 | float16 | float32',
     GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, wanted a number from 0 to 1",
     GOOD + "extract: 3": "extract: got 3, wanted a mapping",

@@ -31,6 +31,7 @@ from hf_qie.rows import BadRow
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together
 WINDOWS = 2  # under way at a time: one is encoded while the next is read
+TABLES = 3  # windows that are under way or wait to be written: the next one begins while a table is written
 AHEAD = 2  # batches handed to the models' thread before it has done them
 WRITER_BATCH_SIZE = 16  # rows held before they are written: a row has megabytes
 
@@ -57,7 +58,7 @@ class Account:
     bad: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: "Account") -> None:
-        """Take in another chunk."""
+        """Take in another one."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -67,7 +68,7 @@ class Chunk:
 
     def __init__(self, table: Dataset, plan: Plan):
         self.table = table
-        self.account = Account(rows_in=len(table))
+        self.account = Account()
         self.pictures = Pictures(table, plan)
         self.latents: dict[Picture, Future[np.ndarray]] = {}  # of pictures that several rows use
         self.reads: dict[int, Future[Prepared | BadRow]] = {}  # by row, begun ahead
@@ -97,7 +98,7 @@ class ChunkWriter:
             threads.shutdown(cancel_futures=True)
 
     def open(self, rows: range) -> Chunk:
-        """Begin a chunk: its first window is read while the models still work on another chunk."""
+        """Begin a chunk: its first window is read while the models still work on the last of another chunk."""
         chunk = Chunk(self.plan.rows.table.select(rows), self.plan)
         first = range(min(len(chunk.table), WINDOW_BATCHES * self.batch_size))
         chunk.reads = {row["row"]: self.readers.submit(self.read, row, chunk) for row in chunk.table.select(first)}
@@ -108,9 +109,9 @@ class ChunkWriter:
     ) -> None:
         """Encode a chunk into the Arrow file `path`, written `aside` until it is whole and its account is on disk.
 
-        `near_end` is called once, when the last window is read: the time to open the next chunk.
+        `near_end` is called once, when the last window alone is under way: the time to open the next chunk.
         """
-        windows, loop = asyncio.Semaphore(WINDOWS), None
+        tables, loop = asyncio.Semaphore(TABLES), None
         last = int(chunk.table[-1]["row"])
 
         async def embed(batch: dict[str, list[Any]], rank_of_map: int | None) -> pa.Table:
@@ -119,11 +120,13 @@ class ChunkWriter:
             nonlocal loop
             loop = asyncio.get_running_loop()
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            async with windows:
+            async with tables:
                 before, chunk.claimed = chunk.claimed, Event()
-                turn = (before, chunk.claimed)
-                after_reading = near_end if rows[-1]["row"] == last else None
-                table = await loop.run_in_executor(self.windows, self.embed, rows, chunk, turn, after_reading)
+                begun = loop.run_in_executor(self.windows, self.embed, rows, chunk, (before, chunk.claimed))
+                if rows[-1]["row"] == last:  # behind it in line: its turn comes when there is room for a window
+                    await loop.run_in_executor(self.windows, near_end)
+                table, account = await begun
+            chunk.account.add(account)
             self.progress(len(rows))
             return table
 
@@ -151,20 +154,12 @@ class ChunkWriter:
         except BadRow as error:
             return error
 
-    def embed(
-        self,
-        rows: list[dict[str, Any]],
-        chunk: Chunk,
-        turn: tuple[Event, Event],
-        after_reading: Callable[[], object] | None,
-    ) -> pa.Table:
-        """The table of a window; bad rows go to the account. Runs in one thread a window."""
-        before, claimed = turn
+    def embed(self, rows: list[dict[str, Any]], chunk: Chunk, turn: tuple[Event, Event]) -> tuple[pa.Table, Account]:
+        """The table of a window and the account of its rows. Runs in one thread a window."""
+        (before, claimed), account = turn, Account(rows_in=len(rows))
         try:
             begun = [chunk.reads.pop(row["row"], None) or self.readers.submit(self.read, row, chunk) for row in rows]
             ready = [read.result() for read in begun]
-            if after_reading:
-                after_reading()
             good = [one for one in ready if not isinstance(one, BadRow)]
             before.wait()  # windows take pictures in their order, or batches would depend on who was faster
             latents, mine = self.claim(good, chunk)
@@ -177,9 +172,9 @@ class ChunkWriter:
                 if not latents[picture].done():
                     latents[picture].set_exception(error)
             raise
-        states = self.encode_prompts(good, chunk.account)
+        states = self.encode_prompts(good, account)
         done = {picture: promise.result() for picture, promise in latents.items()}
-        return self.to_table(rows, ready, states, done, chunk.account)
+        return self.to_table(rows, ready, states, done, account), account
 
     def claim(self, rows: Sequence[Prepared], chunk: Chunk) -> tuple[dict[Picture, Future], list[Picture]]:
         """A promise of the latents of every picture of a window, and the pictures that this window has to encode."""

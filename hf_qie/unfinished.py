@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import DatasetInfo
+from datasets.config import DATASET_INFO_FILENAME
 
 from hf_qie.chunks import Account, Models
-from hf_qie.embeddings import PROVENANCE, fingerprint, write_durably
+from hf_qie.embeddings import PROVENANCE, fingerprint, move_durably, write_durably
 from hf_qie.prepare import Plan
 from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
 
@@ -56,8 +58,8 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
                 f"{folder}: was made with another {', '.join(differing)}; give another extract.output_dir, or set "
                 "extract.overwrite: true to delete it and start again"
             )
-        shutil.rmtree(folder)
-    elif found is None and folder.exists() and any(folder.iterdir()):
+        delete(folder)
+    elif found is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -67,6 +69,15 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
     aside.mkdir(parents=True)
     if read_request(folder) is None:
         write_durably(folder / REQUEST, json.dumps(request))
+
+
+def delete(folder: Path) -> None:
+    """Delete a set, under another name: half deleted and found by a later launch, it would pass for a whole one."""
+    aside = folder.with_name(f".{folder.name}-deleted")
+    shutil.rmtree(aside, ignore_errors=True)  # of a launch that was killed
+    with suppress(FileNotFoundError):  # several launches may start at once
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_request(folder: Path) -> dict[str, Any] | None:
@@ -118,18 +129,20 @@ def account_path(path: Path) -> Path:
 
 
 def finish(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: Models) -> None:
-    """Make the chunk files a set that `load_from_disk` opens; `provenance.json`, written last, says it is whole.
-
-    Several launches may come here at once, and write the same.
-    """
-    files, total = chunk_files(plan, folder), Account()
+    """Make the chunk files a set that `load_from_disk` opens; of launches that come here at once one is enough."""
     try:
-        for path in files:
-            total.add(Account(**json.loads(account_path(path).read_text(encoding="utf-8"))))
+        write_rest(plan, folder, recipe=recipe, request=request, models=models)
     except FileNotFoundError:
-        if (folder / PROVENANCE).exists():  # another launch was faster
-            return
-        raise
+        if not (folder / PROVENANCE).exists():  # else another launch was faster
+            raise
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def write_rest(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: Models) -> None:
+    """Write what stands beside the chunk files; `provenance.json`, the last, says that the set is whole."""
+    files, total, aside = chunk_files(plan, folder), Account(), writing(folder, recipe)
+    for path in files:
+        total.add(Account(**json.loads(account_path(path).read_text(encoding="utf-8"))))
     assert total.rows_in == total.rows_out + len(total.bad) == len(plan.rows.table)
     compat = request["compat"]
     state = {
@@ -142,15 +155,16 @@ def finish(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, An
         "_split": "train",
     }
     write_durably(folder / "state.json", json.dumps(state, indent=2))
-    DatasetInfo(features=plan.features(models.encoder.width)).write_to_directory(str(folder), pretty_print=True)
+    DatasetInfo(features=plan.features(models.encoder.width)).write_to_directory(str(aside), pretty_print=True)
+    save_recipe(recipe, aside / "recipe.yaml")
+    for name in (DATASET_INFO_FILENAME, "recipe.yaml"):
+        move_durably(aside / name, folder / name)
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
     write_durably(folder / "bad_rows.jsonl", "".join(lines))
-    save_recipe(recipe, folder / "recipe.yaml")
     counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(path.stat().st_size for path in files)}
     record = {"request": request, "counts": counts} | record_of(recipe, models)
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
     write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def record_of(recipe: Recipe, models: Models) -> dict[str, Any]:

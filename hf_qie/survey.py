@@ -75,10 +75,8 @@ class Survey:
 
     def find(self, row: Mapping[str, Any], look: Outlook | BadRow) -> None:
         """Note what is wrong with a row, or may be."""
-        columns, captions = (
-            self.plan.task.columns,
-            [row["texts"][caption] for caption in self.plan.task.columns.captions],
-        )
+        columns = self.plan.task.columns
+        captions = [row["texts"][caption] for caption in columns.captions]
 
         def note(kind: str, reason: str, *, column: str, path: str | None = None) -> None:
             self.findings.append(Finding(kind=kind, row=row["row"], column=column, path=path, reason=reason))
@@ -86,14 +84,13 @@ class Survey:
         if isinstance(look, BadRow):
             note("bad row", look.reason, column=look.column, path=look.path)
             return
-        for path, source in zip(row["sources"], look.sources, strict=True):
-            if same_picture(source, look.target):
-                note("source equals target", f"the same picture as {row['target']}", column=columns.sources, path=path)
+        pairs = zip(row["sources"], look.sources, strict=True)
+        if equal := [path for path, source in pairs if same_picture(source, look.target)]:
+            note("source equals target", f"the same picture as {row['target']}", column=columns.sources, path=equal[0])
         content = hash((*(picture.content for picture in (*look.sources, look.target)), *captions))
         if (first := self.seen.setdefault(content, row["row"])) != row["row"]:
-            note(
-                "duplicate", f"sources, target and captions of row {first}", column=columns.target, path=row["target"]
-            )
+            reason = f"sources, target and captions of row {first}"
+            note("duplicate", reason, column=columns.target, path=row["target"])
         if not any(captions):
             note("no caption", "trains on extract.drop_caption alone", column=" or ".join(columns.captions))
 

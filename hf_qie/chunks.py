@@ -24,7 +24,7 @@ from hf_qie.batches import Pass, like_length, same_size, shared_passes
 from hf_qie.embeddings import LATENT_CHANNELS, move_durably, to_table, write_durably
 from hf_qie.encoder import Encoder, PromptStates
 from hf_qie.images import to_pixels
-from hf_qie.latents import LatentEncoder, grid_of
+from hf_qie.latents import LatentEncoder
 from hf_qie.prepare import Direction, Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
@@ -294,9 +294,9 @@ def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) 
     sources = [latents[picture] for picture in direction.sources]
     values = {
         "target_latents": latents[direction.target],
-        "target_grid": grid_of(direction.target[1]),
+        "target_grid": direction.target_grid,
         "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
-        "source_grids": [grid_of(size) for _, size in direction.sources],
+        "source_grids": direction.source_grids,
     }
     return {direction.prefix + name: value for name, value in values.items()}
 

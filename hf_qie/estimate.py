@@ -5,24 +5,21 @@ No pixel is decoded and no model is there, so it is known before anything takes 
 
 import functools
 import hashlib
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import Qwen2_5_VLConfig
 
 from hf_qie.embeddings import LATENT_CHANNELS, PROVENANCE
 from hf_qie.fetch import BadUrl, is_url
-from hf_qie.images import BROKEN, MAX_ASPECT, BadImage, area_size, beginning
-from hf_qie.latents import grid_of
-from hf_qie.prepare import MAX_POSITIONS, MAX_TEXT_TO_IMAGE_TOKENS, Plan, open_picture
+from hf_qie.images import BadImage, area_size, header_size
+from hf_qie.latents import Grid, grid_of
+from hf_qie.prepare import Plan, check_length, open_picture
 from hf_qie.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow, has_inverse
@@ -32,7 +29,6 @@ FLOAT16_BYTES = 2
 ROW_BYTES = 128  # of a row beside states, latents and strings: numbers, grids, offsets
 
 Size = tuple[int, int]  # (width, height) in pixels
-Grid = tuple[int, int]  # packed (height, width)
 Row = Mapping[str, Any]  # of `Rows.table`
 
 
@@ -55,7 +51,12 @@ class Way:
     num_text_states: dict[str, int]  # by caption column that the row has, and "drop"
 
     @property
-    def num_states(self) -> int:
+    def num_states(self) -> dict[str, int]:
+        """States of pictures and text together, by caption."""
+        return {caption: self.num_image_states + number for caption, number in self.num_text_states.items()}
+
+    @property
+    def num_stored(self) -> int:
         """Vectors that the set stores of the encoder."""
         return self.num_image_states + sum(self.num_text_states.values())
 
@@ -139,7 +140,7 @@ class Estimator:
             undo = {name: row["texts"][name] for name in columns.inverse_captions if row["texts"][name]}
             inverse = self.way([target.size], sizes[0], undo, tokens)
             captions |= undo
-        num_states = forward.num_states + (inverse.num_states if inverse else 0)
+        num_states = forward.num_stored + (inverse.num_stored if inverse else 0)
         num_latents = forward.num_latents + (inverse.num_latents if inverse and plan.inverse_latents else 0)
         texts = [*row["sources"], row["target"], *(row["texts"][name] or "" for name in columns.captions)]
         vectors_bytes = FLOAT16_BYTES * (num_states * self.width + num_latents * LATENT_CHANNELS)
@@ -170,47 +171,13 @@ class Estimator:
             num_image_states=shared - template.drop if sources else 0,
             num_text_states={name: tokens[lead + text] - self.count(lead) + after for name, text in texts.items()},
         )
-        check_length(way)
+        check_length(way.num_states, way.source_grids, way.target_grid)
         return way
 
     def picture_tokens(self, size: Size) -> int:
         """Tokens of a picture that the encoder sees at `size`."""
         images = self.processor.image_processor
         return images.get_number_of_image_patches(size[1], size[0]) // images.merge_size**2
-
-
-def check_length(way: Way) -> None:
-    """Raise BadRow where the states are more than the transformer can place, as `prepare.check_length`."""
-    sides = [side for grid in (way.target_grid, *way.source_grids) for side in grid]
-    most = MAX_POSITIONS - max(sides) // 2 if way.source_grids else MAX_TEXT_TO_IMAGE_TOKENS
-    for caption, num_text_states in way.num_text_states.items():
-        if (num_tokens := way.num_image_states + num_text_states) > most:
-            raise BadRow(f"{num_tokens} tokens of pictures and text, at most {most} can be placed", column=caption)
-
-
-def header_size(file: Path | BytesIO) -> Size:
-    """The size that `read_image` will give, by the header alone.
-
-    Raises BadImage, as it does, as far as the header tells.
-    """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise BadImage(f"{width} x {height} pixels are longer than {MAX_ASPECT} to 1")
-            if image.mode == "F":
-                raise BadImage("its pixels are floats without a range; save it with 8 or 16 bits")
-            # the base class's: PNG's own decodes the picture, to look for EXIF behind it
-            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
-            return (height, width) if turned and image.format != "TIFF" else (width, height)  # TIFF opens turned
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImage(f"cannot read the picture (UnidentifiedImageError: {beginning(file)})") from error
-    except BROKEN as error:
-        raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
 
 
 def header_of(row: Row, path: str, headers: Mapping[Any, Header | Exception], *, column: str) -> Header:

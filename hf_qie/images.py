@@ -2,12 +2,14 @@
 
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 MAX_ASPECT = 8  # beyond it the 32-pixel rounding of `area_size` distorts, and no checkpoint has seen it
@@ -22,13 +24,13 @@ class BadImage(ValueError):
     """A picture that cannot be used; the message says why, not where."""
 
 
-def read_image(file: Path | BytesIO) -> Image.Image:
-    """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16-bit grey scaled to 8.
-
-    The pipelines convert nothing, so it has to be right before they see it.
+@contextmanager
+def opened(file: Path | BytesIO) -> Iterator[Image.Image]:
+    """A picture whose header is fit; what goes wrong with its pixels inside is told the same way.
 
     Raises:
-        BadImage: the file is missing, unreadable, too large (`Image.MAX_IMAGE_PIXELS`) or longer than 8 to 1.
+        BadImage: the file is missing, unreadable, too large (`Image.MAX_IMAGE_PIXELS`) or longer than 8 to 1, or its
+            pixels are floats, which have no known range.
     """
     try:
         with Image.open(file) as image:
@@ -37,14 +39,33 @@ def read_image(file: Path | BytesIO) -> Image.Image:
                 raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise BadImage(f"{width} x {height} pixels are longer than {MAX_ASPECT} to 1")
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            if image.mode == "F":
+                raise BadImage("its pixels are floats without a range; save it with 8 or 16 bits")
+            yield image
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its own message names a place in memory
         raise BadImage(f"cannot read the picture (UnidentifiedImageError: {beginning(file)})") from error
     except BROKEN as error:
         raise BadImage(f"cannot read the picture ({type(error).__name__}: {error})") from error
+
+
+def read_image(file: Path | BytesIO) -> Image.Image:
+    """Read a picture upright and in RGB: EXIF turned, alpha on white, first frame, 16-bit grey scaled to 8.
+
+    The pipelines convert nothing, so it has to be right before they see it. Raises BadImage.
+    """
+    with opened(file) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def header_size(file: Path | BytesIO) -> tuple[int, int]:
+    """The size that `read_image` will give, by the header alone; raises BadImage as far as the header tells."""
+    with opened(file) as image:
+        # the base class's: PNG's own decodes the picture, to look for EXIF behind it
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned and image.format != "TIFF" else image.size  # TIFF opens turned
 
 
 def beginning(file: Path | BytesIO) -> str:
@@ -55,9 +76,7 @@ def beginning(file: Path | BytesIO) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` of any mode as RGB, transparency on white; raises BadImage for floats, which have no known range."""
-    if image.mode == "F":
-        raise BadImage("its pixels are floats without a range; save it with 8 or 16 bits")
+    """`image` of any mode but floats as RGB, transparency on white."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         values = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((values / 257).round().astype(np.uint8))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 PIXELS_PER_TOKEN = 16  # 8 by the VAE, 2 by packing
 
+Grid = tuple[int, int]  # packed height and width
 
-def grid_of(size: tuple[int, int]) -> tuple[int, int]:
+
+def grid_of(size: tuple[int, int]) -> Grid:
     """Packed (height, width) of a picture of `size` (width, height) in pixels."""
     return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN
 

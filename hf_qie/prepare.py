@@ -19,7 +19,7 @@ from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
 from hf_qie.images import BadImage, area_size, read_image, resize
-from hf_qie.latents import grid_of
+from hf_qie.latents import Grid, grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import BadRow, Rows, has_inverse
@@ -75,6 +75,23 @@ class Direction:
     prompt: Prompt
     sources: list[Picture]
     target: Picture
+
+    @property
+    def source_grids(self) -> list[Grid]:
+        """Packed grids of the sources, in order."""
+        return [grid_of(size) for _, size in self.sources]
+
+    @property
+    def target_grid(self) -> Grid:
+        """Packed grid of the target."""
+        return grid_of(self.target[1])
+
+    @property
+    def num_states(self) -> dict[str, int]:
+        """States of pictures and text together, by caption, "drop" among them."""
+        shared = len(self.prompt.shared) - self.prompt.drop
+        captions = (*self.captions, "drop")
+        return {caption: shared + len(branch) for caption, branch in zip(captions, self.prompt.branches, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +150,7 @@ def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor
         texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
         prompt = prompt_of(texts, [images[file] for file in shown], plan, processor)
         direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, sources=sized, target=sized_target)
-        check_length(direction)
+        check_length(direction.num_states, direction.source_grids, direction.target_grid)
         directions.append(direction)
         if not prefix or plan.inverse_latents:
             resized |= {(file, size): resize(images[file], size) for file, size in (*sized, sized_target)}
@@ -184,11 +201,13 @@ def prompt_of(texts: Mapping[str, str], sources: Sequence[Image.Image], plan: Pl
         raise BadRow(str(error), column=list(texts)[error.place]) from error
 
 
-def check_length(direction: Direction) -> None:
-    """Raise BadRow where the states are more than the transformer can place; nothing is ever cut."""
-    prompt = direction.prompt
-    sides = [side for _, size in (*direction.sources, direction.target) for side in grid_of(size)]
-    most = MAX_POSITIONS - max(sides) // 2 if direction.sources else MAX_TEXT_TO_IMAGE_TOKENS
-    for caption, branch in zip((*direction.captions, "drop"), prompt.branches, strict=True):
-        if (num_tokens := len(prompt.shared) + len(branch) - prompt.drop) > most:
-            raise BadRow(f"{num_tokens} tokens of pictures and text, at most {most} can be placed", column=caption)
+def check_length(num_states: Mapping[str, int], source_grids: Sequence[Grid], target_grid: Grid) -> None:
+    """Raise BadRow where the states of a caption are more than the transformer can place; nothing is ever cut.
+
+    `num_states`: by caption, those of pictures and text together.
+    """
+    sides = [side for grid in (*source_grids, target_grid) for side in grid]
+    most = MAX_POSITIONS - max(sides) // 2 if source_grids else MAX_TEXT_TO_IMAGE_TOKENS
+    for caption, number in num_states.items():
+        if number > most:
+            raise BadRow(f"{number} tokens of pictures and text, at most {most} can be placed", column=caption)

@@ -7,8 +7,8 @@ from datasets import load_from_disk
 from PIL import Image
 from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
 
-from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, header_size
-from hf_qie.images import BadImage, read_image
+from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes
+from hf_qie.images import BadImage, header_size, read_image
 from hf_qie.latents import grid_of
 from hf_qie.prepare import Pictures, prepare
 from hf_qie.survey import survey
@@ -118,8 +118,8 @@ def test_the_outlook_counts_every_vector_of_a_set(extracted, tmp_path):
         for look, row in zip(looks, load_from_disk(extracted.parent / "sets" / name), strict=True):
             states = [values for column, values in row.items() if "embeds" in column and values]
             latents = [values for column, values in row.items() if "latents" in column and values]
-            inverse = look.inverse.num_states if look.inverse else 0
-            assert sum(map(len, states)) == look.forward.num_states + inverse
+            inverse = look.inverse.num_stored if look.inverse else 0
+            assert sum(map(len, states)) == look.forward.num_stored + inverse
             inverse = look.inverse.num_latents if look.inverse else 0  # source and target areas differ here
             assert sum(map(len, latents)) == look.forward.num_latents + inverse
 

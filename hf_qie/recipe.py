@@ -189,7 +189,6 @@ LATER = {
     "tasks.*.eval_rows": "evaluation while training",
     "training.eval_*": "evaluation while training",
     "training.load_best_model_at_end": "evaluation while training",
-    "training.fsdp*": "FSDP",
     "training.deepspeed": "DeepSpeed",
     "training.torch_compile*": "compiled training",
     "training.push_to_hub": "pushing from training",

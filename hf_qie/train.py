@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
 from hf_qie.settings import leaves
 
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
-# What a launcher asks for by the environment, and Trainer would do, or silently leave, without the recipe.
-LAUNCHER_REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
-    "ACCELERATE_DYNAMO_BACKEND": "compiled training",
-}
 # What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 
@@ -38,15 +31,9 @@ SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 def main(argv: list[str]) -> None:
     """Train by the recipe `argv[0]` with the overrides `argv[1:]`."""
     recipe = load_recipe(argv[0], argv[1:])
-    refuse_launcher()
+    refuse_launcher(os.environ)
+    fsdp_settings(recipe, os.environ)  # what does not fit shows before anything is imported
     train(recipe, open_sets(recipe))
-
-
-def refuse_launcher() -> None:
-    """Raise InputError where the launcher asks for what training would not do, or not as the recipe says."""
-    for flag, capability in LAUNCHER_REFUSED.items():
-        if os.environ.get(flag, "no").lower() not in ("no", "false", "0", ""):
-            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
@@ -89,10 +76,12 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
 
     from hf_qie.checkpoints import check_identity, last_checkpoint
     from hf_qie.family import read_config
+    from hf_qie.fsdp import refuse_inactive
     from hf_qie.model import build_model
     from hf_qie.trainer import EditTrainer
 
     arguments = training_arguments(recipe, num_rows=sum(map(len, sets.values())))
+    refuse_inactive(arguments)
     draws = plan_draws(recipe, sets, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
     # one rank looks, so that all go on from the same place
@@ -100,8 +89,11 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     (checkpoint,) = broadcast_object_list(found)
     if checkpoint is not None:
         check_identity(checkpoint, identity)
+    # of sharded weights the first rank tells the others
+    empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    empty = empty and not PartialState().is_main_process
     trainer = EditTrainer(
-        build_model(recipe, mixed_precision=arguments.mixed_precision),
+        build_model(recipe, mixed_precision=arguments.mixed_precision, empty=empty),
         arguments,
         recipe=recipe,
         draws=draws,
@@ -116,19 +108,38 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
 
     Raises InputError where TrainingArguments refuses a value.
     """
+    from accelerate.logging import get_logger
     from transformers import TrainingArguments
+
+    from hf_qie.fsdp import BF16_POLICY
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
+    if settings := fsdp_settings(recipe, os.environ):
+        forced |= fsdp_arguments(recipe, settings)
+        os.environ.update(fsdp_environment(settings))
     try:
         arguments = TrainingArguments(**section | forced)
     except (ValueError, TypeError) as error:
         raise InputError(f"{recipe.path}: training: {error}") from error
+    if settings and settings.get("version", 2) == 1:
+        get_logger("hf_qie.train").info("FSDP: version 1 was asked for, version 2 is used; there is no other here")
+    if settings and arguments.mixed_precision == "bf16":
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
     if epochs is not None:
         arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
+
+
+def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments are told of FSDP."""
+    told = {"fsdp": True, "fsdp_config": {**settings, "version": 2}}
+    given = recipe.training.get("accelerator_config", {})
+    if isinstance(given, dict):  # gradients are sharded after every micro-batch: 20B whole ones fit on no device
+        told["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
+    return told
 
 
 def global_batch_size(arguments: "TrainingArguments") -> int:
@@ -170,6 +181,8 @@ def run_identity(
     identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
     for name, data in sets.items():
         identity |= {f"tasks.{name}.weight": recipe.tasks[name].weight, f"tasks.{name}.embeddings": data._fingerprint}
+    if arguments.fsdp:  # whole and sharded checkpoints have other files
+        identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
     return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
 
 

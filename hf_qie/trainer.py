@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_qie.checkpoints import mark_complete
 from hf_qie.collate import Batch, collate
 from hf_qie.flow import add_noise, noise_for, shift_mu, sigmas_for
+from hf_qie.fsdp import check_sharded
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.losses import WEIGHTINGS, velocity_mse
 from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, predict, save_weights
@@ -35,7 +36,8 @@ class EditTrainer(Trainer):
         compute_loss: flow matching; Trainer knows no loss for such a model.
         log: the loss by task.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
-        _save: weights as diffusers loads them; Trainer writes them without a config.
+        _prepare_for_training: a model that is not sharded, or whose tensors do not all train, would pass unseen.
+        save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
         _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
         _load_from_checkpoint: Trainer does not know our files.
     """
@@ -62,7 +64,7 @@ class EditTrainer(Trainer):
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
             args._n_gpu = 1  # else Trainer would use DataParallel
         super().__init__(model=model, args=args, train_dataset=draws, data_collator=collate)
-        assert not (self.is_fsdp_enabled or self.is_deepspeed_enabled), "refused before anything is loaded"
+        assert not self.is_deepspeed_enabled, "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
         self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
         self.global_batch_size = self.get_total_train_batch_size(args)
@@ -156,14 +158,37 @@ class EditTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return place
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """What trains, for diffusers and for a resume."""
-        if self.args.should_save:
-            save_weights(self.model, output_dir or self.args.output_dir)
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, DataLoader]:
+        """Trainer's, then the proof that FSDP is what was asked for."""
+        prepared = super()._prepare_for_training(*args)
+        if self.args.fsdp:
+            check_sharded(self.model, self.optimizer)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What trains, for diffusers; every rank calls it. `_internal_call`: for a checkpoint.
+
+        In a checkpoint of sharded state there is no whole transformer: gathering 20B parameters takes its time. Where
+        nothing is sharded these are also the weights to resume from, and so stay as they are; else bfloat16, if that
+        is the arithmetic.
+        """
+        full, sharded = self.recipe.trainable.lora is None, self.args.fsdp
+        if _internal_call and full and sharded and "SHARDED" in self.args.fsdp_plugin_args["state_dict_type"]:
+            return
+        to_resume_from = _internal_call and not sharded
+        dtype = torch.bfloat16 if self.args.mixed_precision == "bf16" and not to_resume_from else None
+        save_weights(self.model, output_dir or self.args.output_dir, writes=self.args.should_save, dtype=dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint; Trainer loads the rest."""
-        load_weights(self.model if model is None else model, resume_from_checkpoint)
+        """The weights of a checkpoint; Trainer loads the rest.
+
+        Of sharded ones accelerate does; torch unpickles what says how they are cut, and so they are only ever those
+        of the run's own folder.
+        """
+        if self.args.fsdp:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, then `complete.json`, then the older ones go."""

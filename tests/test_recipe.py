@@ -269,7 +269,6 @@ NOT_BUILT = {  # for each line of LATER, an override that is not the default
     "tasks.*.eval_rows": "tasks.portraits.eval_rows=5",
     "training.eval_*": "training.eval_strategy=steps",
     "training.load_best_model_at_end": "training.load_best_model_at_end=true",
-    "training.fsdp*": "training.fsdp=true",
     "training.deepspeed": "training.deepspeed=zero.json",
     "training.torch_compile*": "training.torch_compile=true",
     "training.push_to_hub": "training.push_to_hub=true",

@@ -4,15 +4,13 @@ Two ranks on gloo do all the runs in one go; see tests/ranks.py.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from embedding_sets import write_recipe
+from ranks import in_ranks
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -76,22 +74,12 @@ def environment_of(flags: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def done(built_once, tiny, root) -> Path:
+def done(built_once, tiny) -> Path:
     """The folder of all runs, done."""
 
     def build(folder: Path) -> None:
         runs = runs_in(folder, tiny())
-        (folder / "runs.json").write_text(json.dumps(runs))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run(
-            [*command, str(root / "tests" / "ranks.py"), str(folder / "runs.json")],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=400,
-        )
-        assert done.returncode == 0, done.stderr
-        (folder / "log").write_text(done.stderr)
+        assert in_ranks(runs, ranks=2, log=folder / "log") == [0, 0], (folder / "log").read_text()
 
     return built_once("fsdp", build)
 

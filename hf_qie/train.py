@@ -88,6 +88,10 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
     if checkpoint is not None:
+        if not checkpoint.is_dir():
+            raise InputError(
+                f"{checkpoint}: is not on this machine; output_dir must be a folder that all machines share"
+            )
         check_identity(checkpoint, identity)
     # of sharded weights the first rank tells the others
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]

@@ -4,12 +4,14 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -21,6 +23,7 @@ from hf_qie.flow import add_noise, noise_for, shift_mu, sigmas_for
 from hf_qie.fsdp import check_sharded
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.losses import WEIGHTINGS, velocity_mse
+from hf_qie.mix import realised_shares
 from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, predict, save_weights
 from hf_qie.recipe import Recipe
 
@@ -34,7 +37,7 @@ class EditTrainer(Trainer):
         get_train_dataloader: one plan for the whole run, read by rank; accelerate would shuffle and shard it again.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         compute_loss: flow matching; Trainer knows no loss for such a model.
-        log: the loss by task.
+        log: the loss by task, and the shares that were drawn.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
         _prepare_for_training: a model that is not sharded, or whose tensors do not all train, would pass unseen.
         save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
@@ -69,6 +72,8 @@ class EditTrainer(Trainer):
         self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
         self.global_batch_size = self.get_total_train_batch_size(args)
         self._noted: list[tuple[list[str], Tensor]] = []  # tasks and losses of the rows since the last log
+        self._drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
+        self._drawn_in_all: Counter[tuple[str, int]] = Counter()
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on.
@@ -126,6 +131,7 @@ class EditTrainer(Trainer):
         prediction = predict(model, inputs, add_noise(latents, noise, sigma), sigma)
         per_row = velocity_mse(prediction, latents, noise, WEIGHTINGS[self.recipe.loss.weighting](sigma))
         self._noted.append((inputs["task"], per_row.detach()))
+        self._drawn.update((task, len(inputs["grids"]) - 1) for task in inputs["task"])
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
     def mu(self, num_target_tokens: int) -> float | None:
@@ -136,9 +142,18 @@ class EditTrainer(Trainer):
         return None if shift == "none" else shift
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks."""
+        """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks.
+
+        Beside it a line on the shares that were drawn, and another one at the end.
+        """
         if "loss" in logs and self._noted:
             logs |= self._loss_by_task()
+            drawn = sum(gather_object([self._drawn]), Counter())
+            self._drawn.clear()
+            self._drawn_in_all += drawn
+            logger.info("realised since the last line: %s", realised_shares(drawn))
+        elif "train_runtime" in logs and self._drawn_in_all:
+            logger.info("realised since this start: %s", realised_shares(self._drawn_in_all))
         super().log(logs, start_time)
 
     def _loss_by_task(self) -> dict[str, float]:

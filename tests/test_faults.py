@@ -43,10 +43,8 @@ def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_pa
     ranks = 1 if chain == "one rank" else 2
     training = {"per_device_train_batch_size": 4 // ranks, "max_steps": 8, "save_total_limit": 2}
     training["use_cpu"] = None if chain == "sharded" else True
-    recipe, log = (
-        write_recipe(tmp_path, tiny(), trainable=LORA if kind == "lora" else {}, training=training),
-        tmp_path / "log",
-    )
+    recipe = write_recipe(tmp_path, tiny(), trainable=LORA if kind == "lora" else {}, training=training)
+    log = tmp_path / "log"
 
     def run(name: str, **more) -> dict:
         overrides = [f"training.output_dir={tmp_path / name}", *(FSDP if chain == "sharded" else ())]

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,20 @@ def start(root: Path, *arguments: object, module: tuple[str, ...] = (), **enviro
     )
 
 
+def start_two_machines(root: Path, *arguments: object) -> list[str]:
+    """The launcher on two machines that meet over loopback, a rank on each; what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = f"--multi_gpu --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    with ThreadPoolExecutor() as both:
+        launch = f"accelerate.commands.launch {machines} --mixed_precision no --machine_rank"
+        started = [both.submit(start, root, *arguments, module=(*launch.split(), str(rank))) for rank in (0, 1)]
+    for done in (one.result() for one in started):
+        assert done.returncode == 0, done.stderr
+    return [one.result().stderr for one in started]
+
+
 def test_help_is_the_docstring(root):
     done = start(root, "--help")
     assert done.returncode == 0
@@ -58,7 +74,7 @@ def logged(checkpoint: Path) -> list[dict[str, float]]:
 
 @pytest.mark.two_rank
 @pytest.mark.parametrize("trainable", [{}, LORA], ids=["full", "lora"])
-def test_two_ranks_give_the_weights_and_losses_of_one_and_take_up_its_run(root, tiny, tmp_path, trainable):
+def test_two_ranks_give_what_one_gives_and_two_machines_take_up_its_run(root, tiny, tmp_path, trainable):
     training = {"optim": "sgd", "learning_rate": 0.1}
     path = write_recipe(tmp_path, tiny(), trainable=trainable, training=training)
     recipe = load_recipe(path)
@@ -69,10 +85,16 @@ def test_two_ranks_give_the_weights_and_losses_of_one_and_take_up_its_run(root, 
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "taken_up" / "checkpoint-2")
     for name in ("two", "taken_up"):
         overrides = f"training.output_dir={tmp_path / name}", "training.per_device_train_batch_size=2"
-        done = start(root, path, *overrides, module=TWO_RANKS)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
-        assert ("going on from" in done.stderr) == (name == "taken_up")
+        if name == "two":
+            done = start(root, path, *overrides, module=TWO_RANKS)
+            assert done.returncode == 0, done.stderr
+            said = done.stderr
+        else:
+            said, other = start_two_machines(root, path, *overrides)
+            assert "rows a step" not in other
+        assert said.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
+        assert ("going on from" in said) == (name == "taken_up")
+        assert said.count("of 16 rows" if name == "two" else "of 8 rows") == 1, "the shares on both ranks"
         two = tmp_path / name / "checkpoint-4"
         # float32 sums in another order, also below
         assert logged(two) == [pytest.approx(entry, rel=1e-5) for entry in logged(one)]

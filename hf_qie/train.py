@@ -87,9 +87,10 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from hf_qie.checkpoints import check_identity, last_checkpoint
     from hf_qie.family import read_config
     from hf_qie.model import build_model
-    from hf_qie.trainer import EditTrainer, check_identity, last_checkpoint
+    from hf_qie.trainer import EditTrainer
 
     arguments = training_arguments(recipe, num_rows=sum(map(len, sets.values())))
     draws = plan_draws(recipe, sets, arguments)
@@ -176,7 +177,7 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
     """One line on what is about to happen."""
     from accelerate.logging import get_logger
 
-    from hf_qie.trainer import step_of
+    from hf_qie.checkpoints import step_of
 
     arguments, parameters = trainer.args, list(trainer.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]

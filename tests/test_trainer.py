@@ -14,14 +14,16 @@ from embedding_sets import write_recipe, write_set
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+import hf_qie.checkpoints
 import hf_qie.trainer
+from hf_qie.checkpoints import last_checkpoint
 from hf_qie.flow import noise_for
 from hf_qie.loader import Draws
 from hf_qie.mix import draw_rng
 from hf_qie.model import parameters
 from hf_qie.recipe import InputError, load_recipe
 from hf_qie.train import build_trainer, open_sets, train
-from hf_qie.trainer import EditTrainer, last_checkpoint
+from hf_qie.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 CUTS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}  # rows x accumulation
@@ -328,16 +330,16 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tiny, tmp_path, caplog):
 
 def test_samples_of_a_large_file_reach_its_first_and_last_byte(tmp_path, monkeypatch):
     for name, value in (("WHOLE_BYTES", 100), ("SAMPLES", 4), ("SAMPLE_BYTES", 10)):
-        monkeypatch.setattr(hf_qie.trainer, name, value)
+        monkeypatch.setattr(hf_qie.checkpoints, name, value)
     path = tmp_path / "large"
     path.write_bytes(bytes(1000))
-    digest = hf_qie.trainer.file_digest(path)
+    digest = hf_qie.checkpoints.file_digest(path)
     seen = []
     for place in range(1000):
         data = bytearray(1000)
         data[place] = 1
         path.write_bytes(data)
-        if hf_qie.trainer.file_digest(path) != digest:
+        if hf_qie.checkpoints.file_digest(path) != digest:
             seen.append(place)
     assert seen == [*range(10), *range(330, 340), *range(660, 670), *range(990, 1000)]
 

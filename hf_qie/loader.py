@@ -3,7 +3,7 @@
 Letters: S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the prompt encoder.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,22 +18,62 @@ from hf_qie.recipe import InputError, Mix
 TEXT = "text_embeds_"
 
 
+class TaskRows:
+    """The rows of one task's set, read without a copy, as float16 views of its Arrow files.
+
+    A worker that is spawned opens the files again. Raises InputError where the set has no latents, or where
+    `mix.caption_weights` does not fit its captions.
+    """
+
+    def __init__(self, task: str, data: datasets.Dataset, *, caption_weights: Mapping[str, float] | None):
+        if data.data.column("target_latents").null_count:
+            raise InputError(f"tasks.{task}: its embedding set has no latents; extract with extract.latents: true")
+        self.task = task
+        # Integer keys on the arrow format: the torch format copies, and makes float32 of float16.
+        self.data = data.with_format("arrow")
+        self.weights = text_weights(data.column_names, caption_weights, task)
+
+    def read(self, index: int, *, inverse: bool, caption: float | None) -> dict[str, Any]:
+        """The row at `index` of the set.
+
+        `caption` in [0, 1) picks one of its captions by weight, None the drop caption, which is also that of a row
+        without a caption that weighs anything.
+
+        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
+        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
+        position in the task's data.
+        """
+        row = self.data[index]
+        prefix = "inverse_" if inverse else ""
+        text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
+        target_latents, target_grid, source_latents, source_grids = _pictures(row, inverse=inverse)
+        return {
+            "target_latents": _matrix(target_latents),
+            "source_latents": _matrix(source_latents),
+            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
+            "grids": [tuple(grid) for grid in [target_grid, *source_grids]],
+            "task": self.task,
+            "row": row["row"][0].as_py(),
+        }
+
+    @staticmethod
+    def _text(row: pa.Table, weights: Mapping[str, float], caption: float | None) -> str | None:
+        """The text column that `caption` picks; None for the drop caption."""
+        present = [name for name in weights if row[name][0].is_valid]
+        if caption is None or not present:
+            return None
+        edges = np.cumsum([weights[name] for name in present])
+        return present[np.searchsorted(edges[:-1], caption * edges[-1], side="right")]
+
+
 class Draws(Dataset):
     """Draw number -> row: which row the plan says, which caption and whether it is dropped (seed, number) say.
 
-    Rows are read without a copy, as float16 views of the sets' Arrow files. A worker that is spawned opens the files
-    again. Raises InputError where a set has no latents, or where `mix.caption_weights` does not fit its captions.
+    Raises InputError where a set does not fit, as `TaskRows`.
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, mix: Mix):
-        for task, data in sets.items():
-            if data.data.column("target_latents").null_count:
-                raise InputError(f"tasks.{task}: its embedding set has no latents; extract with extract.latents: true")
-        # Integer keys on the arrow format: the torch format copies, and makes float32 of float16.
-        self.sets = {task: data.with_format("arrow") for task, data in sets.items()}
-        self.weights = {
-            task: text_weights(data.column_names, mix.caption_weights, task) for task, data in sets.items()
-        }
+        self.tasks = {task: TaskRows(task, data, caption_weights=mix.caption_weights) for task, data in sets.items()}
         self.plan = plan
         self.same_shape = plan.features["rows"].length
         self.seed = seed
@@ -43,35 +83,12 @@ class Draws(Dataset):
         return len(self.plan) * self.same_shape
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        """One row.
-
-        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
-        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
-        position in the task's data; draw. A row without a caption that weighs anything has the drop caption.
-        """
+        """A row as `TaskRows.read` gives it, and its draw."""
         cell = self.plan[draw // self.same_shape]
-        row = self.sets[cell["task"]][cell["rows"][draw % self.same_shape]]
-        prefix = "inverse_" if cell["inverse"] else ""
-        text = self._text(row, self.weights[cell["task"]][cell["inverse"]], draw) or prefix + TEXT + "drop"
-        target_latents, target_grid, source_latents, source_grids = _pictures(row, inverse=cell["inverse"])
-        return {
-            "target_latents": _matrix(target_latents),
-            "source_latents": _matrix(source_latents),
-            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
-            "grids": [tuple(grid) for grid in [target_grid, *source_grids]],
-            "task": cell["task"],
-            "row": row["row"][0].as_py(),
-            "draw": draw,
-        }
-
-    def _text(self, row: pa.Table, weights: Mapping[str, float], draw: int) -> str | None:
-        """The text column that a draw trains on; None for the drop caption."""
-        if draw_rng(self.seed, "drop", draw).random() < self.caption_dropout:
-            return None
-        present = [name for name in weights if row[name][0].is_valid]
-        edges = np.cumsum([weights[name] for name in present])
-        u = draw_rng(self.seed, "caption", draw).random()
-        return present[np.searchsorted(edges[:-1], u * edges[-1], side="right")] if present else None
+        dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
+        caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
+        index = cell["rows"][draw % self.same_shape]
+        return self.tasks[cell["task"]].read(index, inverse=cell["inverse"], caption=caption) | {"draw": draw}
 
 
 def text_weights(
@@ -161,17 +178,17 @@ class RankBatches:
 
 
 def open_loader(
-    draws: Dataset,
-    batches: RankBatches,
+    rows: Dataset,
+    batches: Iterable[list[int]],
     *,
     collate: Callable[[list[dict[str, Any]]], Any],
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int | None = None,
 ) -> DataLoader:
-    """A plain DataLoader over `batches`; it takes nothing from the global generators."""
+    """A plain DataLoader over `batches` of row numbers; it takes nothing from the global generators."""
     return DataLoader(
-        draws,
+        rows,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

@@ -9,7 +9,7 @@ recipe. Started again, it goes on from the last checkpoint that is whole.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def refuse_launcher() -> None:
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
-    """The embedding sets of the weighted tasks, once they are known to fit each other and the checkpoint.
+    """The embedding sets of the tasks to train or to evaluate on, once they fit each other and the checkpoint.
 
     Raises InputError where one is missing or does not fit.
     """
@@ -60,7 +60,7 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     opened = {
         name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
         for name, task in recipe.tasks.items()
-        if task.weight > 0
+        if task.weight > 0 or task.eval_rows
     }
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
@@ -88,12 +88,15 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from accelerate.utils import broadcast_object_list
 
     from hf_qie.checkpoints import check_identity, last_checkpoint
+    from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.model import build_model
     from hf_qie.trainer import EditTrainer
 
-    arguments = training_arguments(recipe, num_rows=sum(map(len, sets.values())))
-    draws = plan_draws(recipe, sets, arguments)
+    held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
+    arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
+    check_metric(arguments.metric_for_best_model, held_out)
+    draws = plan_draws(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
     # one rank looks, so that all go on from the same place
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
@@ -105,6 +108,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         arguments,
         recipe=recipe,
         draws=draws,
+        held_out=HeldOut(held_out, recipe) if held_out else None,
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
@@ -122,6 +126,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     epochs = section.pop("num_train_epochs", None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
+    forced["greater_is_better"] = False  # every metric is a loss; Trainer takes one that does not end so for a score
     try:
         arguments = TrainingArguments(**section | forced)
     except (ValueError, TypeError) as error:
@@ -129,6 +134,13 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     if epochs is not None:
         arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
+
+
+def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
+    """Raise InputError where evaluation of the `held_out` tasks gives no such metric."""
+    known = ["loss", *(f"loss/{task}" for task in held_out)]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
 
 
 def global_batch_size(arguments: "TrainingArguments") -> int:
@@ -169,7 +181,10 @@ def run_identity(
     """
     identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
     for name, data in sets.items():
-        identity |= {f"tasks.{name}.weight": recipe.tasks[name].weight, f"tasks.{name}.embeddings": data._fingerprint}
+        task = recipe.tasks[name]
+        if task.weight > 0:
+            identity |= {f"tasks.{name}.{key}": getattr(task, key) for key in ("weight", "eval_rows")}
+            identity[f"tasks.{name}.embeddings"] = data._fingerprint
     return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
 
 
@@ -196,6 +211,8 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
         arguments.max_steps,
         f"going on from {checkpoint}" if checkpoint else "from the first",
     )
+    if trainer.eval_dataset and arguments.eval_strategy == "no":
+        logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
     if checkpoint and step_of(checkpoint) >= arguments.max_steps:
         logger.warning("%s is the end of this run; raise training.max_steps to go on", checkpoint)
 

@@ -4,24 +4,24 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.checkpoints import mark_complete
+from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
-from hf_qie.flow import add_noise, noise_for, shift_mu, sigmas_for
+from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.loader import Draws, RankBatches, open_loader
-from hf_qie.losses import WEIGHTINGS, velocity_mse
-from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, predict, save_weights
-from hf_qie.recipe import Recipe
+from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
+from hf_qie.objective import Objective
+from hf_qie.recipe import InputError, Recipe
 
 logger = get_logger(__name__)
 
@@ -33,6 +33,11 @@ class EditTrainer(Trainer):
         get_train_dataloader: one plan for the whole run, read by rank; accelerate would shuffle and shard it again.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         compute_loss: flow matching; Trainer knows no loss for such a model.
+        get_eval_dataloader: the held-out rows by shape and rank; accelerate would shard them again.
+        prediction_step: loss and noise level of each row, for `HeldOut.metrics`; Trainer computes none without labels.
+        evaluate: leaves the generators as they were, so that a run with evaluation is the run without.
+        _determine_best_metric: of a best step that is not saved there is nothing to load.
+        _load_best_model: by our files, which Trainer does not know: it would only warn.
         log: the loss by task.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
         _save: weights as diffusers loads them; Trainer writes them without a config.
@@ -49,6 +54,7 @@ class EditTrainer(Trainer):
         *,
         recipe: Recipe,
         draws: Draws,
+        held_out: HeldOut | None = None,
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
     ):
@@ -61,11 +67,13 @@ class EditTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
             args._n_gpu = 1  # else Trainer would use DataParallel
-        super().__init__(model=model, args=args, train_dataset=draws, data_collator=collate)
+        metrics = held_out and held_out.metrics
+        super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         assert not (self.is_fsdp_enabled or self.is_deepspeed_enabled), "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
-        self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
+        self.recipe, self.identity = recipe, identity
         self.global_batch_size = self.get_total_train_batch_size(args)
+        self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
         self._noted: list[tuple[list[str], Tensor]] = []  # tasks and losses of the rows since the last log
 
     def get_train_dataloader(self) -> DataLoader:
@@ -83,8 +91,20 @@ class EditTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        return self._open_loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: HeldOut | None = None) -> DataLoader:
+        """The rank's part of the held-out rows."""
+        args, held_out = self.args, eval_dataset or self.eval_dataset
+        batches = held_out.batches(
+            args.per_device_eval_batch_size, rank=args.process_index, world_size=args.world_size
+        )
+        return self._open_loader(held_out, batches)
+
+    def _open_loader(self, rows: Dataset, batches: Iterable[list[int]]) -> DataLoader:
+        args = self.args
         return open_loader(
-            self.train_dataset,
+            rows,
             batches,
             collate=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -112,26 +132,48 @@ class EditTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        latents = inputs["target_latents"].float()
-        noise = noise_for(inputs["draw"], latents.shape[1:], seed=self.recipe.seed).to(latents.device)
-        sigma = sigmas_for(
-            inputs["draw"],
-            loss=self.recipe.loss,
-            seed=self.recipe.seed,
-            global_batch_size=self.global_batch_size,
-            mu=self.mu(latents.shape[1]),
-        ).to(latents.device)
-        prediction = predict(model, inputs, add_noise(latents, noise, sigma), sigma)
-        per_row = velocity_mse(prediction, latents, noise, WEIGHTINGS[self.recipe.loss.weighting](sigma))
+        per_row, prediction = self.objective.of_draws(model, inputs)
         self._noted.append((inputs["task"], per_row.detach()))
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
-    def mu(self, num_target_tokens: int) -> float | None:
-        """The shift of sigma that `loss.shift` asks for at that size."""
-        shift = self.recipe.loss.shift
-        if shift == "auto":
-            return shift_mu(num_target_tokens, self.scheduler_config)
-        return None if shift == "none" else shift
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """No loss of the batch; of each row (loss, sigma), and its number.
+
+        The last row is repeated up to the size of a full batch: ranks gather equally many.
+        """
+        inputs, fractions = self._prepare_inputs(inputs), self.eval_dataset.fractions[inputs["draw"]]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            per_row, sigma = self.objective.of_held_out(model, inputs, fractions)
+        place = torch.arange(self.args.per_device_eval_batch_size).clamp_max(len(per_row) - 1)
+        numbers = torch.tensor(inputs["draw"])[place]
+        return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, without a trace in the generators."""
+        with generators_kept(self.args.device):
+            return super().evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's, among the steps that are saved."""
+        return self.control.should_save and super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, once its files are those that were written."""
+        best = self.state.best_model_checkpoint
+        if (reason := misfit(Path(best))) not in (None, WEIGHTS_ALONE):
+            raise InputError(
+                f"{best}: was the best checkpoint, but {reason}; export another one of {Path(best).parent}"
+            )
+        self._load_from_checkpoint(best)
+        logger.info(
+            "loaded the best checkpoint, %s: %s %g", best, self.args.metric_for_best_model, self.state.best_metric
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks."""

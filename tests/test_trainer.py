@@ -349,7 +349,7 @@ def test_samples_of_a_large_file_reach_its_first_and_last_byte(tmp_path, monkeyp
     [
         ("seed=1", "seed"),
         ("tasks.edit.weight=2", "tasks.edit.weight"),
-        ("tasks.edit.weight=0", "tasks.edit.embeddings, tasks.edit.weight"),
+        ("tasks.edit.weight=0", "tasks.edit.embeddings, tasks.edit.eval_rows, tasks.edit.weight"),
         ("mix.caption_dropout=0.1", "mix.caption_dropout"),
         (
             "mix.same_shape=2 training.per_device_train_batch_size=2 training.gradient_accumulation_steps=2",

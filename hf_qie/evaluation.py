@@ -16,6 +16,7 @@ from hf_qie.flow import eval_fractions
 from hf_qie.loader import TaskRows
 from hf_qie.mix import draw_rng
 from hf_qie.recipe import InputError, Recipe, Task
+from hf_qie.watch import NAMED, NotFinite
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
 
@@ -92,6 +93,11 @@ class HeldOut(Dataset):
         assert len(numbers) == len(self), "every held-out row is evaluated"
         losses, sigma = gathered.predictions[first].astype(np.float64).T
         tasks = np.array([task for task, _ in self.places])
+        if bad := np.flatnonzero(~np.isfinite(losses)).tolist():
+            named = ", ".join(
+                f"{tasks[number]} row {self.rows[number]} ({losses[number]:g})" for number in bad[:NAMED]
+            )
+            raise NotFinite(f"evaluation: the loss of {named} is not finite. Nothing is saved of this state")
         quarter = np.minimum(sigma * len(QUARTERS), len(QUARTERS) - 1).astype(int)
         parts = {"loss": np.ones(len(self), bool)}
         parts |= {f"loss/{task}": tasks == task for task in self.tasks}

@@ -22,6 +22,7 @@ from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
 from hf_qie.objective import Objective
 from hf_qie.recipe import InputError, Recipe
+from hf_qie.watch import Losses, Pace
 
 logger = get_logger(__name__)
 
@@ -38,7 +39,9 @@ class EditTrainer(Trainer):
         evaluate: leaves the generators as they were, so that a run with evaluation is the run without.
         _determine_best_metric: of a best step that is not saved there is nothing to load.
         _load_best_model: by our files, which Trainer does not know: it would only warn.
-        log: the loss by task.
+        get_batch_samples: how long data is waited for.
+        _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite.
+        log: the loss by task, and the pace.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
         _save: weights as diffusers loads them; Trainer writes them without a config.
         _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
@@ -74,7 +77,7 @@ class EditTrainer(Trainer):
         self.recipe, self.identity = recipe, identity
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
-        self._noted: list[tuple[list[str], Tensor]] = []  # tasks and losses of the rows since the last log
+        self.losses, self.pace = Losses(self.accelerator, list(recipe.tasks)), Pace(self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on.
@@ -133,7 +136,7 @@ class EditTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
         per_row, prediction = self.objective.of_draws(model, inputs)
-        self._noted.append((inputs["task"], per_row.detach()))
+        self.losses.note(inputs, per_row)
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
     def prediction_step(
@@ -175,22 +178,32 @@ class EditTrainer(Trainer):
             "loaded the best checkpoint, %s: %s %g", best, self.args.metric_for_best_model, self.state.best_metric
         )
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks."""
-        if "loss" in logs and self._noted:
-            logs |= self._loss_by_task()
-        super().log(logs, start_time)
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
+        """Trainer's, by the clock."""
+        with self.pace.fetching():
+            batches, _ = super().get_batch_samples(*args)
+        self.pace.note(batches)
+        return batches, None
 
-    def _loss_by_task(self) -> dict[str, float]:
-        tasks = sorted(self.recipe.tasks)
-        index = torch.tensor([tasks.index(task) for batch, _ in self._noted for task in batch])
-        losses = torch.cat([per_row for _, per_row in self._noted]).cpu().double()
-        self._noted.clear()
-        sums = torch.zeros(2, len(tasks), dtype=torch.float64)
-        sums[0].index_add_(0, index, losses)
-        sums[1].index_add_(0, index, torch.ones_like(losses))
-        total, count = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(tasks) if count[i]}
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, once the step is known to be sound.
+
+        Where nothing is logged, evaluated or saved, that is known a step later: asking at once would make the device
+        wait for the CPU.
+        """
+        if self.losses.of_step:  # Trainer also calls at the end of the run, after the call for its last step
+            skipped = self.accelerator.optimizer_step_was_skipped  # float16's scale was too large, which is no harm
+            self.losses.end_step(self.state.global_step, 0.0 if skipped else grad_norm)
+            due = self.control.should_log or self.control.should_evaluate or self.control.should_save
+            self.losses.check(last=due or self.control.should_training_stop)
+            self.pace.end_step()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """To the mean loss of the steps since the last log, add that of each task's draws and the pace."""
+        if "loss" in logs:
+            logs |= self.losses.by_task() | self.pace.read()
+        super().log(logs, start_time)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """Trainer's state, but with the recipe's own steps between logs and saves."""

@@ -64,8 +64,10 @@ def trained(trainer: EditTrainer) -> set[str]:
 
 
 def steps(trainer: EditTrainer) -> list[dict]:
-    """What was logged for each step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    """What was logged for each step, but for the pace."""
+    kept = ("loss", "grad_norm", "learning_rate", "step")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{key: value for key, value in entry.items() if key.startswith(kept)} for entry in logs]
 
 
 def hold(trainer: EditTrainer, others: EditTrainer, atol: float = 0.0) -> None:

@@ -184,7 +184,6 @@ class Recipe:
 
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
-    "extract.latents": "encoding images while training",
     "sampling.*": "pictures while training",
     "training.fsdp*": "FSDP",
     "training.deepspeed": "DeepSpeed",

@@ -2,9 +2,10 @@
 
     accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
-Trains on the sets that hf_qie/extract.py left, with neither prompt encoder nor VAE in memory. What trained lands in
-training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the checkpoints and the
-recipe. Started again, it goes on from the last checkpoint that is whole.
+Trains on the sets that hf_qie/extract.py left, without the prompt encoder in memory, and without the VAE unless a set
+has no latents (extract.latents: false). What trained lands in training.output_dir as pytorch_lora_weights.safetensors,
+or as the folder transformer/, beside the checkpoints and the recipe. Started again, it goes on from the last
+checkpoint that is whole.
 """
 
 import math
@@ -17,9 +18,11 @@ from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, 
 from hf_qie.settings import leaves
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import TrainingArguments
 
+    from hf_qie.latents import LatentEncoder
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
@@ -65,7 +68,14 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
     check_compat({name: provenance for name, (_, provenance) in opened.items()}, checkpoint, model=recipe.model)
-    return {name: data for name, (data, _) in opened.items()}
+    from hf_qie.pictures import has_latents, made_from, with_files  # seconds, so it waits until all sets are there
+
+    sets = {}
+    for name, (data, provenance) in opened.items():
+        # a set of the Hub does not say where it was made
+        roots = [recipe.tasks[name].image_root] if recipe.tasks[name].image_root else made_from(provenance) or ["."]
+        sets[name] = data if has_latents(data) else with_files(data, task=name, roots=roots)
+    return sets
 
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
@@ -91,6 +101,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.model import build_model
+    from hf_qie.pictures import has_latents
     from hf_qie.trainer import EditTrainer
 
     held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
@@ -109,10 +120,21 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         recipe=recipe,
         draws=draws,
         held_out=HeldOut(held_out, recipe) if held_out else None,
+        encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
     return trainer, checkpoint
+
+
+def load_vae(recipe: Recipe, device: "torch.device") -> "LatentEncoder":
+    """The checkpoint's VAE, as extraction loads it."""
+    import torch
+
+    from hf_qie.latents import LatentEncoder
+
+    dtype = getattr(torch, recipe.extract.dtype)
+    return LatentEncoder(recipe.model, revision=recipe.revision, dtype=dtype, device=device)
 
 
 def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
@@ -199,7 +221,7 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
     logger = get_logger("hf_qie.train")
     logger.info(
         "training %s of %s parameters in %s, arithmetic in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
-        "%d steps, %s; encoder: not loaded, VAE: not loaded",
+        "%d steps, %s; encoder: not loaded, VAE: %s",
         f"{sum(parameter.numel() for parameter in trained):,}",
         f"{sum(parameter.numel() for parameter in parameters):,}",
         "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
@@ -210,6 +232,7 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
         arguments.gradient_accumulation_steps,
         arguments.max_steps,
         f"going on from {checkpoint}" if checkpoint else "from the first",
+        "loaded, as sets have no latents" if trainer.encoder else "not loaded",
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no":
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")

@@ -18,9 +18,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
+from hf_qie.latents import LatentEncoder
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
 from hf_qie.objective import Objective
+from hf_qie.pictures import encode_pictures
 from hf_qie.recipe import InputError, Recipe
 from hf_qie.watch import Losses, Pace
 
@@ -39,6 +41,7 @@ class EditTrainer(Trainer):
         evaluate: leaves the generators as they were, so that a run with evaluation is the run without.
         _determine_best_metric: of a best step that is not saved there is nothing to load.
         _load_best_model: by our files, which Trainer does not know: it would only warn.
+        _prepare_inputs: pictures without latents are encoded.
         get_batch_samples: how long data is waited for.
         _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite.
         log: the loss by task, and the pace.
@@ -58,10 +61,14 @@ class EditTrainer(Trainer):
         recipe: Recipe,
         draws: Draws,
         held_out: HeldOut | None = None,
+        encoder: LatentEncoder | None = None,
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
     ):
-        """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`."""
+        """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`.
+
+        `encoder` where a set has no latents.
+        """
         assert args.max_steps > 0, "the plan has a fixed length"
         if args.activation_checkpointing:
             enable_activation_checkpointing(model, args.activation_checkpointing_kwargs)
@@ -74,7 +81,7 @@ class EditTrainer(Trainer):
         super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         assert not (self.is_fsdp_enabled or self.is_deepspeed_enabled), "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
-        self.recipe, self.identity = recipe, identity
+        self.recipe, self.identity, self.encoder = recipe, identity, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
         self.losses, self.pace = Losses(self.accelerator, list(recipe.tasks)), Pace(self.accelerator)
@@ -156,6 +163,15 @@ class EditTrainer(Trainer):
         place = torch.arange(self.args.per_device_eval_batch_size).clamp_max(len(per_row) - 1)
         numbers = torch.tensor(inputs["draw"])[place]
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Trainer's, on the device, and latents in place of pictures."""
+        batch = super()._prepare_inputs(inputs)
+        if "pictures" in batch:
+            step = self.recipe.extract.vae_batch_size
+            target, *sources = encode_pictures(batch.pop("pictures"), self.encoder, batch_size=step)
+            batch |= {"target_latents": target, "source_latents": torch.cat([target[:, :0], *sources], dim=1)}
+        return batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, without a trace in the generators."""

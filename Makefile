@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.hf_qie-installed
 # one thread a process: two test workers on two cores, and the same arithmetic wherever the tests run
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test quality style clean
+.PHONY: help install demo test faults quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ demo: $(INSTALLED)  ## run both scripts on synthetic edits with a tiny checkpoin
 
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+faults: $(INSTALLED)  ## kill runs again and again, also while they write, on one and two ranks: a minute or two
+	$(TEST_ENV) $(BIN)/python -m pytest -m faults
 
 quality: $(INSTALLED)  ## check style; changes nothing
 	$(BIN)/ruff check .

@@ -53,6 +53,19 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logging_nan_inf_filter": ((False,), "a loss that is not finite must show"),
 }
 
+# Keys of fsdp_config, which TrainingArguments does not check: values, or the type of a value.
+FSDP_CONFIG: dict[str, Any] = {
+    "version": (2, 1),  # 1 becomes 2
+    "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT"),
+    "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"),
+    "transformer_layer_cls_to_wrap": str | list,
+    "min_num_params": int,
+    "reshard_after_forward": bool,
+    "cpu_offload": bool,
+    "cpu_ram_efficient_loading": bool,
+    "activation_checkpointing": bool,
+}
+
 
 @functools.cache
 def training_arguments() -> dict[str, tuple[Any, Any]]:
@@ -93,6 +106,7 @@ def check_training(given: Mapping[str, Any]) -> dict[str, Any]:
             raise Misfit(at, f"got {show(value)}, wanted {words(known[key][0])}")
     training = DEFAULTS | {key: value for key, value in given.items() if value is not None}
     _check_steps(training)
+    _check_fsdp(training.get("fsdp_config", {}))
     return training if "num_train_epochs" in training else {"max_steps": MAX_STEPS} | training
 
 
@@ -116,3 +130,18 @@ def _check_steps(training: Mapping[str, Any]) -> None:
     if save % log and "no" not in (training.get("logging_strategy"), training.get("save_strategy")):
         why = "only there does a resumed run log the same"  # the running loss is not stored
         raise Misfit("training.save_steps", f"got {save}, wanted a multiple of logging_steps, which is {log}: {why}")
+
+
+def _check_fsdp(config: Any) -> None:
+    """The keys may begin with `fsdp_`, as in accelerate's files."""
+    if not isinstance(config, dict):
+        raise Misfit("training.fsdp_config", f"got {show(config)}, wanted a mapping; write the keys of the file here")
+    for key, value in config.items():
+        at, wanted = f"training.fsdp_config.{key}", FSDP_CONFIG.get(key.removeprefix("fsdp_"))
+        if wanted is None:
+            raise Misfit(at, unknown(key.removeprefix("fsdp_"), FSDP_CONFIG))
+        if isinstance(wanted, tuple):
+            if value not in wanted or isinstance(value, bool):
+                raise Misfit(at, f"got {show(value)}, wanted {' | '.join(map(show, wanted))}")
+        elif not fits(value, wanted):
+            raise Misfit(at, f"got {show(value)}, wanted {words(wanted)}")

@@ -248,6 +248,13 @@ def mix_table(groups: Sequence[Group], shares: np.ndarray, *, num_draws: int) ->
     )
 
 
+def realised_shares(drawn: Mapping[tuple[str, int], int]) -> str:
+    """The share of each group, (task, source count), in what was drawn, to be held against `mix_table`."""
+    total = sum(drawn.values())
+    parts = (f"{task} with {count} source(s) {n / total:.4f}" for (task, count), n in sorted(drawn.items()))
+    return f"{', '.join(parts)} of {total:,} rows"
+
+
 def mix_warnings(
     groups: Sequence[Group], shares: np.ndarray, mix: Mix, *, num_draws: int, same_shape: int
 ) -> list[str]:

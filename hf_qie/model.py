@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import QwenImageTransformer2DModel
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_qie.collate import Batch
+from hf_qie.fsdp import gathered
 from hf_qie.recipe import InputError, Lora, Recipe
 
 logger = get_logger(__name__)
@@ -40,30 +42,22 @@ PRESETS = {
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def build_model(recipe: Recipe, *, mixed_precision: str = "no") -> nn.Module:
+def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = False) -> nn.Module:
     """The transformer of `recipe.model`, on the CPU, with `requires_grad` on what trains.
 
-    What trains is float32. The frozen base of a LoRA is bfloat16 where `mixed_precision` is "bf16".
+    What trains is float32. The frozen base of a LoRA is bfloat16 where `mixed_precision` is "bf16". An `empty` one has
+    no values yet, though memory of its own: accelerate tells parameters apart by their addresses.
     Raises InputError where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora = recipe.trainable.lora
     dtype = torch.bfloat16 if lora and mixed_precision == "bf16" else torch.float32
-    try:
-        transformer = QwenImageTransformer2DModel.from_pretrained(
-            recipe.model,
-            subfolder=TRANSFORMER_FOLDER,
-            revision=recipe.revision,
-            torch_dtype=dtype,
-            use_safetensors=True,  # never a pickle
-        )
-    except OSError as error:
-        raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error
+    transformer = load_transformer(recipe, dtype, empty=empty)
     # what Trainer's reporters ask of a config, and diffusers' config lacks
     transformer.config.to_json_string = transformer.to_json_string
     transformer.config.to_dict = lambda config=transformer.config: dict(config)
     if lora:
-        model = add_lora(transformer, lora)
+        model = add_lora(transformer, lora, empty=empty)
     else:
         model = transformer.requires_grad_(False)
         for parameter in matching(parameters(model), recipe.trainable.modules, "trainable.modules").values():
@@ -74,10 +68,25 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no") -> nn.Module:
     low_lr_parameters(
         model, recipe.trainable.low_lr_modules
     )  # a name that matches nothing shows before the first step
-    return model
+    return model.to_empty(device="cpu") if empty else model
 
 
-def add_lora(transformer: QwenImageTransformer2DModel, lora: Lora) -> PeftModel:
+def load_transformer(recipe: Recipe, dtype: torch.dtype, *, empty: bool) -> QwenImageTransformer2DModel:
+    """The transformer as the checkpoint has it; an `empty` one is its shapes on the meta device."""
+    where = {"subfolder": TRANSFORMER_FOLDER, "revision": recipe.revision}
+    try:
+        if not empty:  # never a pickle
+            return QwenImageTransformer2DModel.from_pretrained(
+                recipe.model, torch_dtype=dtype, use_safetensors=True, **where
+            )
+        config = QwenImageTransformer2DModel.load_config(recipe.model, **where)
+    except OSError as error:
+        raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error
+    with init_empty_weights():
+        return QwenImageTransformer2DModel.from_config(config).to(dtype)
+
+
+def add_lora(transformer: QwenImageTransformer2DModel, lora: Lora, *, empty: bool = False) -> PeftModel:
     """`transformer` with adapters, float32 whatever its own dtype; nothing else trains.
 
     Always peft's own wrapper: with diffusers' `add_adapter` Trainer would save the whole base at every checkpoint.
@@ -86,7 +95,7 @@ def add_lora(transformer: QwenImageTransformer2DModel, lora: Lora) -> PeftModel:
     logger.info("LoRA: %d linear layers, rank %d, alpha %g", len(names), lora.rank, lora.alpha)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
     model = get_peft_model(transformer, config)
-    if lora.init_from is not None:
+    if lora.init_from is not None and not empty:
         load_lora(model, lora.init_from)
         logger.info("LoRA: started from %s", lora.init_from)
     return model
@@ -127,8 +136,11 @@ def low_lr_parameters(model: nn.Module, modules: Sequence[str]) -> list[nn.Param
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the transformer's own names, whatever wraps it."""
-    return {name.removeprefix("base_model.model."): parameter for name, parameter in model.named_parameters()}
+    """Parameters by the transformer's own names, whatever wraps it or its blocks."""
+    return {
+        name.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", ""): parameter
+        for name, parameter in model.named_parameters()
+    }
 
 
 def matching(named: Mapping[str, nn.Parameter], parts: Iterable[str], field: str) -> dict[str, nn.Parameter]:
@@ -192,16 +204,28 @@ def predict(model: nn.Module, batch: Batch, noised: Tensor, sigma: Tensor) -> Te
 # --- weights on disk -------------------------------------------------------------------------------------------------
 
 
-def save_weights(model: nn.Module, folder: str | Path) -> None:
-    """Write what trains as diffusers loads it: `pytorch_lora_weights.safetensors`, or the folder `transformer/`."""
+def save_weights(
+    model: nn.Module, folder: str | Path, *, writes: bool = True, dtype: torch.dtype | None = None
+) -> None:
+    """Write what trains as diffusers loads it: `pytorch_lora_weights.safetensors`, or the folder `transformer/`.
+
+    `dtype`: of the transformer, if not its own. Every rank of a sharded model calls it; the others do not write.
+    """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
+        tensors = gathered(parameters(model), keep=writes, dtype=dtype)
+        if writes:
+            with init_empty_weights():
+                whole = QwenImageTransformer2DModel.from_config(model.config)
+            whole.load_state_dict(tensors, assign=True)
+            whole.save_pretrained(Path(folder) / TRANSFORMER_FOLDER)
         return
-    tensors = adapters(model)
+    tensors = gathered(adapters(model), keep=writes)
+    if not writes:
+        return
     config = model.peft_config["default"]
     QwenImageLoraLoaderMixin.save_lora_weights(
         folder,
-        transformer_lora_layers={name.removeprefix("transformer."): p.detach().cpu() for name, p in tensors.items()},
+        transformer_lora_layers={name.removeprefix("transformer."): tensor for name, tensor in tensors.items()},
         transformer_lora_adapter_metadata={
             "r": config.r,
             "lora_alpha": config.lora_alpha,

@@ -185,7 +185,6 @@ class Recipe:
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
     "sampling.*": "pictures while training",
-    "training.fsdp*": "FSDP",
     "training.deepspeed": "DeepSpeed",
     "training.torch_compile*": "compiled training",
     "training.push_to_hub": "pushing from training",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
 from hf_qie.settings import leaves
 
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
-# What a launcher asks for by the environment, and Trainer would do, or silently leave, without the recipe.
-LAUNCHER_REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
-    "ACCELERATE_DYNAMO_BACKEND": "compiled training",
-}
 # What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 
@@ -41,15 +34,9 @@ SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 def main(argv: list[str]) -> None:
     """Train by the recipe `argv[0]` with the overrides `argv[1:]`."""
     recipe = load_recipe(argv[0], argv[1:])
-    refuse_launcher()
+    refuse_launcher(os.environ)
+    fsdp_settings(recipe, os.environ)  # what does not fit shows before anything is imported
     train(recipe, open_sets(recipe))
-
-
-def refuse_launcher() -> None:
-    """Raise InputError where the launcher asks for what training would not do, or not as the recipe says."""
-    for flag, capability in LAUNCHER_REFUSED.items():
-        if os.environ.get(flag, "no").lower() not in ("no", "false", "0", ""):
-            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
@@ -100,12 +87,14 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from hf_qie.checkpoints import check_identity, last_checkpoint
     from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
+    from hf_qie.fsdp import refuse_inactive
     from hf_qie.model import build_model
     from hf_qie.pictures import has_latents
     from hf_qie.trainer import EditTrainer
 
     held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
+    refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)
     draws = plan_draws(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
@@ -113,9 +102,16 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
     if checkpoint is not None:
+        if not checkpoint.is_dir():
+            raise InputError(
+                f"{checkpoint}: is not on this machine; output_dir must be a folder that all machines share"
+            )
         check_identity(checkpoint, identity)
+    # of sharded weights the first rank tells the others
+    empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    empty = empty and not PartialState().is_main_process
     trainer = EditTrainer(
-        build_model(recipe, mixed_precision=arguments.mixed_precision),
+        build_model(recipe, mixed_precision=arguments.mixed_precision, empty=empty),
         arguments,
         recipe=recipe,
         draws=draws,
@@ -142,17 +138,27 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
 
     Raises InputError where TrainingArguments refuses a value.
     """
+    from accelerate.logging import get_logger
     from transformers import TrainingArguments
+
+    from hf_qie.fsdp import BF16_POLICY
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
     forced["greater_is_better"] = False  # every metric is a loss; Trainer takes one that does not end so for a score
+    if settings := fsdp_settings(recipe, os.environ):
+        forced |= fsdp_arguments(recipe, settings)
+        os.environ.update(fsdp_environment(settings))
     try:
         arguments = TrainingArguments(**section | forced)
     except (ValueError, TypeError) as error:
         raise InputError(f"{recipe.path}: training: {error}") from error
+    if settings and settings.get("version", 2) == 1:
+        get_logger("hf_qie.train").info("FSDP: version 1 was asked for, version 2 is used; there is no other here")
+    if settings and arguments.mixed_precision == "bf16":
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
     if epochs is not None:
         arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
@@ -163,6 +169,15 @@ def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
     known = ["loss", *(f"loss/{task}" for task in held_out)]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
+
+
+def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments are told of FSDP."""
+    told = {"fsdp": True, "fsdp_config": {**settings, "version": 2}}
+    given = recipe.training.get("accelerator_config", {})
+    if isinstance(given, dict):  # gradients are sharded after every micro-batch: 20B whole ones fit on no device
+        told["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
+    return told
 
 
 def global_batch_size(arguments: "TrainingArguments") -> int:
@@ -207,6 +222,8 @@ def run_identity(
         if task.weight > 0:
             identity |= {f"tasks.{name}.{key}": getattr(task, key) for key in ("weight", "eval_rows")}
             identity[f"tasks.{name}.embeddings"] = data._fingerprint
+    if arguments.fsdp:  # whole and sharded checkpoints have other files
+        identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
     return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
 
 

@@ -4,12 +4,14 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
@@ -18,8 +20,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
+from hf_qie.fsdp import check_sharded
 from hf_qie.latents import LatentEncoder
 from hf_qie.loader import Draws, RankBatches, open_loader
+from hf_qie.mix import realised_shares
 from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
 from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
@@ -44,9 +48,10 @@ class EditTrainer(Trainer):
         _prepare_inputs: pictures without latents are encoded.
         get_batch_samples: how long data is waited for.
         _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite.
-        log: the loss by task, and the pace.
+        log: the loss by task, the pace, and the shares that were drawn.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
-        _save: weights as diffusers loads them; Trainer writes them without a config.
+        _prepare_for_training: a model that is not sharded, or whose tensors do not all train, would pass unseen.
+        save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
         _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
         _load_from_checkpoint: Trainer does not know our files.
     """
@@ -79,12 +84,14 @@ class EditTrainer(Trainer):
             args._n_gpu = 1  # else Trainer would use DataParallel
         metrics = held_out and held_out.metrics
         super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
-        assert not (self.is_fsdp_enabled or self.is_deepspeed_enabled), "refused before anything is loaded"
+        assert not self.is_deepspeed_enabled, "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
         self.recipe, self.identity, self.encoder = recipe, identity, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
         self.losses, self.pace = Losses(self.accelerator, list(recipe.tasks)), Pace(self.accelerator)
+        self._drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
+        self._drawn_in_all: Counter[tuple[str, int]] = Counter()
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on.
@@ -144,6 +151,7 @@ class EditTrainer(Trainer):
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
         per_row, prediction = self.objective.of_draws(model, inputs)
         self.losses.note(inputs, per_row)
+        self._drawn.update((task, len(inputs["grids"]) - 1) for task in inputs["task"])
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
     def prediction_step(
@@ -187,12 +195,11 @@ class EditTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if (reason := misfit(Path(best))) not in (None, WEIGHTS_ALONE):
             raise InputError(
-                f"{best}: was the best checkpoint, but {reason}; export another one of {Path(best).parent}"
+                f"{best}: was the best checkpoint, but {reason}; there may be others in its folder to use"
             )
         self._load_from_checkpoint(best)
-        logger.info(
-            "loaded the best checkpoint, %s: %s %g", best, self.args.metric_for_best_model, self.state.best_metric
-        )
+        metric = self.args.metric_for_best_model
+        logger.info("%s is the best checkpoint (%s %g), and so what is saved", best, metric, self.state.best_metric)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
         """Trainer's, by the clock."""
@@ -216,9 +223,18 @@ class EditTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """To the mean loss of the steps since the last log, add that of each task's draws and the pace."""
+        """To the mean loss of the steps since the last log, add that of each task's draws and the pace.
+
+        Beside it a line on the shares that were drawn, and another one at the end.
+        """
         if "loss" in logs:
             logs |= self.losses.by_task() | self.pace.read()
+            drawn = sum(gather_object([self._drawn]), Counter())
+            self._drawn.clear()
+            self._drawn_in_all += drawn
+            logger.info("realised since the last line: %s", realised_shares(drawn))
+        elif "train_runtime" in logs and self._drawn_in_all:
+            logger.info("realised since this start: %s", realised_shares(self._drawn_in_all))
         super().log(logs, start_time)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
@@ -227,14 +243,37 @@ class EditTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return place
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """What trains, for diffusers and for a resume."""
-        if self.args.should_save:
-            save_weights(self.model, output_dir or self.args.output_dir)
+    def _prepare_for_training(self, *args: Any) -> tuple[nn.Module, DataLoader]:
+        """Trainer's, then the proof that FSDP is what was asked for."""
+        prepared = super()._prepare_for_training(*args)
+        if self.args.fsdp:
+            check_sharded(self.model, self.optimizer)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What trains, for diffusers; every rank calls it. `_internal_call`: for a checkpoint.
+
+        In a checkpoint of sharded state there is no whole transformer: gathering 20B parameters takes its time. Where
+        nothing is sharded these are also the weights to resume from, and so stay as they are; else bfloat16, if that
+        is the arithmetic.
+        """
+        full, sharded = self.recipe.trainable.lora is None, self.args.fsdp
+        if _internal_call and full and sharded and "SHARDED" in self.args.fsdp_plugin_args["state_dict_type"]:
+            return
+        to_resume_from = _internal_call and not sharded
+        dtype = torch.bfloat16 if self.args.mixed_precision == "bf16" and not to_resume_from else None
+        save_weights(self.model, output_dir or self.args.output_dir, writes=self.args.should_save, dtype=dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint; Trainer loads the rest."""
-        load_weights(self.model if model is None else model, resume_from_checkpoint)
+        """The weights of a checkpoint; Trainer loads the rest.
+
+        Of sharded ones accelerate does; torch unpickles what says how they are cut, and so they are only ever those
+        of the run's own folder.
+        """
+        if self.args.fsdp:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, then `complete.json`, then the older ones go."""

@@ -64,6 +64,13 @@ BAD_TRAINING = {
     "that trains gets a gradient",
     "ignore_data_skip: true": "ignore_data_skip: got true, wanted false: a resumed run goes on at the draw where it "
     "stopped",
+    "fsdp_config: fsdp.json": 'fsdp_config: got "fsdp.json", wanted a mapping; write the keys of the file here',
+    "fsdp_config: {fsdp_stat_dict_type: x}": "fsdp_config.fsdp_stat_dict_type: unknown key, did you mean "
+    "'state_dict_type'?",
+    "fsdp_config: {state_dict_type: LOCAL_STATE_DICT}": 'fsdp_config.state_dict_type: got "LOCAL_STATE_DICT", wanted '
+    '"FULL_STATE_DICT" | "SHARDED_STATE_DICT"',
+    "fsdp_config: {version: true}": "fsdp_config.version: got true, wanted 2 | 1",
+    "fsdp_config: {cpu_offload: yes}": 'fsdp_config.cpu_offload: got "yes", wanted true or false',
     "remove_unused_columns: true": "remove_unused_columns: got true, wanted false: the collator needs every column",
     "logging_nan_inf_filter: true": "logging_nan_inf_filter: got true, wanted false: a loss that is not finite must "
     "show",
@@ -85,7 +92,7 @@ def test_a_bad_key_is_named_with_its_reason(text):
         "logging_steps: 30\nsave_steps: 90",
         "logging_steps: 30\nsave_strategy: no",
         "warmup_steps: 10",
-        "fsdp: true",
+        "fsdp: true\nfsdp_config: {fsdp_version: 2, transformer_layer_cls_to_wrap: QwenImageTransformerBlock}",
     ],
 )
 def test_a_key_that_does_no_harm_is_taken_as_it_is(text):

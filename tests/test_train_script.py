@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,20 @@ def start(root: Path, *arguments: object, module: tuple[str, ...] = (), **enviro
     )
 
 
+def start_two_machines(root: Path, *arguments: object) -> list[str]:
+    """The launcher on two machines that meet over loopback, a rank on each; what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = f"--multi_gpu --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    with ThreadPoolExecutor() as both:
+        launch = f"accelerate.commands.launch {machines} --mixed_precision no --machine_rank"
+        started = [both.submit(start, root, *arguments, module=(*launch.split(), str(rank))) for rank in (0, 1)]
+    for done in (one.result() for one in started):
+        assert done.returncode == 0, done.stderr
+    return [one.result().stderr for one in started]
+
+
 def test_help_is_the_docstring(root):
     done = start(root, "--help")
     assert done.returncode == 0
@@ -58,7 +74,7 @@ def logged(checkpoint: Path) -> list[dict[str, float]]:
 
 @pytest.mark.two_rank
 @pytest.mark.parametrize("trainable", [{}, LORA], ids=["full", "lora"])
-def test_two_ranks_give_the_weights_and_losses_of_one_and_take_up_its_run(root, tiny, tmp_path, trainable):
+def test_two_ranks_give_what_one_gives_and_two_machines_take_up_its_run(root, tiny, tmp_path, trainable):
     training = {"optim": "sgd", "learning_rate": 0.1, "eval_strategy": "steps", "eval_on_start": True}
     training |= {"eval_steps": 2, "per_device_eval_batch_size": 2}
     tasks = {"edit": {"data": "edit.jsonl", "eval_rows": 3}}
@@ -72,10 +88,16 @@ def test_two_ranks_give_the_weights_and_losses_of_one_and_take_up_its_run(root, 
     for name in ("two", "taken_up"):
         overrides = [f"training.output_dir={tmp_path / name}", "training.per_device_train_batch_size=2"]
         overrides += [f"training.eval_on_start={str(name == 'two').lower()}"]
-        done = start(root, path, *overrides, module=TWO_RANKS)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
-        assert ("going on from" in done.stderr) == (name == "taken_up")
+        if name == "two":
+            done = start(root, path, *overrides, module=TWO_RANKS)
+            assert done.returncode == 0, done.stderr
+            said = done.stderr
+        else:
+            said, other = start_two_machines(root, path, *overrides)
+            assert "rows a step" not in other
+        assert said.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
+        assert ("going on from" in said) == (name == "taken_up")
+        assert said.count("of 16 rows" if name == "two" else "of 8 rows") == 1, "the shares on both ranks"
         two = tmp_path / name / "checkpoint-4"
         # float32 sums in another order, also below
         assert logged(two) == [pytest.approx(entry, rel=1e-5) for entry in logged(one)]
@@ -113,14 +135,17 @@ def test_a_set_of_another_checkpoint_is_refused(root, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability"),
-    [("--use_fsdp", "FSDP"), ("--multi_gpu --dynamo_backend inductor", "compiled training")],
+    ("asked", "message"),
+    [
+        ("--use_fsdp", "training.fsdp: asked for, but not active in 2 process(es) on cpu"),
+        ("--multi_gpu --dynamo_backend inductor", "asks for compiled training, which is not available yet"),
+    ],
 )
-def test_what_the_launcher_asks_for_and_would_not_happen_is_refused(root, tiny, tmp_path, asked, capability):
+def test_what_the_launcher_asks_for_and_would_not_happen_is_refused(root, tiny, tmp_path, asked, message):
     done = start(root, write_recipe(tmp_path, tiny()), module=(*TWO_RANKS[:1], *asked.split(), *TWO_RANKS[2:]))
     assert done.returncode == 1
-    message = f"accelerate launch: asks for {capability}, which is not available yet; leave it out"
-    assert done.stderr.count(message) == 1, done.stderr
+    told = [line for line in done.stderr.splitlines() if message in line and not line.startswith("rank 1: ")]
+    assert len(told) == 1, done.stderr
 
 
 def test_values_that_only_training_arguments_know_are_input_errors(root, tiny, tmp_path):

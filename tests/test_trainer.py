@@ -11,6 +11,7 @@ from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from embedding_sets import write_recipe, write_set
+from ranks import without_pace
 from safetensors import safe_open
 from transformers import TrainerCallback
 
@@ -65,9 +66,7 @@ def trained(trainer: EditTrainer) -> set[str]:
 
 def steps(trainer: EditTrainer) -> list[dict]:
     """What was logged for each step, but for the pace."""
-    kept = ("loss", "grad_norm", "learning_rate", "step")
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{key: value for key, value in entry.items() if key.startswith(kept)} for entry in logs]
+    return [without_pace(entry) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def hold(trainer: EditTrainer, others: EditTrainer, atol: float = 0.0) -> None:
@@ -207,6 +206,18 @@ def test_the_loss_by_task_is_the_mean_over_the_draws_of_the_task(tiny, tmp_path)
         mean = sum(entry[f"loss/{task}"] * count for task, count in by_task.items()) / 16
         assert mean == pytest.approx(entry["loss"], rel=1e-5)  # float32 sums on one side
     assert len(set(tasks)) == 2
+
+
+def test_the_shares_that_were_drawn_are_logged_with_each_loss_and_at_the_end(tiny, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="hf_qie")
+    path = write_recipe(tmp_path, tiny(), training={"max_steps": 8, "logging_steps": 4, "save_steps": 4})
+    trainer = run(path, *cut(2, 2))
+    tasks = [trainer.train_dataset[draw]["task"] for draw in range(32)]
+    parts = [("since the last line", part) for part in (tasks[:16], tasks[16:])] + [("since this start", tasks)]
+    for since, part in parts:
+        names = {"edit": "edit with 1 source(s)", "text_to_image": "text_to_image with 0 source(s)"}
+        shares = [f"{name} {part.count(task) / len(part):.4f}" for task, name in names.items() if task in part]
+        assert f"realised {since}: {', '.join(shares)} of {len(part)} rows" in caplog.text
 
 
 # --- however it is cut -----------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""What `accelerate launch` asks for by the environment, and what becomes of it beside the recipe.
+
+Trainer takes FSDP's settings from `training.fsdp_config` alone, and accelerate its own from the environment: left to
+themselves, one overrides the other in silence. Here they become one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hf_qie.recipe import InputError, Recipe
+
+# What Trainer would do, or silently leave, without the recipe.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
+    "ACCELERATE_DYNAMO_BACKEND": "compiled training",
+}
+# FSDP1's names for what FSDP2 calls reshard_after_forward. The others are other ways to shard.
+RESHARD = {"true": True, "full_shard": True, "1": True, "false": False, "shard_grad_op": False, "2": False}
+
+
+def asks_for(value: str) -> bool:
+    """Whether a flag in the environment is set."""
+    return value.lower() not in ("no", "false", "0", "")
+
+
+# accelerate's variables by the keys that TrainingArguments has in fsdp_config
+FSDP_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "FSDP_VERSION": ("version", int),
+    "FSDP_STATE_DICT_TYPE": ("state_dict_type", str.upper),
+    "FSDP_AUTO_WRAP_POLICY": ("auto_wrap_policy", str.upper),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ("transformer_layer_cls_to_wrap", lambda names: names.split(",")),
+    "FSDP_MIN_NUM_PARAMS": ("min_num_params", int),
+    "FSDP_OFFLOAD_PARAMS": ("cpu_offload", asks_for),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("cpu_ram_efficient_loading", asks_for),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("activation_checkpointing", asks_for),
+}
+
+
+def refuse_launcher(environment: Mapping[str, str]) -> None:
+    """Raise InputError where the launcher asks for what training would not do, or not as the recipe says."""
+    for flag, capability in REFUSED.items():
+        if asks_for(environment.get(flag, "no")):
+            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
+
+
+def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """`training.fsdp_config` in full: the recipe's keys, then the launcher's, then ours; None without FSDP.
+
+    Raises InputError where the two contradict each other, or where something would be without effect or wrong.
+    """
+    training, launched = recipe.training, asks_for(environment.get("ACCELERATE_USE_FSDP", "no"))
+    named = {key.removeprefix("fsdp_"): value for key, value in training.get("fsdp_config", {}).items()}
+    if launched and training.get("fsdp") is False:
+        raise InputError("training.fsdp: false, but accelerate launch asks for FSDP; leave one of them out")
+    if not launched and not training.get("fsdp"):
+        if named:
+            raise InputError(
+                "training.fsdp_config: without effect; set training.fsdp: true, or launch with --use_fsdp"
+            )
+        return None
+    # one rank reads the checkpoint, or the memory of a machine would have to hold it once for each of its ranks
+    settings = {"cpu_ram_efficient_loading": True} | (_launched(environment) if launched else {}) | named
+    checkpointing = settings.get("activation_checkpointing", False)
+    if checkpointing and (training.get("activation_checkpointing") or training.get("gradient_checkpointing")):
+        raise InputError("training.activation_checkpointing: FSDP's own is set too; leave one of them out")
+    if checkpointing and recipe.trainable.lora and recipe.trainable.lora.dropout:
+        raise InputError(
+            "trainable.lora.dropout: FSDP's own activation checkpointing recomputes with another mask; set dropout "
+            "to 0, or training.activation_checkpointing: true in place of fsdp_config's"
+        )
+    if training.get("save_only_model") and settings.get("state_dict_type") == "SHARDED_STATE_DICT":
+        raise InputError("training.save_only_model: sharded weights alone are of no use; use FULL_STATE_DICT with it")
+    return settings
+
+
+def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the launcher says, by the keys of fsdp_config."""
+    settings = {key: read(environment[name]) for name, (key, read) in FSDP_VARIABLES.items() if name in environment}
+    ways = [environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")]
+    if settings.get("version", 1) == 1:
+        ways.append(environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"))
+    for way in ways:
+        if way.lower() not in RESHARD:
+            raise InputError(
+                f"accelerate launch: FSDP's sharding strategy {way!r} is not available; use FULL_SHARD, or "
+                "SHARD_GRAD_OP, which keeps gathered weights from forward to backward"
+            )
+    return settings | {"reshard_after_forward": all(RESHARD[way.lower()] for way in ways)}
+
+
+def fsdp_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What accelerate reads from the environment before it sees any settings.
+
+    By these it gives the process group a backend for tensors on the CPU, which offloading and full state need.
+    """
+    return {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_OFFLOAD_PARAMS": str(settings.get("cpu_offload", False)).lower(),
+        "FSDP_STATE_DICT_TYPE": settings.get("state_dict_type", "FULL_STATE_DICT"),
+    }

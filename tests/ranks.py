@@ -1,0 +1,149 @@
+"""Runs of train.py in processes of their own, several one after the other in one set of ranks.
+
+The processes are forked from one that has imported everything and computed nothing: seconds less for each.
+
+On a machine without accelerators accelerate leaves FSDP out, and takes ranks for single processes. In these processes
+alone it is told that gloo's ranks on the CPU are accelerators; a recipe with `use_cpu: true` has plain DDP all the
+same.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+from accelerate import DistributedType
+from accelerate.state import PartialState
+
+import hf_qie.checkpoints
+import hf_qie.trainer
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.train import open_sets, train
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["hf_qie.trainer", "hf_qie.train", "peft", "torch.distributed.checkpoint"])
+prepare_backend = PartialState._prepare_backend
+
+# Where a process may be killed: what writes a file of a checkpoint, and a pattern of the file that is cut in half.
+KILLS = {
+    "weights": (hf_qie.trainer, "save_weights", "**/*.safetensors"),
+    "torch": (torch, "save", "*.p*"),
+    "shards": (transformers.trainer, "save_fsdp_optimizer", "optimizer_0/*.distcp"),
+    "complete": (hf_qie.checkpoints, "write_durably", "complete.json"),
+    "rotation": (hf_qie.trainer, "rotate_checkpoints", None),
+}
+
+
+def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path) -> list[int]:
+    """The exit codes of `ranks` processes that do the `runs`; when one fails, the others are killed.
+
+    A run: {recipe, overrides, checkpoint: one to put into its folder first, environment: what a launcher has set,
+    kill: {rank, point: of KILLS, call: the number of the call there at which the rank is killed}}.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=rank_of, args=(rank, ranks, port, runs, log)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    return [process.exitcode for process in processes]
+
+
+def rank_of(rank: int, ranks: int, port: int, runs: Sequence[Mapping[str, Any]], log: Path) -> None:
+    """One of the processes."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if ranks > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(number) for name, number in numbers.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        PartialState._prepare_backend, PartialState.set_device = gloo_for_accelerators, on_the_cpu
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("hf_qie").setLevel(logging.INFO)
+    torch.set_num_threads(1)
+    environment = dict(os.environ)
+    try:
+        for run in runs:
+            os.environ.clear()
+            os.environ.update(environment | run.get("environment", {}))  # without what the run before has set
+            do(run, rank)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # without farewells between ranks
+
+
+def gloo_for_accelerators(self, cpu=False, *args, **kwargs):
+    return prepare_backend(self, cpu, *args, **kwargs) if cpu else ("gloo", DistributedType.MULTI_GPU)
+
+
+def on_the_cpu(self):
+    self.device = torch.device("cpu")
+
+
+def do(run: Mapping[str, Any], rank: int) -> None:
+    """One run; beside what it leaves, each rank leaves a report, with the message of an InputError that ended it."""
+    recipe = load_recipe(run["recipe"], run["overrides"])
+    folder = Path(recipe.training["output_dir"])
+    if "checkpoint" in run and rank == 0:  # the rank that looks for it
+        shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
+    if run.get("kill", {}).get("rank") == rank:
+        kill_at(folder, run["kill"]["point"], run["kill"]["call"])
+    try:
+        report = report_of(train(recipe, open_sets(recipe)))
+    except InputError as error:
+        report = {"error": str(error)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+def without_pace(entry: Mapping[str, float]) -> dict[str, float]:
+    """A log entry but for what no two runs share."""
+    return {key: value for key, value in entry.items() if not key.endswith(("_per_second", "_for_data", "_memory_gb"))}
+
+
+def kill_at(folder: Path, point: str, call: int) -> None:
+    """Be killed at a call that writes, with half of the file written."""
+    module, name, pattern = KILLS[point]
+    write, calls = getattr(module, name), []
+
+    def write_and_die(*args, **kwargs):
+        calls.append(write(*args, **kwargs))
+        if len(calls) == call:
+            if pattern:
+                newest = max(folder.glob(f"checkpoint-*/{pattern}"), key=lambda path: path.stat().st_mtime_ns)
+                os.truncate(newest, newest.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return calls[-1]
+
+    setattr(module, name, write_and_die)
+
+
+def report_of(trainer) -> dict[str, Any]:
+    parameters = list(trainer.model.parameters())
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return {
+        "steps": [without_pace(entry) for entry in trainer.state.log_history if "loss" in entry],
+        "held": len({id(p) for p in held}),
+        "trained": sum(p.requires_grad for p in parameters),
+        "numel": sum(p.numel() for p in parameters),
+        "numel_here": sum(getattr(p, "_local_tensor", p).numel() for p in parameters),
+        "dtypes": sorted({f"{p.requires_grad}: {p.dtype}" for p in parameters}),
+    }

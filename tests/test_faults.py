@@ -1,0 +1,74 @@
+"""A run that is killed again and again, also while it writes a checkpoint, ends as the run that never was."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from embedding_sets import write_recipe
+from ranks import in_ranks
+from safetensors.torch import load_file
+
+from hf_qie.checkpoints import last_checkpoint
+
+LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear", "dropout": 0.2}}
+FSDP = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"
+# Where which rank is killed, (point, call, rank), and the checkpoint that the next start goes on from. Eight steps of
+# four draws, of which the fifth begins the second pass over the 16 rows; a checkpoint every two steps, in which the
+# first rank calls torch.save for its optimizer, its scheduler and its generators, the second one for its generators.
+CHAINS = {
+    "one rank": [
+        ("weights", 1, 0, None),
+        ("torch", 5, 0, 2),  # the scheduler of checkpoint 4
+        ("torch", 4, 0, 4),  # the optimizer of checkpoint 6
+        ("rotation", 1, 0, 6),  # of checkpoint 6
+        ("complete", 1, 0, 6),  # of checkpoint 8
+    ],
+    "two ranks": [("weights", 1, 0, None), ("torch", 2, 1, 2), ("torch", 4, 0, 4), ("complete", 1, 0, 4)],
+    "sharded": [("shards", 1, 0, None), ("shards", 2, 1, 2), ("complete", 2, 0, 4), ("rotation", 1, 0, 6)],
+}
+
+
+QUICK = [("one rank", "lora"), ("two ranks", "full")]
+ALL = [(chain, kind) for chain in CHAINS for kind in ("full", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("chain", "kind"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.faults) for pair in ALL]
+)
+def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_path, chain, kind):
+    PartialState(cpu=True)  # for what `last_checkpoint` says
+    ranks = 1 if chain == "one rank" else 2
+    training = {"per_device_train_batch_size": 4 // ranks, "max_steps": 8, "save_total_limit": 2}
+    training["use_cpu"] = None if chain == "sharded" else True
+    recipe = write_recipe(tmp_path, tiny(), trainable=LORA if kind == "lora" else {}, training=training)
+    log = tmp_path / "log"
+
+    def run(name: str, **more) -> dict:
+        overrides = [f"training.output_dir={tmp_path / name}", *(FSDP if chain == "sharded" else ())]
+        return {"recipe": str(recipe), "overrides": overrides, **more}
+
+    for point, call, rank, whole in CHAINS[chain]:
+        kill = {"rank": rank, "point": point, "call": call}
+        codes = in_ranks([run("killed", kill=kill)], ranks=ranks, log=log)
+        assert codes[rank] == -signal.SIGKILL, log.read_text()
+        last = last_checkpoint(tmp_path / "killed")
+        assert (last and last.name) == (whole and f"checkpoint-{whole}")
+    assert in_ranks([run("killed"), run("straight")], ranks=ranks, log=log) == [0] * ranks, log.read_text()
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert steps(killed) == steps(straight)  # losses, by task too, norms, rates
+    (weights,) = (path.relative_to(straight) for path in straight.rglob("*.safetensors") if is_final(path, straight))
+    ours, theirs = load_file(killed / weights), load_file(straight / weights)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert f"{tmp_path / 'killed' / 'checkpoint'}-4 is passed over: it has no complete.json" in log.read_text()
+
+
+def is_final(path: Path, run: Path) -> bool:
+    return not path.relative_to(run).parts[0].startswith("checkpoint-")
+
+
+def steps(run: Path) -> list[dict]:
+    return json.loads((run / "rank0.json").read_text())["steps"]

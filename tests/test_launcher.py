@@ -1,0 +1,111 @@
+"""What `accelerate launch` says and what the recipe says become one FSDP plugin, or an error."""
+
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from test_fsdp import PEOPLES_FLAGS, environment_of
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+from hf_qie.arguments import check_training
+from hf_qie.launcher import fsdp_settings
+from hf_qie.recipe import InputError, Lora, Recipe, Task, Trainable
+from hf_qie.train import training_arguments
+
+
+def recipe(dropout: float | None = None, **training) -> Recipe:
+    lora = None if dropout is None else Lora(dropout=dropout)
+    return Recipe(
+        path=Path("recipe.yaml"),
+        tasks={"edit": Task(name="edit", data=("none.jsonl",))},
+        trainable=Trainable(lora=lora),
+        training=check_training(training),
+    )
+
+
+def plugin(flags: str, **training) -> FullyShardedDataParallelPlugin:
+    """What accelerate is told in the end by these flags and keys of `training`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FSDP_", "ACCELERATE_"))}
+    with patch.dict(os.environ, environment | (environment_of(flags) if flags else {}), clear=True):
+        arguments = training_arguments(recipe(use_cpu=True, **training), num_rows=1)
+        return FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+
+
+def test_flags_as_people_have_them_give_the_plugin_they_name():
+    made = plugin(PEOPLES_FLAGS)
+    assert made.fsdp_version == 2
+    assert made.auto_wrap_policy is transformer_auto_wrap_policy
+    assert made.transformer_cls_names_to_wrap == ["QwenImageTransformerBlock"]
+    assert made.state_dict_type == StateDictType.SHARDED_STATE_DICT
+    assert (made.cpu_ram_efficient_loading, made.reshard_after_forward) == (True, True)
+    policy = made.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_every_flag_of_fsdp2_reaches_the_plugin():
+    made = plugin(
+        "--use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward false --fsdp_cpu_ram_efficient_loading false "
+        "--fsdp_activation_checkpointing true --fsdp_activation_checkpointing_offload true "
+        "--fsdp_auto_wrap_policy SIZE_BASED_WRAP --fsdp_min_num_params 77 --fsdp_state_dict_type FULL_STATE_DICT"
+    )
+    assert (made.reshard_after_forward, made.cpu_ram_efficient_loading) == (False, False)
+    assert (made.activation_checkpointing, made.activation_checkpointing_offload) == (True, True)
+    assert (made.min_num_params, made.state_dict_type) == (77, StateDictType.FULL_STATE_DICT)
+
+
+def test_a_key_of_the_recipe_comes_before_the_flag_of_the_launcher():
+    config = {"fsdp_state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+    made = plugin(PEOPLES_FLAGS, fsdp_config=config)
+    assert made.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert made.cpu_ram_efficient_loading is False
+    assert made.transformer_cls_names_to_wrap == ["QwenImageTransformerBlock"]
+
+
+def test_the_recipe_alone_turns_it_on_with_one_rank_that_reads_the_checkpoint():
+    made = plugin("", fsdp=True)
+    assert (made.fsdp_version, made.cpu_ram_efficient_loading) == (2, True)
+    assert made.auto_wrap_policy is transformer_auto_wrap_policy
+
+
+@pytest.mark.parametrize("flags", ["--fsdp_sharding_strategy SHARD_GRAD_OP", "--fsdp_sharding_strategy 2"])
+def test_a_strategy_of_version_1_becomes_what_it_means_in_version_2(flags):
+    assert plugin(f"--use_fsdp {flags}").reshard_after_forward is False
+
+
+def test_without_fsdp_nothing_of_it_is_set():
+    assert fsdp_settings(recipe(), {"FSDP_VERSION": "1"}) is None
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+CHECKPOINTING = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
+MISTAKES = [
+    (recipe(fsdp=False), FSDP, "training.fsdp: false, but accelerate launch asks for FSDP"),
+    (recipe(fsdp_config={"cpu_offload": True}), {}, "training.fsdp_config: without effect; set training.fsdp: true"),
+    (recipe(**CHECKPOINTING, activation_checkpointing=True), {}, "FSDP's own is set too; leave one of them out"),
+    (recipe(**CHECKPOINTING, dropout=0.1), {}, "FSDP's own activation checkpointing recomputes with another mask"),
+    (
+        recipe(fsdp=True, save_only_model=True),
+        FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        "training.save_only_model: sharded weights alone are of no use",
+    ),
+    (
+        recipe(),
+        FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
+        "FSDP's sharding strategy 'HYBRID_SHARD' is not available; use FULL_SHARD",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "environment", "message"), MISTAKES)
+def test_what_would_be_wrong_or_without_effect_is_refused(given, environment, message):
+    with pytest.raises(InputError) as error:
+        fsdp_settings(given, environment)
+    assert message in str(error.value)
+
+
+def test_dropout_goes_with_the_checkpointing_that_keeps_its_mask():
+    assert fsdp_settings(recipe(fsdp=True, activation_checkpointing=True, dropout=0.1), {})

@@ -48,8 +48,9 @@ KILLS = {
 def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path) -> list[int]:
     """The exit codes of `ranks` processes that do the `runs`; when one fails, the others are killed.
 
-    A run: {recipe, overrides, checkpoint: one to put into its folder first, environment: what a launcher has set,
-    kill: {rank, point: of KILLS, call: the number of the call there at which the rank is killed}}.
+    A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
+    first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
+    which the rank is killed}}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +101,7 @@ def on_the_cpu(self):
 
 def do(run: Mapping[str, Any], rank: int) -> None:
     """One run; beside what it leaves, each rank leaves a report, with the message of an InputError that ended it."""
-    recipe = load_recipe(run["recipe"], run["overrides"])
+    recipe = load_recipe(run["recipe"], run["overrides"] + (run.get("others", []) if rank else []))
     folder = Path(recipe.training["output_dir"])
     if "checkpoint" in run and rank == 0:  # the rank that looks for it
         shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
@@ -141,6 +142,7 @@ def report_of(trainer) -> dict[str, Any]:
     held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     return {
         "steps": [without_pace(entry) for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": [without_pace(entry) for entry in trainer.state.log_history if "eval_loss" in entry],
         "held": len({id(p) for p in held}),
         "trained": sum(p.requires_grad for p in parameters),
         "numel": sum(p.numel() for p in parameters),

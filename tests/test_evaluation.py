@@ -1,5 +1,6 @@
 """Evaluation on held-out rows: the same at every call, without a trace in training, and it picks what is exported."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from embedding_sets import write_recipe, write_set
+from ranks import in_ranks
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -215,6 +217,44 @@ def test_a_resumed_run_knows_the_best_checkpoint(recipe, tmp_path):
     resumed = run(recipe, *WORSE_AND_WORSE)
     assert evaluations(resumed) == evaluations(straight)
     assert hold(adapters(tmp_path / "run"), adapters(tmp_path / "run" / "checkpoint-1"))
+
+
+# --- on two ranks ----------------------------------------------------------------------------------------------------
+
+WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
+SHARDED = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"
+WHOLE = "training.fsdp=true", "training.fsdp_config={state_dict_type: FULL_STATE_DICT}"
+
+
+@pytest.mark.two_rank
+def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_path):
+    runs, names = [], {}
+    for kind, trainable in (("full", {}), ("lora", LORA)):
+        (tmp_path / kind).mkdir()
+        training = EVERY_STEP | {"use_cpu": None, "per_device_train_batch_size": 2}
+        recipe = write_recipe(tmp_path / kind, tiny(), tasks=TASKS, trainable=trainable, training=training)
+        for name, how in (("ddp", ["training.use_cpu=true"]), ("sharded", SHARDED), ("whole", WHOLE)):
+            names[kind, name] = tmp_path / kind / name
+            overrides = [*WORSE_AND_WORSE, f"training.output_dir={names[kind, name]}", *how]
+            runs.append({"recipe": str(recipe), "overrides": overrides})
+    assert in_ranks(runs, ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+    for (kind, name), folder in names.items():
+        ours, theirs = (json.loads((folder / f"rank{rank}.json").read_text())["evaluations"] for rank in (0, 1))
+        assert [losses(entry) for entry in ours] == [losses(entry) for entry in theirs]
+        plain = json.loads((names[kind, "ddp"] / "rank0.json").read_text())["evaluations"]
+        assert len(ours) == 4
+        # float32 sums in another order, which so large a rate blows up from step to step
+        assert losses(ours[0]) == pytest.approx(losses(plain[0]), rel=1e-3)
+        best = min(ours, key=lambda entry: entry["eval_loss"])["step"]
+        assert best != 4
+        exported = load_file(folder / WEIGHTS[kind])
+        if (kind, name) == ("full", "sharded"):  # its checkpoints have no whole transformer
+            assert "is the best checkpoint (loss" in (tmp_path / "log").read_text()
+            checkpoint = names[kind, "whole"] / f"checkpoint-{best}"
+            weights = load_file(checkpoint / WEIGHTS[kind])
+            assert all(torch.allclose(exported[key], weights[key], atol=1e-2) for key in weights)
+        else:
+            assert hold(exported, load_file(folder / f"checkpoint-{best}" / WEIGHTS[kind]))
 
 
 # --- what people get wrong -------------------------------------------------------------------------------------------

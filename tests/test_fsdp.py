@@ -4,6 +4,7 @@ Two ranks on gloo do all the runs in one go; see tests/ranks.py.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def fsdp(state: str, more: str = "") -> list[str]:
 def runs_in(folder: Path, model: Path) -> list[dict]:
     """Every run of these tests, each in a folder of its name."""
     runs = []
+    shutil.copytree(model, folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
 
     def add(kind: str, name: str, *overrides: str, **more) -> None:
         recipe, output_dir = folder / kind / "recipe.yaml", folder / kind / name
@@ -50,9 +52,10 @@ def runs_in(folder: Path, model: Path) -> list[dict]:
         write_recipe(folder / kind, model, trainable=trainable, training=training)
         add(kind, "ddp", "training.use_cpu=true")
         for state in ("SHARDED", "FULL"):
-            add(kind, state, *fsdp(state))
+            overrides = [*fsdp(state), f"training.activation_checkpointing={'true' if state == 'FULL' else 'false'}"]
+            add(kind, state, *overrides, others=[f"model={folder / 'bare'}"])
             checkpoint = str(folder / kind / state / "checkpoint-2")
-            add(kind, f"{state} resumed", *fsdp(state), checkpoint=checkpoint)
+            add(kind, f"{state} resumed", *overrides, checkpoint=checkpoint)
     add("full", "other state", *fsdp("FULL"), checkpoint=str(folder / "full" / "SHARDED" / "checkpoint-2"))
     cut = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"
     add("full", "accumulated", *fsdp("SHARDED", CHECKPOINTING), *cut)
@@ -104,6 +107,7 @@ both_states = pytest.mark.parametrize("state", ["SHARDED", "FULL"])
 @both_states
 @both_kinds
 def test_fsdp_gives_the_weights_and_losses_of_ddp(done, kind, state):
+    """Though the second rank's checkpoint has no weights."""
     hold(done / kind / state, done / kind / "ddp", kind, atol=1e-5)  # float32 sums in another order
     ours, theirs = (reports(done / kind / name)[0]["steps"] for name in (state, "ddp"))
     assert len(ours) == 4

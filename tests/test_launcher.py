@@ -13,7 +13,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from hf_qie.arguments import check_training
 from hf_qie.launcher import fsdp_settings
-from hf_qie.recipe import InputError, Lora, Recipe, Task, Trainable
+from hf_qie.recipe import InputError, Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.train import training_arguments
 
 
@@ -74,6 +74,16 @@ def test_the_recipe_alone_turns_it_on_with_one_rank_that_reads_the_checkpoint():
 @pytest.mark.parametrize("flags", ["--fsdp_sharding_strategy SHARD_GRAD_OP", "--fsdp_sharding_strategy 2"])
 def test_a_strategy_of_version_1_becomes_what_it_means_in_version_2(flags):
     assert plugin(f"--use_fsdp {flags}").reshard_after_forward is False
+
+
+def test_the_launch_file_and_its_recipe_say_the_same(root):
+    path = root / "recipes" / "accelerate" / "fsdp_8_gpus.yaml"
+    environment = environment_of(f"--config_file {path}")
+    given = load_recipe(root / "recipes" / "full_fsdp.yaml")
+    launched, both = fsdp_settings(recipe(), environment), fsdp_settings(given, environment)
+    assert launched.items() <= (both | {"activation_checkpointing": False}).items()
+    assert (both["version"], both["activation_checkpointing"]) == (2, True)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_without_fsdp_nothing_of_it_is_set():

@@ -1,6 +1,7 @@
 """What trains, what the model is asked, and what lies on disk afterwards is what diffusers would have it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,20 @@ def test_adapters_start_the_same_in_every_process_and_by_the_seed(tiny):
     other = adapters(build_model(recipe(tiny(), seed=1, lora=LORA)))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("lora_A.weight"))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_an_empty_model_is_the_loaded_one_but_for_its_values(tiny, tmp_path, lora):
+    """Built without weights on the disk, in memory of its own."""
+    shutil.copytree(tiny() / "transformer", tmp_path / "transformer", ignore=shutil.ignore_patterns("*.safetensors"))
+    empty = build_model(recipe(tmp_path, lora=lora), mixed_precision="bf16", empty=True)
+    loaded = build_model(recipe(tiny(), lora=lora), mixed_precision="bf16")
+
+    def facts(model: nn.Module) -> dict:
+        return {n: (p.shape, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()}
+
+    assert facts(empty) == facts(loaded)
+    assert len({p.data_ptr() for p in empty.parameters()}) == len(facts(loaded))
 
 
 def test_what_trains_is_float32_and_a_frozen_base_follows_mixed_precision(tiny):

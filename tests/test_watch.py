@@ -9,6 +9,7 @@ import pytest
 from accelerate import PartialState
 from datasets import load_from_disk
 from embedding_sets import write_recipe, write_set
+from ranks import in_ranks
 
 from hf_qie.checkpoints import last_checkpoint
 from hf_qie.model import parameters
@@ -63,6 +64,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_step_task_and_row(tiny, tmp_p
     whole = (step - 1) // 4 * 4
     assert last_checkpoint(tmp_path / "run") == (tmp_path / "run" / f"checkpoint-{whole}" if whole else None)
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history)
+
+
+@pytest.mark.two_rank
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_by_its_row(tiny, tmp_path):
+    write_set(tmp_path / "sets" / "edit", tiny())
+    spoil(tmp_path / "sets" / "edit", 5, math.nan)
+    tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt")}, "text_to_image": {"data": "x", "weight": 0}}
+    training = {"max_steps": 40, "logging_steps": 40, "save_steps": 40, "per_device_train_batch_size": 2}
+    recipe = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training)
+    codes = in_ranks([{"recipe": str(recipe), "overrides": []}], ranks=2, log=tmp_path / "log")
+    assert 0 not in codes
+    assert "the loss of edit row 5 (nan) is not finite" in (tmp_path / "log").read_text()
+    assert "none, but the norm" not in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def broken_backward(trainer: EditTrainer, at_step: int) -> None:

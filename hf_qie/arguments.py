@@ -27,6 +27,8 @@ MAX_STEPS = 512  # unless max_steps or num_train_epochs is given
 _STEPS_ONLY = (("steps", "no"), "draws are counted in steps, and no epoch ever ends")
 _ONE_ORDER = "the seed and the global batch alone fix the order of the draws"
 _ONE_SEED = "the top-level seed is the only one"
+_BY_ROW = "evaluation keeps the loss of each row, and averages at the end"
+_ONE_ARITHMETIC = "evaluation is done in the arithmetic of training"
 # Keys that would work against us: the values that may be given all the same, and the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "seed": ((), _ONE_SEED),
@@ -43,6 +45,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_data_skip": ((False,), "a resumed run goes on at the draw where it stopped"),
     "remove_unused_columns": ((False,), "the collator needs every column"),
     "ddp_find_unused_parameters": ((False, None), "every parameter that trains gets a gradient"),
+    "greater_is_better": ((False, None), "every metric is a loss"),
+    "batch_eval_metrics": ((False,), _BY_ROW),
+    "eval_do_concat_batches": ((True,), _BY_ROW),
+    "bf16_full_eval": ((False,), _ONE_ARITHMETIC),
+    "fp16_full_eval": ((False,), _ONE_ARITHMETIC),
     "logging_nan_inf_filter": ((False,), "a loss that is not finite must show"),
 }
 
@@ -115,7 +122,7 @@ def _check_steps(training: Mapping[str, Any]) -> None:
         raise Misfit("training.max_steps", "num_train_epochs is given too; leave one of them out")
     if training.get("num_train_epochs", 1) <= 0:
         raise Misfit("training.num_train_epochs", f"got {training['num_train_epochs']}, wanted a number above 0")
-    for key in ("max_steps", "logging_steps", "save_steps"):
+    for key in ("max_steps", "logging_steps", "save_steps", "eval_steps"):
         steps = training.get(key, 1)
         if steps < 1 or steps % 1:
             raise Misfit(f"training.{key}", f"got {steps}, wanted a whole number of at least 1")

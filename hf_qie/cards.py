@@ -26,7 +26,7 @@ MEANINGS = {  # pattern of a column's name, without `inverse_`: what it holds
     "image_embeds": "prompt states of the image part, shared by all captions of the row; empty for text-to-image",
     "text_embeds_drop": "prompt states from there on for the drop caption",
     "text_embeds_(?P<caption>.+)": "prompt states from there on for `{caption}`; null where the row has none",
-    "target_latents": "packed, normalised VAE latents of the target",
+    "target_latents": "packed, normalised VAE latents of the target; null in all rows where none are stored",
     "target_grid": "their height and width",
     "source_latents": "the same of all sources, one after the other",
     "source_grids": "height and width of each source's",

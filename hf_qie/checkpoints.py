@@ -16,6 +16,7 @@ from hf_qie.recipe import InputError
 logger = get_logger(__name__)
 
 COMPLETE = "complete.json"
+WEIGHTS_ALONE = "it holds weights alone (save_only_model)"
 WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading would tell little more
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
@@ -75,7 +76,7 @@ def misfit(folder: Path) -> str | None:
         if path.stat().st_size != was["bytes"] or file_digest(path) != was["sha256"]:
             return f"{name} is not what was written"
     if "scheduler.pt" not in files:
-        return "it holds weights alone (save_only_model)"
+        return WEIGHTS_ALONE
     return None
 
 

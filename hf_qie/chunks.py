@@ -42,7 +42,7 @@ class Models:
 
     processor: Any
     encoder: Encoder
-    latents: LatentEncoder
+    latents: LatentEncoder | None  # None: `extract.latents` is false
 
 
 @dataclass(kw_only=True)
@@ -258,7 +258,8 @@ class ChunkWriter:
         for direction in row.directions:
             columns |= states[id(direction)]
             if not direction.prefix or self.plan.inverse_latents:
-                columns |= latent_columns(direction, latents)
+                columns |= grid_columns(direction)
+                columns |= latent_columns(direction, latents) if self.plan.extract.latents else {}
         unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
         return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
 
@@ -289,14 +290,18 @@ def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.nda
     return columns
 
 
-def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, Any]:
-    """The columns of latents and grids of one direction."""
+def grid_columns(direction: Direction) -> dict[str, Any]:
+    """The columns of grids of one direction."""
+    values = {"target_grid": direction.target_grid, "source_grids": direction.source_grids}
+    return {direction.prefix + name: value for name, value in values.items()}
+
+
+def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of latents of one direction."""
     sources = [latents[picture] for picture in direction.sources]
     values = {
         "target_latents": latents[direction.target],
-        "target_grid": direction.target_grid,
         "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
-        "source_grids": direction.source_grids,
     }
     return {direction.prefix + name: value for name, value in values.items()}
 

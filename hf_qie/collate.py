@@ -4,7 +4,7 @@ Letters: B rows, S target latent tokens, R latent tokens of all sources, L promp
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 class Batch(TypedDict):
     """What the trainer is given: a plain dict at run time, so that accelerate moves its tensors."""
 
-    target_latents: Tensor  # [B, S, 64] float16
-    source_latents: Tensor  # [B, R, 64] float16, R = 0 for text-to-image
+    target_latents: NotRequired[Tensor]  # [B, S, 64] float16
+    source_latents: NotRequired[Tensor]  # [B, R, 64] float16, R = 0 for text-to-image
+    pictures: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8, by grid
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
@@ -34,8 +35,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     for prompt, length, row in zip(prompts, lengths, rows, strict=True):
         np.concatenate(row["prompt_parts"], out=prompt[:length])
     return Batch(
-        target_latents=torch.from_numpy(np.stack([row["target_latents"] for row in rows])),
-        source_latents=torch.from_numpy(np.stack([row["source_latents"] for row in rows])),
+        **_pictures(rows),
         prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         grids=grids,
@@ -43,3 +43,11 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         row=[row["row"] for row in rows],
         draw=[row["draw"] for row in rows],
     )
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if "pictures" in rows[0]:
+        places = zip(*(row["pictures"] for row in rows), strict=True)
+        return {"pictures": [torch.from_numpy(np.stack(place)) for place in places]}
+    names = ("target_latents", "source_latents")
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}

@@ -142,6 +142,7 @@ class Estimator:
             captions |= undo
         num_states = forward.num_stored + (inverse.num_stored if inverse else 0)
         num_latents = forward.num_latents + (inverse.num_latents if inverse and plan.inverse_latents else 0)
+        num_latents *= plan.extract.latents
         texts = [*row["sources"], row["target"], *(row["texts"][name] or "" for name in columns.captions)]
         vectors_bytes = FLOAT16_BYTES * (num_states * self.width + num_latents * LATENT_CHANNELS)
         lead = self.lead(len(sources))

@@ -165,7 +165,7 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 
 
 def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> "Models":
-    """Processor, prompt encoder and VAE of the checkpoint, on this rank's device."""
+    """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
     import torch
 
     from hf_qie.chunks import Models
@@ -176,7 +176,7 @@ def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> 
     return Models(
         processor=load_processor(recipe.model, family=family, revision=recipe.revision),
         encoder=Encoder(recipe.model, **where),
-        latents=LatentEncoder(recipe.model, **where),
+        latents=LatentEncoder(recipe.model, **where) if recipe.extract.latents else None,
     )
 
 

@@ -59,12 +59,15 @@ def sigmas_for(draws: Sequence[int], *, loss: Loss, seed: int, global_batch_size
     return shifted(time_fraction(torch.tensor(base, dtype=torch.float64), loss), mu)
 
 
-def eval_sigmas_for(rows: Sequence[int], *, loss: Loss, seed: int, mu: float | None) -> Tensor:
-    """The noise levels of evaluation rows, as `sigmas_for` but by row; stratified is uniform here."""
-    normal = loss.timestep_sampling == "logit_normal"
-    rngs = [draw_rng(seed, "eval sigma", row) for row in rows]
-    base = [rng.standard_normal() if normal else rng.random() for rng in rngs]
-    return shifted(time_fraction(torch.tensor(base, dtype=torch.float64), loss), mu)
+def eval_fractions(rows: Sequence[int], *, loss: Loss, seed: int) -> Tensor:
+    """Values u for all N held-out rows of a task, float32 [N] on the CPU: of the density that training draws from.
+
+    One in each of N strata of equal probability, so that few rows meet high and low noise alike.
+    """
+    jitter = np.array([draw_rng(seed, "eval", row).random() for row in rows])
+    strata = draw_rng(seed, "eval strata", len(rows)).permutation(len(rows))
+    base = torch.from_numpy((strata + jitter) / len(rows))
+    return time_fraction(torch.special.ndtri(base) if loss.timestep_sampling == "logit_normal" else base, loss)
 
 
 def _base_number(draw: int, loss: Loss, seed: int, global_batch_size: int) -> float:

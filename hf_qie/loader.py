@@ -3,7 +3,7 @@
 Letters: S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the prompt encoder.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -12,28 +12,78 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hf_qie.images import BadImage
+from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
+from hf_qie.pictures import has_latents, read_pixels
 from hf_qie.recipe import InputError, Mix
 
 TEXT = "text_embeds_"
 
 
+class TaskRows:
+    """The rows of one task's set, read without a copy, as float16 views of its Arrow files.
+
+    Of a set without latents the pictures are read. A worker that is spawned opens the files again. Raises InputError
+    where `mix.caption_weights` does not fit the set's captions.
+    """
+
+    def __init__(self, task: str, data: datasets.Dataset, *, caption_weights: Mapping[str, float] | None):
+        self.task, self.has_latents = task, has_latents(data)
+        # Integer keys on the arrow format: the torch format copies, and makes float32 of float16.
+        self.data = data.with_format("arrow")
+        self.weights = text_weights(data.column_names, caption_weights, task)
+
+    def read(self, index: int, *, inverse: bool, caption: float | None) -> dict[str, Any]:
+        """The row at `index` of the set.
+
+        `caption` in [0, 1) picks one of its captions by weight, None the drop caption, which is also that of a row
+        without a caption that weighs anything.
+
+        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
+        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
+        position in the task's data. Without latents, in their place pictures: [H, W, 3] uint8, in the order of grids.
+        """
+        row = self.data[index]
+        prefix = "inverse_" if inverse else ""
+        text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
+        grids = _grids(row, inverse=inverse)
+        seen = _latents(row, inverse=inverse) if self.has_latents else self._pictures(row, grids, inverse=inverse)
+        return seen | {
+            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
+            "grids": grids,
+            "task": self.task,
+            "row": row["row"][0].as_py(),
+        }
+
+    def _pictures(self, row: pa.Table, grids: Sequence[Grid], *, inverse: bool) -> dict[str, list[np.ndarray]]:
+        """What extraction would have encoded."""
+        files = [row["target_image"][0].as_py(), *row["source_image"][0].as_py()]
+        if inverse:
+            files.reverse()
+        try:
+            return {"pictures": [read_pixels(file, grid) for file, grid in zip(files, grids, strict=True)]}
+        except BadImage as error:
+            raise InputError(f"tasks.{self.task}: row {row['row'][0]}: {error}; it was whole at extraction") from error
+
+    @staticmethod
+    def _text(row: pa.Table, weights: Mapping[str, float], caption: float | None) -> str | None:
+        """The text column that `caption` picks; None for the drop caption."""
+        present = [name for name in weights if row[name][0].is_valid]
+        if caption is None or not present:
+            return None
+        edges = np.cumsum([weights[name] for name in present])
+        return present[np.searchsorted(edges[:-1], caption * edges[-1], side="right")]
+
+
 class Draws(Dataset):
     """Draw number -> row: which row the plan says, which caption and whether it is dropped (seed, number) say.
 
-    Rows are read without a copy, as float16 views of the sets' Arrow files. A worker that is spawned opens the files
-    again. Raises InputError where a set has no latents, or where `mix.caption_weights` does not fit its captions.
+    Raises InputError where a set does not fit, as `TaskRows`.
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, mix: Mix):
-        for task, data in sets.items():
-            if data.data.column("target_latents").null_count:
-                raise InputError(f"tasks.{task}: its embedding set has no latents; extract with extract.latents: true")
-        # Integer keys on the arrow format: the torch format copies, and makes float32 of float16.
-        self.sets = {task: data.with_format("arrow") for task, data in sets.items()}
-        self.weights = {
-            task: text_weights(data.column_names, mix.caption_weights, task) for task, data in sets.items()
-        }
+        self.tasks = {task: TaskRows(task, data, caption_weights=mix.caption_weights) for task, data in sets.items()}
         self.plan = plan
         self.same_shape = plan.features["rows"].length
         self.seed = seed
@@ -43,35 +93,12 @@ class Draws(Dataset):
         return len(self.plan) * self.same_shape
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        """One row.
-
-        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
-        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
-        position in the task's data; draw. A row without a caption that weighs anything has the drop caption.
-        """
+        """A row as `TaskRows.read` gives it, and its draw."""
         cell = self.plan[draw // self.same_shape]
-        row = self.sets[cell["task"]][cell["rows"][draw % self.same_shape]]
-        prefix = "inverse_" if cell["inverse"] else ""
-        text = self._text(row, self.weights[cell["task"]][cell["inverse"]], draw) or prefix + TEXT + "drop"
-        target_latents, target_grid, source_latents, source_grids = _pictures(row, inverse=cell["inverse"])
-        return {
-            "target_latents": _matrix(target_latents),
-            "source_latents": _matrix(source_latents),
-            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
-            "grids": [tuple(grid) for grid in [target_grid, *source_grids]],
-            "task": cell["task"],
-            "row": row["row"][0].as_py(),
-            "draw": draw,
-        }
-
-    def _text(self, row: pa.Table, weights: Mapping[str, float], draw: int) -> str | None:
-        """The text column that a draw trains on; None for the drop caption."""
-        if draw_rng(self.seed, "drop", draw).random() < self.caption_dropout:
-            return None
-        present = [name for name in weights if row[name][0].is_valid]
-        edges = np.cumsum([weights[name] for name in present])
-        u = draw_rng(self.seed, "caption", draw).random()
-        return present[np.searchsorted(edges[:-1], u * edges[-1], side="right")] if present else None
+        dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
+        caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
+        index = cell["rows"][draw % self.same_shape]
+        return self.tasks[cell["task"]].read(index, inverse=cell["inverse"], caption=caption) | {"draw": draw}
 
 
 def text_weights(
@@ -99,27 +126,33 @@ def text_weights(
     )
 
 
-def _pictures(row: pa.Table, *, inverse: bool) -> tuple[pa.Scalar, list[int], pa.Scalar, list[list[int]]]:
-    """Target latents, target grid, source latents and source grids.
+def _grids(row: pa.Table, *, inverse: bool) -> list[Grid]:
+    """The target's grid, then each source's."""
+    target, sources = row["target_grid"][0].as_py(), row["source_grids"][0].as_py()
+    if inverse:
+        own_target, own_sources = _own(row, "target_grid"), _own(row, "source_grids")
+        target, sources = (
+            sources[0] if own_target is None else own_target.as_py(),
+            [target] if own_sources is None else own_sources.as_py(),
+        )
+    return [tuple(grid) for grid in (target, *sources)]
 
-    An inverse has the two swapped, but for what the set stores because the areas differ.
-    """
+
+def _latents(row: pa.Table, *, inverse: bool) -> dict[str, np.ndarray]:
     target, source = row["target_latents"][0], row["source_latents"][0]
-    target_grid, source_grids = row["target_grid"][0], row["source_grids"][0]
-    if not inverse:
-        return target, target_grid.as_py(), source, source_grids.as_py()
+    if inverse:
+        own_target, own_source = _own(row, "target_latents"), _own(row, "source_latents")
+        target, source = (
+            source if own_target is None else own_target,
+            target if own_source is None else own_source,
+        )
+    return {"target_latents": _matrix(target), "source_latents": _matrix(source)}
 
-    def stored(name: str) -> pa.Scalar | None:
-        return row[name][0] if name in row.column_names and row[name][0].is_valid else None
 
-    own_target, own_source = stored("inverse_target_latents"), stored("inverse_source_latents")
-    own_grid, own_grids = stored("inverse_target_grid"), stored("inverse_source_grids")
-    return (
-        source if own_target is None else own_target,
-        source_grids.as_py()[0] if own_grid is None else own_grid.as_py(),
-        target if own_source is None else own_source,
-        [target_grid.as_py()] if own_grids is None else own_grids.as_py(),
-    )
+def _own(row: pa.Table, name: str) -> pa.Scalar | None:
+    """What the set stores of an inverse because areas differ; else an inverse has the forward row's, swapped."""
+    name = f"inverse_{name}"
+    return row[name][0] if name in row.column_names and row[name][0].is_valid else None
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:
@@ -161,17 +194,17 @@ class RankBatches:
 
 
 def open_loader(
-    draws: Dataset,
-    batches: RankBatches,
+    rows: Dataset,
+    batches: Iterable[list[int]],
     *,
     collate: Callable[[list[dict[str, Any]]], Any],
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch_factor: int | None = None,
 ) -> DataLoader:
-    """A plain DataLoader over `batches`; it takes nothing from the global generators."""
+    """A plain DataLoader over `batches` of row numbers; it takes nothing from the global generators."""
     return DataLoader(
-        draws,
+        rows,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

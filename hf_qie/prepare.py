@@ -100,7 +100,7 @@ class Prepared:
 
     columns: dict[str, Any]  # of the set, as far as they need no model
     directions: list[Direction]
-    resized: dict[Picture, Image.Image]  # what the VAE sees
+    resized: dict[Picture, Image.Image]  # what the VAE sees; none without `extract.latents`
 
 
 class Pictures:
@@ -152,7 +152,7 @@ def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor
         direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, sources=sized, target=sized_target)
         check_length(direction.num_states, direction.source_grids, direction.target_grid)
         directions.append(direction)
-        if not prefix or plan.inverse_latents:
+        if plan.extract.latents and (not prefix or plan.inverse_latents):
             resized |= {(file, size): resize(images[file], size) for file, size in (*sized, sized_target)}
     columns = {"row": row["row"], "source_image": row["sources"], "target_image": row["target"]}
     columns |= {caption: row["texts"][caption] for caption in names.captions} | {"num_sources": len(row["sources"])}

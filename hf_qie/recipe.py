@@ -185,11 +185,7 @@ class Recipe:
 
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
-    "extract.latents": "encoding images while training",
     "sampling.*": "pictures while training",
-    "tasks.*.eval_rows": "evaluation while training",
-    "training.eval_*": "evaluation while training",
-    "training.load_best_model_at_end": "evaluation while training",
     "training.deepspeed": "DeepSpeed",
     "training.torch_compile*": "compiled training",
     "training.push_to_hub": "pushing from training",
@@ -295,6 +291,8 @@ def _check_together(recipe: Recipe) -> None:
             raise Misfit(f"tasks.{name}.columns.inverse_captions", f"{got}; the i-th is the inverse of the i-th")
     if not any(task.weight for task in recipe.tasks.values()):
         raise Misfit("tasks", "wanted at least one task with a weight above 0")
+    if recipe.training.get("eval_strategy", "no") != "no" and not any(t.eval_rows for t in recipe.tasks.values()):
+        raise Misfit("training.eval_strategy", "no task holds out rows to evaluate on; set tasks.<name>.eval_rows")
     for key in ("source_count_weights", "caption_weights"):
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):

@@ -2,14 +2,15 @@
 
     accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
-Trains on the sets that hf_qie/extract.py left, with neither prompt encoder nor VAE in memory. What trained lands in
-training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the checkpoints and the
-recipe. Started again, it goes on from the last checkpoint that is whole.
+Trains on the sets that hf_qie/extract.py left, without the prompt encoder in memory, and without the VAE unless a set
+has no latents (extract.latents: false). What trained lands in training.output_dir as pytorch_lora_weights.safetensors,
+or as the folder transformer/, beside the checkpoints and the recipe. Started again, it goes on from the last
+checkpoint that is whole.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, 
 from hf_qie.settings import leaves
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import TrainingArguments
 
+    from hf_qie.latents import LatentEncoder
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
-    """The embedding sets of the weighted tasks, once they are known to fit each other and the checkpoint.
+    """The embedding sets of the tasks to train or to evaluate on, once they fit each other and the checkpoint.
 
     Raises InputError where one is missing or does not fit.
     """
@@ -47,12 +50,19 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     opened = {
         name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
         for name, task in recipe.tasks.items()
-        if task.weight > 0
+        if task.weight > 0 or task.eval_rows
     }
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
     check_compat({name: provenance for name, (_, provenance) in opened.items()}, checkpoint, model=recipe.model)
-    return {name: data for name, (data, _) in opened.items()}
+    from hf_qie.pictures import has_latents, made_from, with_files  # seconds, so it waits until all sets are there
+
+    sets = {}
+    for name, (data, provenance) in opened.items():
+        # a set of the Hub does not say where it was made
+        roots = [recipe.tasks[name].image_root] if recipe.tasks[name].image_root else made_from(provenance) or ["."]
+        sets[name] = data if has_latents(data) else with_files(data, task=name, roots=roots)
+    return sets
 
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
@@ -75,14 +85,18 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from accelerate.utils import broadcast_object_list
 
     from hf_qie.checkpoints import check_identity, last_checkpoint
+    from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
     from hf_qie.model import build_model
+    from hf_qie.pictures import has_latents
     from hf_qie.trainer import EditTrainer
 
-    arguments = training_arguments(recipe, num_rows=sum(map(len, sets.values())))
+    held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
+    arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
-    draws = plan_draws(recipe, sets, arguments)
+    check_metric(arguments.metric_for_best_model, held_out)
+    draws = plan_draws(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
     # one rank looks, so that all go on from the same place
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
@@ -101,10 +115,22 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         arguments,
         recipe=recipe,
         draws=draws,
+        held_out=HeldOut(held_out, recipe) if held_out else None,
+        encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
     return trainer, checkpoint
+
+
+def load_vae(recipe: Recipe, device: "torch.device") -> "LatentEncoder":
+    """The checkpoint's VAE, as extraction loads it."""
+    import torch
+
+    from hf_qie.latents import LatentEncoder
+
+    dtype = getattr(torch, recipe.extract.dtype)
+    return LatentEncoder(recipe.model, revision=recipe.revision, dtype=dtype, device=device)
 
 
 def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
@@ -121,6 +147,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     epochs = section.pop("num_train_epochs", None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
+    forced["greater_is_better"] = False  # every metric is a loss; Trainer takes one that does not end so for a score
     if settings := fsdp_settings(recipe, os.environ):
         forced |= fsdp_arguments(recipe, settings)
         os.environ.update(fsdp_environment(settings))
@@ -135,6 +162,13 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     if epochs is not None:
         arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
+
+
+def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
+    """Raise InputError where evaluation of the `held_out` tasks gives no such metric."""
+    known = ["loss", *(f"loss/{task}" for task in held_out)]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
 
 
 def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +218,10 @@ def run_identity(
     """
     identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
     for name, data in sets.items():
-        identity |= {f"tasks.{name}.weight": recipe.tasks[name].weight, f"tasks.{name}.embeddings": data._fingerprint}
+        task = recipe.tasks[name]
+        if task.weight > 0:
+            identity |= {f"tasks.{name}.{key}": getattr(task, key) for key in ("weight", "eval_rows")}
+            identity[f"tasks.{name}.embeddings"] = data._fingerprint
     if arguments.fsdp:  # whole and sharded checkpoints have other files
         identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
     return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
@@ -201,7 +238,7 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
     logger = get_logger("hf_qie.train")
     logger.info(
         "training %s of %s parameters in %s, arithmetic in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
-        "%d steps, %s; encoder: not loaded, VAE: not loaded",
+        "%d steps, %s; encoder: not loaded, VAE: %s",
         f"{sum(parameter.numel() for parameter in trained):,}",
         f"{sum(parameter.numel() for parameter in parameters):,}",
         "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
@@ -212,7 +249,10 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
         arguments.gradient_accumulation_steps,
         arguments.max_steps,
         f"going on from {checkpoint}" if checkpoint else "from the first",
+        "loaded, as sets have no latents" if trainer.encoder else "not loaded",
     )
+    if trainer.eval_dataset and arguments.eval_strategy == "no":
+        logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
     if arguments.fsdp:
         told = arguments.fsdp_plugin_args
         loading = "the first rank" if told["cpu_ram_efficient_loading"] else "every rank"

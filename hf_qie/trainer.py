@@ -5,7 +5,7 @@ Letters: B rows, S target tokens.
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,22 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.checkpoints import mark_complete
+from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
-from hf_qie.flow import add_noise, noise_for, shift_mu, sigmas_for
+from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.fsdp import check_sharded
+from hf_qie.latents import LatentEncoder
 from hf_qie.loader import Draws, RankBatches, open_loader
-from hf_qie.losses import WEIGHTINGS, velocity_mse
 from hf_qie.mix import realised_shares
-from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, predict, save_weights
-from hf_qie.recipe import Recipe
+from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
+from hf_qie.objective import Objective
+from hf_qie.pictures import encode_pictures
+from hf_qie.recipe import InputError, Recipe
+from hf_qie.watch import Losses, Pace
 
 logger = get_logger(__name__)
 
@@ -37,7 +40,15 @@ class EditTrainer(Trainer):
         get_train_dataloader: one plan for the whole run, read by rank; accelerate would shuffle and shard it again.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         compute_loss: flow matching; Trainer knows no loss for such a model.
-        log: the loss by task, and the shares that were drawn.
+        get_eval_dataloader: the held-out rows by shape and rank; accelerate would shard them again.
+        prediction_step: loss and noise level of each row, for `HeldOut.metrics`; Trainer computes none without labels.
+        evaluate: leaves the generators as they were, so that a run with evaluation is the run without.
+        _determine_best_metric: of a best step that is not saved there is nothing to load.
+        _load_best_model: by our files, which Trainer does not know: it would only warn.
+        _prepare_inputs: pictures without latents are encoded.
+        get_batch_samples: how long data is waited for.
+        _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite.
+        log: the loss by task, the pace, and the shares that were drawn.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
         _prepare_for_training: a model that is not sharded, or whose tensors do not all train, would pass unseen.
         save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
@@ -54,10 +65,15 @@ class EditTrainer(Trainer):
         *,
         recipe: Recipe,
         draws: Draws,
+        held_out: HeldOut | None = None,
+        encoder: LatentEncoder | None = None,
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
     ):
-        """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`."""
+        """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`.
+
+        `encoder` where a set has no latents.
+        """
         assert args.max_steps > 0, "the plan has a fixed length"
         if args.activation_checkpointing:
             enable_activation_checkpointing(model, args.activation_checkpointing_kwargs)
@@ -66,12 +82,14 @@ class EditTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
             args._n_gpu = 1  # else Trainer would use DataParallel
-        super().__init__(model=model, args=args, train_dataset=draws, data_collator=collate)
+        metrics = held_out and held_out.metrics
+        super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         assert not self.is_deepspeed_enabled, "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
-        self.recipe, self.scheduler_config, self.identity = recipe, scheduler_config, identity
+        self.recipe, self.identity, self.encoder = recipe, identity, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
-        self._noted: list[tuple[list[str], Tensor]] = []  # tasks and losses of the rows since the last log
+        self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
+        self.losses, self.pace = Losses(self.accelerator, list(recipe.tasks)), Pace(self.accelerator)
         self._drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
         self._drawn_in_all: Counter[tuple[str, int]] = Counter()
 
@@ -90,8 +108,20 @@ class EditTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        return self._open_loader(self.train_dataset, batches)
+
+    def get_eval_dataloader(self, eval_dataset: HeldOut | None = None) -> DataLoader:
+        """The rank's part of the held-out rows."""
+        args, held_out = self.args, eval_dataset or self.eval_dataset
+        batches = held_out.batches(
+            args.per_device_eval_batch_size, rank=args.process_index, world_size=args.world_size
+        )
+        return self._open_loader(held_out, batches)
+
+    def _open_loader(self, rows: Dataset, batches: Iterable[list[int]]) -> DataLoader:
+        args = self.args
         return open_loader(
-            self.train_dataset,
+            rows,
             batches,
             collate=self.data_collator,
             num_workers=args.dataloader_num_workers,
@@ -119,35 +149,86 @@ class EditTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        latents = inputs["target_latents"].float()
-        noise = noise_for(inputs["draw"], latents.shape[1:], seed=self.recipe.seed).to(latents.device)
-        sigma = sigmas_for(
-            inputs["draw"],
-            loss=self.recipe.loss,
-            seed=self.recipe.seed,
-            global_batch_size=self.global_batch_size,
-            mu=self.mu(latents.shape[1]),
-        ).to(latents.device)
-        prediction = predict(model, inputs, add_noise(latents, noise, sigma), sigma)
-        per_row = velocity_mse(prediction, latents, noise, WEIGHTINGS[self.recipe.loss.weighting](sigma))
-        self._noted.append((inputs["task"], per_row.detach()))
+        per_row, prediction = self.objective.of_draws(model, inputs)
+        self.losses.note(inputs, per_row)
         self._drawn.update((task, len(inputs["grids"]) - 1) for task in inputs["task"])
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
-    def mu(self, num_target_tokens: int) -> float | None:
-        """The shift of sigma that `loss.shift` asks for at that size."""
-        shift = self.recipe.loss.shift
-        if shift == "auto":
-            return shift_mu(num_target_tokens, self.scheduler_config)
-        return None if shift == "none" else shift
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """No loss of the batch; of each row (loss, sigma), and its number.
+
+        The last row is repeated up to the size of a full batch: ranks gather equally many.
+        """
+        inputs, fractions = self._prepare_inputs(inputs), self.eval_dataset.fractions[inputs["draw"]]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            per_row, sigma = self.objective.of_held_out(model, inputs, fractions)
+        place = torch.arange(self.args.per_device_eval_batch_size).clamp_max(len(per_row) - 1)
+        numbers = torch.tensor(inputs["draw"])[place]
+        return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Trainer's, on the device, and latents in place of pictures."""
+        batch = super()._prepare_inputs(inputs)
+        if "pictures" in batch:
+            step = self.recipe.extract.vae_batch_size
+            target, *sources = encode_pictures(batch.pop("pictures"), self.encoder, batch_size=step)
+            batch |= {"target_latents": target, "source_latents": torch.cat([target[:, :0], *sources], dim=1)}
+        return batch
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, without a trace in the generators."""
+        with generators_kept(self.args.device):
+            return super().evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's, among the steps that are saved."""
+        return self.control.should_save and super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint, once its files are those that were written."""
+        best = self.state.best_model_checkpoint
+        if (reason := misfit(Path(best))) not in (None, WEIGHTS_ALONE):
+            raise InputError(
+                f"{best}: was the best checkpoint, but {reason}; there may be others in its folder to use"
+            )
+        self._load_from_checkpoint(best)
+        metric = self.args.metric_for_best_model
+        logger.info("%s is the best checkpoint (%s %g), and so what is saved", best, metric, self.state.best_metric)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
+        """Trainer's, by the clock."""
+        with self.pace.fetching():
+            batches, _ = super().get_batch_samples(*args)
+        self.pace.note(batches)
+        return batches, None
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, once the step is known to be sound.
+
+        Where nothing is logged, evaluated or saved, that is known a step later: asking at once would make the device
+        wait for the CPU.
+        """
+        if self.losses.of_step:  # Trainer also calls at the end of the run, after the call for its last step
+            skipped = self.accelerator.optimizer_step_was_skipped  # float16's scale was too large, which is no harm
+            self.losses.end_step(self.state.global_step, 0.0 if skipped else grad_norm)
+            due = self.control.should_log or self.control.should_evaluate or self.control.should_save
+            self.losses.check(last=due or self.control.should_training_stop)
+            self.pace.end_step()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """To the mean loss of the steps since the last log, add the mean of each task's draws on all ranks.
+        """To the mean loss of the steps since the last log, add that of each task's draws and the pace.
 
         Beside it a line on the shares that were drawn, and another one at the end.
         """
-        if "loss" in logs and self._noted:
-            logs |= self._loss_by_task()
+        if "loss" in logs:
+            logs |= self.losses.by_task() | self.pace.read()
             drawn = sum(gather_object([self._drawn]), Counter())
             self._drawn.clear()
             self._drawn_in_all += drawn
@@ -155,17 +236,6 @@ class EditTrainer(Trainer):
         elif "train_runtime" in logs and self._drawn_in_all:
             logger.info("realised since this start: %s", realised_shares(self._drawn_in_all))
         super().log(logs, start_time)
-
-    def _loss_by_task(self) -> dict[str, float]:
-        tasks = sorted(self.recipe.tasks)
-        index = torch.tensor([tasks.index(task) for batch, _ in self._noted for task in batch])
-        losses = torch.cat([per_row for _, per_row in self._noted]).cpu().double()
-        self._noted.clear()
-        sums = torch.zeros(2, len(tasks), dtype=torch.float64)
-        sums[0].index_add_(0, index, losses)
-        sums[1].index_add_(0, index, torch.ones_like(losses))
-        total, count = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
-        return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(tasks) if count[i]}
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         """Trainer's state, but with the recipe's own steps between logs and saves."""

@@ -35,7 +35,8 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe) -> dict[st
     compat = dict(compat) | {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
     request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
     request |= {"columns": as_dict(task.columns)}
-    return request | {name: settings[name] for name in ("image_sample_size", "inverse", "dtype", "chunk_rows")}
+    names = ("image_sample_size", "inverse", "latents", "dtype", "chunk_rows")
+    return request | {name: settings[name] for name in names}
 
 
 def writing(folder: Path, recipe: Recipe) -> Path:

@@ -157,12 +157,13 @@ def official_columns(
         if prefix and not plan.inverse_latents:
             continue
         pictures = [(made, plan.target_area_px), *((image, plan.source_area_px) for image in seen)]
-        latents, *others = [official.latents(*picture) for picture in pictures]
         grid, *grids = [torch.tensor(official.size(*picture)) // PIXELS_PER_TOKEN for picture in pictures]
-        yield f"{prefix}target_latents", latents
         yield f"{prefix}target_grid", grid
-        yield f"{prefix}source_latents", torch.cat([latents[:0], *others])
         yield f"{prefix}source_grids", torch.cat([grid[:0], *grids])
+        if plan.extract.latents:
+            latents, *others = [official.latents(*picture) for picture in pictures]
+            yield f"{prefix}target_latents", latents
+            yield f"{prefix}source_latents", torch.cat([latents[:0], *others])
 
 
 def compare(column: str, stored: Any, official: Tensor) -> Difference:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# else MKL picks a kernel by where a matrix lies in memory, and two processes differ in the last bit
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import numpy as np
 import pytest

@@ -115,6 +115,11 @@ def do(run: Mapping[str, Any], rank: int) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
 
 
+def without_pace(entry: Mapping[str, float]) -> dict[str, float]:
+    """A log entry but for what no two runs share."""
+    return {key: value for key, value in entry.items() if not key.endswith(("_per_second", "_for_data", "_memory_gb"))}
+
+
 def kill_at(folder: Path, point: str, call: int) -> None:
     """Be killed at a call that writes, with half of the file written."""
     module, name, pattern = KILLS[point]
@@ -136,7 +141,8 @@ def report_of(trainer) -> dict[str, Any]:
     parameters = list(trainer.model.parameters())
     held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     return {
-        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "steps": [without_pace(entry) for entry in trainer.state.log_history if "loss" in entry],
+        "evaluations": [without_pace(entry) for entry in trainer.state.log_history if "eval_loss" in entry],
         "held": len({id(p) for p in held}),
         "trained": sum(p.requires_grad for p in parameters),
         "numel": sum(p.numel() for p in parameters),

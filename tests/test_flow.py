@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from hf_qie.flow import add_noise, eval_sigmas_for, noise_for, shift_mu, shifted, sigmas_for, time_fraction
+from hf_qie.flow import add_noise, eval_fractions, noise_for, shift_mu, shifted, sigmas_for, time_fraction
 from hf_qie.recipe import Loss
 
 SCHEMES = ["uniform", "stratified", "logit_normal", "mode"]
@@ -105,11 +105,14 @@ def test_u_is_uniform_over_many_draws(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_evaluation_has_sigmas_by_row_that_training_does_not_use(scheme):
-    loss = Loss(timestep_sampling=scheme)
-    rows = eval_sigmas_for([5, 7], loss=loss, seed=0, mu=0.6)
-    torch.testing.assert_close(eval_sigmas_for([7], loss=loss, seed=0, mu=0.6), rows[1:], rtol=0, atol=0)
-    assert not set(rows.tolist()) & set(sigmas_for([5, 7], loss=loss, seed=0, global_batch_size=G, mu=0.6).tolist())
+def test_held_out_rows_share_out_the_density_that_training_draws_from(scheme):
+    loss, rows = Loss(timestep_sampling=scheme, logit_mean=0.5), range(40, 140)
+    u = eval_fractions(rows, loss=loss, seed=0)
+    assert torch.equal(u, eval_fractions(rows, loss=loss, seed=0))
+    many = sigmas_for(range(20_000), loss=loss, seed=0, global_batch_size=G, mu=None)
+    for edge in (0.1, 0.25, 0.5, 0.75, 0.9):
+        # strata of 1/100 each; and three standard errors of the 20,000 draws
+        assert abs((u < edge).float().mean() - (many < edge).float().mean()) <= 0.01 + 3 * 0.5 / np.sqrt(20_000)
 
 
 def test_the_noise_of_a_draw_is_the_same_in_any_batch():

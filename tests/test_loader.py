@@ -181,13 +181,6 @@ def test_caption_weights_that_do_not_fit_the_captions_are_an_error(weights, mess
         draws_of({"a": embedding_set([(A, B)])}, Mix(caption_weights=weights))
 
 
-def test_a_set_without_latents_is_an_error():
-    data = embedding_set([(A, B)])
-    empty = data.map(lambda row: {"target_latents": None}, features=data.features)
-    with pytest.raises(InputError, match=r"tasks.a: its embedding set has no latents"):
-        draws_of({"a": empty}, NEVER_DROP)
-
-
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (1, 2), (1, 1), (2, 2), (2, 4), (8, 1)])
 def test_a_step_is_the_same_draws_however_ranks_and_accumulation_cut_it(world_size, micro_batch):
     ranks = [list(rank_batches(rank, world_size, micro_batch)) for rank in range(world_size)]

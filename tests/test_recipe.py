@@ -274,11 +274,8 @@ def test_an_override_that_is_no_yaml_is_refused(write):
 # --- not built yet ---------------------------------------------------------------------------------------------------
 
 NOT_BUILT = {  # for each line of LATER, an override that is not the default
-    "extract.latents": "extract.latents=false",
     "extract.shard": "extract.shard=[0, 2]",
     "sampling.*": "sampling.every=100",
-    "tasks.*.eval_rows": "tasks.portraits.eval_rows=5",
-    "training.eval_*": "training.eval_strategy=steps",
     "training.load_best_model_at_end": "training.load_best_model_at_end=true",
     "training.deepspeed": "training.deepspeed=zero.json",
     "training.torch_compile*": "training.torch_compile=true",

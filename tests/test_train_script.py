@@ -70,22 +70,25 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
 
 def logged(checkpoint: Path) -> list[dict[str, float]]:
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [{key: value for key, value in entry.items() if key.startswith("loss")} for entry in history]
+    return [{key: value for key, value in entry.items() if key.startswith(("loss", "eval_loss"))} for entry in history]
 
 
 @pytest.mark.two_rank
 @pytest.mark.parametrize("trainable", [{}, LORA], ids=["full", "lora"])
 def test_two_ranks_give_what_one_gives_and_two_machines_take_up_its_run(root, tiny, tmp_path, trainable):
-    training = {"optim": "sgd", "learning_rate": 0.1}
-    path = write_recipe(tmp_path, tiny(), trainable=trainable, training=training)
+    training = {"optim": "sgd", "learning_rate": 0.1, "eval_strategy": "steps", "eval_on_start": True}
+    training |= {"eval_steps": 2, "per_device_eval_batch_size": 2}
+    tasks = {"edit": {"data": "edit.jsonl", "eval_rows": 3}}
+    path = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=trainable, training=training)
     recipe = load_recipe(path)
     train(recipe, open_sets(recipe))
     one = tmp_path / "run" / "checkpoint-4"
     (weights,) = one.rglob("*.safetensors")
-    assert len({key for entry in logged(one) for key in entry}) == 3, "the loss, and that of both tasks"
+    assert {"loss", "loss/edit", "loss/text_to_image", "eval_loss/edit"} <= {key for log in logged(one) for key in log}
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "taken_up" / "checkpoint-2")
     for name in ("two", "taken_up"):
         overrides = [f"training.output_dir={tmp_path / name}", "training.per_device_train_batch_size=2"]
+        overrides += [f"training.eval_on_start={str(name == 'two').lower()}"]
         if trainable and name == "taken_up":
             said, other = start_two_machines(root, path, *overrides)
             assert "rows a step" not in other
@@ -99,6 +102,7 @@ def test_two_ranks_give_what_one_gives_and_two_machines_take_up_its_run(root, ti
         two = tmp_path / name / "checkpoint-4"
         # float32 sums in another order, also below
         assert logged(two) == [pytest.approx(entry, rel=1e-5) for entry in logged(one)]
+        assert logged(two)[0] == logged(one)[0], "of the same weights, evaluation gives the same to the last bit"
         ours, theirs = load_file(weights), load_file(two / weights.relative_to(one))
         assert ours.keys() == theirs.keys()
         for key in ours:

@@ -1,0 +1,123 @@
+"""Held-out rows: which they are, with which noise level, in which batches, and what their losses come to."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction
+
+from hf_qie.flow import eval_fractions
+from hf_qie.loader import TaskRows
+from hf_qie.mix import draw_rng
+from hf_qie.recipe import InputError, Recipe, Task
+from hf_qie.watch import NAMED, NotFinite
+
+QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
+
+
+def training_part(sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task]) -> dict[str, datasets.Dataset]:
+    """The sets of the weighted tasks without their held-out rows, the last `eval_rows` of each."""
+    return {
+        task: data.select(range(len(data) - tasks[task].eval_rows))
+        for task, data in sets.items()
+        if tasks[task].weight > 0
+    }
+
+
+def held_out_part(sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task]) -> dict[str, datasets.Dataset]:
+    """The held-out rows of the tasks that have some. Raises InputError where a set has fewer."""
+    held_out = {}
+    for task in sorted(task for task in sets if tasks[task].eval_rows):
+        count, total = tasks[task].eval_rows, len(sets[task])
+        if count > total:
+            raise InputError(f"tasks.{task}.eval_rows: {count}, but its set has {total} rows; hold out fewer")
+        held_out[task] = sets[task].select(range(total - count, total))
+    return held_out
+
+
+class HeldOut(Dataset):
+    """Number -> held-out row, tasks in order; a caption and a noise level belong to each row for the whole run.
+
+    Raises InputError as `TaskRows` does.
+    """
+
+    def __init__(self, sets: Mapping[str, datasets.Dataset], recipe: Recipe):
+        weights = recipe.mix.caption_weights
+        self.tasks = {task: TaskRows(task, data, caption_weights=weights) for task, data in sets.items()}
+        self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
+        self.rows = [row for data in sets.values() for row in data["row"]]
+        self.grids = [repr(grids) for data in sets.values() for grids in _grids(data)]
+        self.fractions = torch.cat(
+            [eval_fractions(list(data["row"]), loss=recipe.loss, seed=recipe.seed) for data in sets.values()]
+        )
+        self.seed = recipe.seed
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A row as `TaskRows.read` gives it, never an inverse, never with the drop caption if it has another."""
+        task, index = self.places[number]
+        caption = draw_rng(self.seed, "eval caption", self.rows[number]).random()
+        return self.tasks[task].read(index, inverse=False, caption=caption) | {"draw": number}
+
+    def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
+        """The rank's batches, each of one shape.
+
+        The batches are the same however many ranks share them, and so are the losses, bit for bit. Ranks have equally
+        many, as they wait for each other; the last ones may come twice.
+        """
+        by_shape = defaultdict(list)
+        for number, grids in enumerate(self.grids):
+            by_shape[grids].append(number)
+        batches = [
+            numbers[start : start + batch_size]
+            for numbers in by_shape.values()
+            for start in range(0, len(numbers), batch_size)
+        ]
+        turns = -(-len(batches) // world_size)
+        return [batches[(turn * world_size + rank) % len(batches)] for turn in range(turns)]
+
+    def metrics(self, gathered: EvalPrediction) -> dict[str, float]:
+        """Mean loss over all rows, by task and by quarter of the noise level, each row once, in float64.
+
+        `predictions` [rows, 2] are loss and sigma, `label_ids` [rows] the rows' numbers; both of all ranks.
+        """
+        numbers, first = np.unique(gathered.label_ids, return_index=True)
+        assert len(numbers) == len(self), "every held-out row is evaluated"
+        losses, sigma = gathered.predictions[first].astype(np.float64).T
+        tasks = np.array([task for task, _ in self.places])
+        if bad := np.flatnonzero(~np.isfinite(losses)).tolist():
+            named = ", ".join(
+                f"{tasks[number]} row {self.rows[number]} ({losses[number]:g})" for number in bad[:NAMED]
+            )
+            raise NotFinite(f"evaluation: the loss of {named} is not finite. Nothing is saved of this state")
+        quarter = np.minimum(sigma * len(QUARTERS), len(QUARTERS) - 1).astype(int)
+        parts = {"loss": np.ones(len(self), bool)}
+        parts |= {f"loss/{task}": tasks == task for task in self.tasks}
+        parts |= {f"loss/sigma {name}": quarter == place for place, name in enumerate(QUARTERS)}
+        return {name: float(losses[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def _grids(data: datasets.Dataset) -> Iterator[tuple[list[int], list[list[int]]]]:
+    columns = data.select_columns(["target_grid", "source_grids"])[:]
+    return zip(columns["target_grid"], columns["source_grids"], strict=True)
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Leave python's, numpy's and torch's generators as they were, whatever is drawn from them inside."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)

@@ -1,0 +1,56 @@
+"""What a step makes small: the loss of each row of a batch, under the noise that belongs to the row.
+
+Letters: B rows, S target tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_qie.collate import Batch
+from hf_qie.flow import add_noise, noise_for, shift_mu, shifted, sigmas_for
+from hf_qie.losses import WEIGHTINGS, velocity_mse
+from hf_qie.model import predict
+from hf_qie.recipe import Recipe
+
+
+class Objective:
+    """The recipe's loss, for draws and for held-out rows."""
+
+    def __init__(self, recipe: Recipe, scheduler_config: Mapping[str, Any], *, global_batch_size: int):
+        self.loss, self.seed = recipe.loss, recipe.seed
+        self.scheduler_config, self.global_batch_size = scheduler_config, global_batch_size
+
+    def of_draws(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses `[B]` and the velocities `[B, S, 64]` that the model saw; the draw number decides on all noise."""
+        shape = batch["target_latents"].shape[1:]
+        noise = noise_for(batch["draw"], shape, seed=self.seed)
+        sigma = sigmas_for(
+            batch["draw"],
+            loss=self.loss,
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            mu=self.mu(shape[0]),
+        )
+        return self._losses(model, batch, noise, sigma)
+
+    def of_held_out(self, model: nn.Module, batch: Batch, fractions: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses `[B]` and noise levels `[B]` of held-out rows, whose `fractions[B]` are u; the same at every call."""
+        shape = batch["target_latents"].shape[1:]
+        noise = noise_for(batch["row"], shape, seed=self.seed, purpose="eval noise")
+        sigma = shifted(fractions, self.mu(shape[0]))
+        losses, _ = self._losses(model, batch, noise, sigma)
+        return losses, sigma.to(losses.device)
+
+    def mu(self, num_target_tokens: int) -> float | None:
+        """The shift of sigma that `loss.shift` asks for at that size."""
+        if self.loss.shift == "auto":
+            return shift_mu(num_target_tokens, self.scheduler_config)
+        return None if self.loss.shift == "none" else self.loss.shift
+
+    def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        latents = batch["target_latents"].float()
+        noise, sigma = noise.to(latents.device), sigma.to(latents.device)
+        prediction = predict(model, batch, add_noise(latents, noise, sigma), sigma)
+        return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma)), prediction

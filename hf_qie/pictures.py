@@ -1,0 +1,87 @@
+"""Training on a set without stored latents: its pictures read again, in the sizes that its grids say, and encoded.
+
+Letters: B rows, H and W sides in pixels.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from glob import glob
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_qie.images import BadImage, read_image, resize
+from hf_qie.latents import PIXELS_PER_TOKEN, LatentEncoder
+from hf_qie.recipe import InputError
+
+
+def has_latents(data: Dataset) -> bool:
+    """Whether latents are stored in a set; they are in all rows or in none."""
+    return data.data.column("target_latents").null_count == 0
+
+
+def made_from(provenance: Mapping[str, Any]) -> list[str]:
+    """Where relative paths started when a set was made on this machine; nothing where it was not."""
+    recorded = provenance["record"].get("request", {}).get("image_root", [])
+    return [folder for pattern in recorded for folder in ([pattern] if os.path.isdir(pattern) else glob(pattern))]
+
+
+def with_files(data: Dataset, *, task: str, roots: Sequence[str]) -> Dataset:
+    """A set with its pictures named by file; relative paths start from one of `roots`.
+
+    Raises InputError naming the first file that is missing, or that lies under two roots.
+    """
+    known: dict[str, str] = {}
+    columns = data.select_columns(["row", "source_image", "target_image"])[:]
+    for row, path in (
+        (row, path)
+        for row, sources, target in zip(*columns.values(), strict=True)
+        for path in (*sources, target)
+        if path not in known
+    ):
+        files = {os.path.join(root, path) for root in roots}
+        found = [file for file in files if os.path.isfile(file)]
+        if len(found) != 1:
+            some = f"lies in {' and in '.join(sorted(roots))}" if found else f"is not in {' or '.join(sorted(roots))}"
+            raise InputError(
+                f"tasks.{task}: its embedding set has no latents, so training reads its pictures, but {path} (row "
+                f"{row}) {some}; set tasks.{task}.image_root to their folder, or extract with extract.latents: true"
+            )
+        known[path] = found[0]
+    sources = [[known[path] for path in paths] for paths in columns["source_image"]]
+    targets = [known[path] for path in columns["target_image"]]
+    features, fingerprint = data.features, data._fingerprint  # the same set for all who compare it
+    data = data.remove_columns(["source_image", "target_image"])
+    for name, values in (("source_image", sources), ("target_image", targets)):
+        data = data.add_column(name, values, feature=features[name], new_fingerprint=fingerprint)
+    return data
+
+
+def read_pixels(file: str, grid: tuple[int, int]) -> np.ndarray:
+    """`[H, W, 3]` uint8, a picture as extraction shows it to the VAE; raises BadImage naming the file."""
+    height, width = grid
+    try:
+        image = read_image(Path(file))
+    except BadImage as error:
+        raise BadImage(f"{file}: {error}") from error
+    return np.asarray(resize(image, (PIXELS_PER_TOKEN * width, PIXELS_PER_TOKEN * height)))
+
+
+def encode_pictures(pictures: Sequence[Tensor], encoder: LatentEncoder, *, batch_size: int) -> list[Tensor]:
+    """Latents `[B, S, 64]` float16, as a set stores them, of each of `pictures[B, H, W, 3]` uint8 on the device."""
+    return [
+        torch.stack(list(chain.from_iterable(encoder(to_pixels(part)) for part in one.split(batch_size)))).to(
+            torch.float16
+        )
+        for one in pictures
+    ]
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """`[B, 3, H, W]` float32 in [-1, 1] of `[B, H, W, 3]` uint8, by the arithmetic of `images.to_pixels`."""
+    return 2.0 * (pictures.float() / 255.0).permute(0, 3, 1, 2) - 1.0

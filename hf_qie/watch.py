@@ -1,0 +1,140 @@
+"""Signs of life: the loss of each task, how fast rows go by, and an end to a run whose numbers are none."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_qie.collate import Batch
+
+NAMED = 16  # rows of an error message
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient is NaN or infinite, so that all that follows is lost."""
+
+
+class Noted(NamedTuple):
+    """Losses of one micro-batch of this rank, on its device."""
+
+    task: list[str]
+    row: list[int]
+    losses: Tensor  # [B]
+
+
+class Losses:
+    """The losses of this rank's rows since the last log, and whether those of the latest steps are finite."""
+
+    def __init__(self, accelerator: Accelerator, tasks: Sequence[str]):
+        self.accelerator, self.tasks = accelerator, sorted(tasks)
+        self.since_log: list[Noted] = []
+        self.of_step: list[Noted] = []
+        self.unchecked: list[tuple[int, list[Noted], Tensor, Tensor]] = []
+
+    def note(self, batch: Batch, losses: Tensor) -> None:
+        """Take in the losses `[B]` of a micro-batch."""
+        self.of_step.append(Noted(batch["task"], batch["row"], losses.detach()))
+
+    def end_step(self, step: int, gradient_norm: Tensor | float) -> None:
+        """Take in the end of a step. It waits for no device: the answer is asked for a step later."""
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
+        losses = torch.cat([noted.losses for noted in self.of_step])
+        norm = torch.as_tensor(gradient_norm).to(losses)
+        broken = ~torch.isfinite(torch.cat([losses, norm[None]])).all()
+        # all ranks learn of it, and so all end at the same step
+        self.unchecked.append((step, self.of_step, norm, self.accelerator.reduce(broken.float())))
+        self.since_log += self.of_step
+        self.of_step = []
+
+    def check(self, *, last: bool) -> None:
+        """Raise NotFinite for a step with a loss or gradient that is none; the last one is looked at if `last`."""
+        while len(self.unchecked) > (0 if last else 1):
+            step, noted, norm, broken = self.unchecked.pop(0)
+            if broken:
+                raise NotFinite(self._what_broke(step, noted, float(norm)))
+
+    def _what_broke(self, step: int, noted: Sequence[Noted], norm: float) -> str:
+        mine = [row for batch in noted for row in zip(batch.task, batch.row, batch.losses.tolist(), strict=True)]
+        rows = sorted(gather_object(mine))
+        bad = [row for row in rows if not abs(row[2]) < float("inf")]
+        named = ", ".join(f"{task} row {row} ({loss:g})" for task, row, loss in (bad or rows)[:NAMED])
+        what = (
+            f"the loss of {named}"
+            if bad
+            else f"of the losses of {named} none, but the norm of the gradient ({norm:g})"
+        )
+        return (
+            f"step {step}: {what} is not finite. Nothing is saved of this state: start again to go on from the last "
+            "checkpoint; with a lower training.learning_rate, or without these rows, if it comes back"
+        )
+
+    def by_task(self) -> dict[str, float]:
+        """The mean over each task's draws since the last log, on all ranks, in float64."""
+        index = torch.tensor([self.tasks.index(task) for noted in self.since_log for task in noted.task])
+        losses = torch.cat([noted.losses for noted in self.since_log])
+        self.since_log = []
+        sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+        sums[0].index_add_(0, index, losses.cpu().double())
+        sums[1].index_add_(0, index, torch.ones(len(losses), dtype=torch.float64))
+        total, count = self.accelerator.reduce(sums.to(losses.device)).tolist()
+        return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(self.tasks) if count[i]}
+
+
+class Pace:
+    """Rows, tokens and seconds of this rank's steps since the last log, without evaluation and saving."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.rows = self.tokens = 0
+        self.seconds = self.waited = 0.0
+        self.started = 0.0
+
+    @contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Around the fetch of a step's batches, with which the step begins."""
+        self.started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - self.started
+
+    def note(self, batches: Sequence[Batch]) -> None:
+        """Take in the batches of a step, still on the CPU."""
+        for batch in batches:
+            self.rows += len(batch["row"])
+            num_latents = sum(height * width for height, width in batch["grids"])
+            self.tokens += len(batch["row"]) * num_latents + int(batch["prompt_mask"].sum())
+
+    def end_step(self) -> None:
+        """Take in the end of a step."""
+        self.seconds += time.perf_counter() - self.started
+
+    def read(self) -> dict[str, float]:
+        """Rows and tokens a second over all ranks; of the slowest rank the wait, of the fullest the memory."""
+        device = self.accelerator.device
+        mine = [self.rows, self.tokens, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
+        ranks = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device))
+        rows, tokens, *_ = ranks.sum(dim=0).tolist()
+        *_, seconds, waited, memory = ranks.amax(dim=0).tolist()
+        self.__init__(self.accelerator)
+        return {
+            "rows_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "seconds_waiting_for_data": waited,
+            "peak_memory_gb": memory,
+        }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that tensors took on `device` so far; on the CPU, the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes but for macOS

@@ -1,0 +1,173 @@
+"""Signs of life: the pace in the log, and an end to a run whose numbers are none."""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+from datasets import load_from_disk
+from embedding_sets import write_recipe, write_set
+from ranks import in_ranks
+
+from hf_qie.checkpoints import last_checkpoint
+from hf_qie.model import parameters
+from hf_qie.recipe import load_recipe
+from hf_qie.train import build_trainer, open_sets
+from hf_qie.trainer import EditTrainer
+from hf_qie.watch import NotFinite, Pace
+
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+PACE = ("rows_per_second", "tokens_per_second", "seconds_waiting_for_data", "peak_memory_gb")
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState(cpu=True)
+
+
+def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
+    loaded = load_recipe(recipe, overrides)
+    return build_trainer(loaded, open_sets(loaded))[0]
+
+
+def spoil(folder: Path, row: int, value: float) -> None:
+    """Put `value` into the target of one row of the set in `folder`."""
+
+    def change(entry, index):
+        latents = np.array(entry["target_latents"], np.float16)
+        latents[0, 0] = value if index == row else latents[0, 0]
+        return {"target_latents": latents}
+
+    data = load_from_disk(folder)
+    provenance = (folder / "provenance.json").read_text()
+    spoilt = data.map(change, with_indices=True, features=data.features, new_fingerprint=data._fingerprint)
+    spoilt.save_to_disk(folder.with_name("spoilt"))
+    (folder.with_name("spoilt") / "provenance.json").write_text(provenance)
+
+
+# --- a run that broke ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_a_loss_that_is_not_finite_ends_the_run_by_step_task_and_row(tiny, tmp_path, value, logging_steps):
+    write_set(tmp_path / "sets" / "edit", tiny())
+    spoil(tmp_path / "sets" / "edit", 5, value)
+    tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt")}, "text_to_image": {"data": "x", "weight": 0}}
+    training = {"max_steps": 40, "logging_steps": logging_steps, "save_steps": 4}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training))
+    step = next(n for n in range(40) if 5 in [trainer.train_dataset[4 * n + i]["row"] for i in range(4)]) + 1
+    with pytest.raises(NotFinite, match=rf"^step {step}: the loss of edit row 5 \((nan|inf)\) is not finite"):
+        trainer.train()
+    whole = (step - 1) // 4 * 4
+    assert last_checkpoint(tmp_path / "run") == (tmp_path / "run" / f"checkpoint-{whole}" if whole else None)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history)
+
+
+@pytest.mark.two_rank
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_by_its_row(tiny, tmp_path):
+    write_set(tmp_path / "sets" / "edit", tiny())
+    spoil(tmp_path / "sets" / "edit", 5, math.nan)
+    tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt")}, "text_to_image": {"data": "x", "weight": 0}}
+    training = {"max_steps": 40, "logging_steps": 40, "save_steps": 40, "per_device_train_batch_size": 2}
+    recipe = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training)
+    codes = in_ranks([{"recipe": str(recipe), "overrides": []}], ranks=2, log=tmp_path / "log")
+    assert 0 not in codes
+    assert "the loss of edit row 5 (nan) is not finite" in (tmp_path / "log").read_text()
+    assert "none, but the norm" not in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def broken_backward(trainer: EditTrainer, at_step: int) -> None:
+    """From `at_step` on, one gradient is NaN, of losses that are finite."""
+    one = next(p for p in parameters(trainer.model).values() if p.requires_grad)
+    one.register_hook(lambda gradient: gradient * (math.nan if trainer.state.global_step >= at_step - 1 else 1))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path, max_grad_norm):
+    training = {"max_grad_norm": max_grad_norm, "save_steps": 1}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    broken_backward(trainer, at_step=3)
+    with pytest.raises(NotFinite, match=r"^step 3: of the losses of .* none, but the norm of the gradient \(nan\)"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_last_step_that_broke_does_not_pass_for_an_end(tiny, tmp_path):
+    training = {"save_strategy": "no", "logging_strategy": "no"}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    broken_backward(trainer, at_step=4)
+    with pytest.raises(NotFinite, match=r"^step 4: "):
+        trainer.train()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path):
+    write_set(tmp_path / "sets" / "edit", tiny())
+    spoil(tmp_path / "sets" / "edit", 7, math.nan)
+    tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt"), "eval_rows": 2}}
+    training = {"eval_strategy": "steps"}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training), "seed=1")
+    with pytest.raises(NotFinite, match=r"^evaluation: the loss of edit row 7 \(nan\) is not finite"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+# --- the pace --------------------------------------------------------------------------------------------------------
+
+
+def test_every_log_of_a_loss_has_the_pace(tiny, tmp_path):
+    training = {"max_steps": 8, "logging_steps": 2}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4
+    for number, entry in enumerate(logs):
+        assert set(PACE) <= entry.keys()
+        batches = [
+            [trainer.train_dataset[n] for n in range(first, first + 4)] for first in (8 * number, 8 * number + 4)
+        ]
+        rows = [row for batch in batches for row in batch]
+        tokens = sum(
+            len(row["target_latents"]) + len(row["source_latents"]) + sum(map(len, row["prompt_parts"]))
+            for row in rows
+        )
+        # both are over the same seconds
+        assert entry["tokens_per_second"] / entry["rows_per_second"] == pytest.approx(tokens / 8)
+        assert 0 < entry["seconds_waiting_for_data"] < 8 / entry["rows_per_second"]
+        assert 0.05 < entry["peak_memory_gb"] < 100
+
+
+def test_seconds_are_those_of_the_steps_alone(tiny, tmp_path, monkeypatch):
+    """A clock that only data, steps and what comes between them move."""
+    now = [0.0]
+    monkeypatch.setattr("hf_qie.watch.time.perf_counter", lambda: now[0])
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA))
+    pace = Pace(trainer.accelerator)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for _ in range(3):
+        with pace.fetching():
+            now[0] += 1
+        pace.note([batch, batch])
+        now[0] += 4
+        pace.end_step()
+        now[0] += 100  # evaluation, or a checkpoint
+    log = pace.read()
+    assert log["rows_per_second"] == 3 * 8 / 15
+    assert log["seconds_waiting_for_data"] == 3
+    assert pace.seconds == 0
+
+
+def test_the_log_reaches_tensorboard(tiny, tmp_path, caplog):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tasks = {"edit": {"data": "edit.jsonl", "eval_rows": 2}}
+    training = {"report_to": "tensorboard", "eval_strategy": "steps", "logging_dir": None}
+    with caplog.at_level(logging.WARNING):
+        trainer_of(write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training)).train()
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    seen = event_accumulator.EventAccumulator(str(events)).Reload()
+    wanted = {"train/loss", "train/loss/edit", "train/rows_per_second", "eval/loss", "eval/loss/edit"}
+    assert wanted <= set(seen.Tags()["scalars"])
+    assert len(seen.Scalars("train/loss")) == 4

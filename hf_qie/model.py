@@ -80,14 +80,22 @@ def _build(recipe: Recipe, *, mixed_precision: str, empty: bool) -> nn.Module:
 
 
 def load_transformer(recipe: Recipe, dtype: torch.dtype, *, empty: bool) -> QwenImageTransformer2DModel:
-    """The transformer as the checkpoint has it; an `empty` one is its shapes on the meta device."""
+    """The transformer as the checkpoint has it; an `empty` one is its shapes on the meta device.
+
+    One that was saved quantised, as its config says, is loaded so by diffusers; to train adapters on it is all it can.
+    """
     where = {"subfolder": TRANSFORMER_FOLDER, "revision": recipe.revision}
     try:
+        config = QwenImageTransformer2DModel.load_config(recipe.model, **where)
+        if (quantised := config.get("quantization_config")) and recipe.trainable.lora is None:
+            raise InputError(
+                f"trainable: the transformer of {recipe.model!r} is quantised ({quantised.get('quant_method')}), so "
+                "its own weights cannot train; set trainable.lora, or name a checkpoint that is not quantised"
+            )
         if not empty:  # never a pickle
             return QwenImageTransformer2DModel.from_pretrained(
                 recipe.model, torch_dtype=dtype, use_safetensors=True, **where
             )
-        config = QwenImageTransformer2DModel.load_config(recipe.model, **where)
     except OSError as error:
         raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error
     with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model

@@ -126,10 +126,14 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
+    from hf_qie.family import read_config
     from hf_qie.footprint import footprint
     from hf_qie.model import build_model, compile_blocks, model_on_paper
 
     precision = arguments.mixed_precision
+    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
+    if arguments.fsdp and "quantization_config" in config:
+        raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised, and so cannot be sharded")
     on_paper = model_on_paper(recipe, mixed_precision=precision)
     num_shards = arguments.world_size if arguments.fsdp else 1
     get_logger("hf_qie.train").info(str(footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))

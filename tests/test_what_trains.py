@@ -1,15 +1,18 @@
-"""Whatever `training` names: optimizers with two rates, and blocks that are compiled."""
+"""Optimizers with two rates, blocks that are compiled, and a base that is quantised."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
+from diffusers import QwenImageTransformer2DModel, TorchAoConfig
 from embedding_sets import write_recipe
 
 from hf_qie.model import parameters
-from hf_qie.recipe import load_recipe
-from hf_qie.train import build_trainer, open_sets
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.train import build_trainer, make_model, open_sets, training_arguments
 from hf_qie.trainer import EditTrainer
 
 KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}}
@@ -83,3 +86,52 @@ def test_compiled_blocks_train_as_they_are(tiny, tmp_path, kind, checkpointing):
     assert ours.keys() == theirs.keys(), "names stay those of the checkpoint"
     for name in ours:  # float32 sums in another order
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+
+
+# --- a quantised base ------------------------------------------------------------------------------------------------
+
+
+def quantised(model: Path, folder: Path) -> Path:
+    """The checkpoint with its transformer as diffusers saves it with int8 weights."""
+    quantization = pytest.importorskip("torchao.quantization")
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("transformer"))
+    how = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    transformer = QwenImageTransformer2DModel.from_pretrained(
+        model, subfolder="transformer", quantization_config=how, torch_dtype=torch.bfloat16
+    )
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_adapters_train_on_a_quantised_base_near_what_they_do_on_the_whole_one(tiny, tmp_path):
+    (tmp_path / "whole").mkdir()
+    losses = []
+    for model, folder in ((tiny(), tmp_path / "whole"), (quantised(tiny(), tmp_path / "int8"), tmp_path)):
+        trainer = trainer_of(write_recipe(folder, model, trainable=KINDS["lora"]), "training.bf16=true")
+        before = weights(trainer)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        after = weights(trainer)
+        moved = {name for name, value in after.items() if "lora" in name and not torch.equal(value, before[name])}
+        assert moved
+    base = trainer.model.get_base_model().transformer_blocks[0].attn.to_q.base_layer.weight
+    assert type(base).__name__ == "Int8Tensor"
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # weights of 8 bits
+
+
+def test_the_weights_of_a_quantised_checkpoint_cannot_train_nor_be_sharded(tiny, tmp_path):
+    shutil.copytree(tiny(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "transformer" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(config))
+    path = write_recipe(tmp_path, tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"transformer of .* is quantised \(torchao\), so its own weights cannot train"
+    ):
+        trainer_of(path)
+    loaded = load_recipe(write_recipe(tmp_path, tmp_path / "model", trainable=KINDS["lora"]))
+    arguments = training_arguments(loaded, num_rows=1)
+    arguments.fsdp = True
+    with pytest.raises(InputError, match=r"training\.fsdp: the transformer of .* is quantised"):
+        make_model(loaded, arguments)

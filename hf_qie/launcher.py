@@ -14,7 +14,7 @@ REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
-    "ACCELERATE_DYNAMO_BACKEND": "compiled training",
+    "ACCELERATE_DYNAMO_BACKEND": "compiling the whole model",  # training.torch_compile compiles its blocks
 }
 # FSDP1's names for what FSDP2 calls reshard_after_forward. The others are other ways to shard.
 RESHARD = {"true": True, "full_shard": True, "1": True, "false": False, "shard_grad_op": False, "2": False}

@@ -49,6 +49,16 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     no values yet, though memory of its own: accelerate tells parameters apart by their addresses.
     Raises InputError where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
+    model = _build(recipe, mixed_precision=mixed_precision, empty=empty)
+    return model.to_empty(device="cpu") if empty else model
+
+
+def model_on_paper(recipe: Recipe, *, mixed_precision: str = "no") -> nn.Module:
+    """The same on the meta device: its shapes and what trains, for no memory and in seconds."""
+    return _build(recipe, mixed_precision=mixed_precision, empty=True)
+
+
+def _build(recipe: Recipe, *, mixed_precision: str, empty: bool) -> nn.Module:
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora = recipe.trainable.lora
     dtype = torch.bfloat16 if lora and mixed_precision == "bf16" else torch.float32
@@ -65,25 +75,31 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     freeze_unused(model, num_layers=transformer.config.num_layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"trainable: nothing trains; what {recipe.model!r} has by those names gets no gradient")
-    low_lr_parameters(
-        model, recipe.trainable.low_lr_modules
-    )  # a name that matches nothing shows before the first step
-    return model.to_empty(device="cpu") if empty else model
+    low_lr_parameters(model, recipe.trainable.low_lr_modules)  # a name that matches nothing shows before all else
+    return model
 
 
 def load_transformer(recipe: Recipe, dtype: torch.dtype, *, empty: bool) -> QwenImageTransformer2DModel:
-    """The transformer as the checkpoint has it; an `empty` one is its shapes on the meta device."""
+    """The transformer as the checkpoint has it; an `empty` one is its shapes on the meta device.
+
+    One that was saved quantised, as its config says, is loaded so by diffusers; to train adapters on it is all it can.
+    """
     where = {"subfolder": TRANSFORMER_FOLDER, "revision": recipe.revision}
     try:
+        config = QwenImageTransformer2DModel.load_config(recipe.model, **where)
+        if (quantised := config.get("quantization_config")) and recipe.trainable.lora is None:
+            raise InputError(
+                f"trainable: the transformer of {recipe.model!r} is quantised ({quantised.get('quant_method')}), so "
+                "its own weights cannot train; set trainable.lora, or name a checkpoint that is not quantised"
+            )
         if not empty:  # never a pickle
             return QwenImageTransformer2DModel.from_pretrained(
                 recipe.model, torch_dtype=dtype, use_safetensors=True, **where
             )
-        config = QwenImageTransformer2DModel.load_config(recipe.model, **where)
     except OSError as error:
         raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error
-    with init_empty_weights():
-        return QwenImageTransformer2DModel.from_config(config).to(dtype)
+    with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model
+        return nn.Module.to(QwenImageTransformer2DModel.from_config(config), dtype)
 
 
 def add_lora(transformer: QwenImageTransformer2DModel, lora: Lora, *, empty: bool = False) -> PeftModel:
@@ -92,7 +108,8 @@ def add_lora(transformer: QwenImageTransformer2DModel, lora: Lora, *, empty: boo
     Always peft's own wrapper: with diffusers' `add_adapter` Trainer would save the whole base at every checkpoint.
     """
     names = lora_targets(transformer, lora.target_modules)
-    logger.info("LoRA: %d linear layers, rank %d, alpha %g", len(names), lora.rank, lora.alpha)
+    if not empty:
+        logger.info("LoRA: %d linear layers, rank %d, alpha %g", len(names), lora.rank, lora.alpha)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
     model = get_peft_model(transformer, config)
     if lora.init_from is not None and not empty:
@@ -175,6 +192,12 @@ def enable_activation_checkpointing(model: nn.Module, options: Mapping[str, Any]
         )
     transformer = model.get_base_model() if isinstance(model, PeftModel) else model
     transformer.enable_gradient_checkpointing()
+
+
+def compile_blocks(model: nn.Module, *, backend: str, mode: str | None) -> None:
+    """Compile the transformer block by block: all are alike, so it takes a sixtieth of the whole."""
+    transformer = model.get_base_model() if isinstance(model, PeftModel) else model
+    transformer.compile_repeated_blocks(backend=backend, mode=mode)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -187,7 +187,6 @@ class Recipe:
 LATER = {
     "sampling.*": "pictures while training",
     "training.deepspeed": "DeepSpeed",
-    "training.torch_compile*": "compiled training",
     "training.push_to_hub": "pushing from training",
     "training.hub_*": "pushing from training",
 }

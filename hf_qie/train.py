@@ -21,12 +21,14 @@ from hf_qie.settings import leaves
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from torch import nn
     from transformers import TrainingArguments
 
     from hf_qie.latents import LatentEncoder
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 
@@ -88,7 +90,6 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
-    from hf_qie.model import build_model
     from hf_qie.pictures import has_latents
     from hf_qie.trainer import EditTrainer
 
@@ -107,11 +108,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
                 f"{checkpoint}: is not on this machine; output_dir must be a folder that all machines share"
             )
         check_identity(checkpoint, identity)
-    # of sharded weights the first rank tells the others
-    empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
-    empty = empty and not PartialState().is_main_process
     trainer = EditTrainer(
-        build_model(recipe, mixed_precision=arguments.mixed_precision, empty=empty),
+        make_model(recipe, arguments),
         arguments,
         recipe=recipe,
         draws=draws,
@@ -121,6 +119,32 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         identity=identity,
     )
     return trainer, checkpoint
+
+
+def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
+    """The model as it trains; what it will take is logged before it is loaded."""
+    from accelerate import PartialState
+    from accelerate.logging import get_logger
+
+    from hf_qie.family import read_config
+    from hf_qie.footprint import footprint
+    from hf_qie.model import build_model, compile_blocks, model_on_paper
+
+    precision = arguments.mixed_precision
+    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
+    if arguments.fsdp and "quantization_config" in config:
+        raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised, and so cannot be sharded")
+    on_paper = model_on_paper(recipe, mixed_precision=precision)
+    num_shards = arguments.world_size if arguments.fsdp else 1
+    get_logger("hf_qie.train").info(str(footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
+    # of sharded weights the first rank tells the others
+    empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    empty = empty and not PartialState().is_main_process
+    model = build_model(recipe, mixed_precision=precision, empty=empty)
+    if any(map(recipe.training.get, COMPILE)):
+        backend = recipe.training.get("torch_compile_backend", "inductor")
+        compile_blocks(model, backend=backend, mode=recipe.training.get("torch_compile_mode"))
+    return model
 
 
 def load_vae(recipe: Recipe, device: "torch.device") -> "LatentEncoder":
@@ -145,6 +169,8 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
+    for key in COMPILE:  # what `compile_blocks` does; Trainer would compile the whole
+        section.pop(key, None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
     forced["greater_is_better"] = False  # every metric is a loss; Trainer takes one that does not end so for a score

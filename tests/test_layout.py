@@ -11,7 +11,7 @@ PACKAGE = ROOT / "hf_qie"
 LAYERS = (
     "settings arguments recipe launcher family fetch records rows images prompts encoder latents embeddings cards "
     "public publish prepare estimate batches chunks unfinished extract mix pictures loader collate flow losses watch "
-    "evaluation fsdp model objective checkpoints trainer train survey sheet verify check shapes tiny"
+    "evaluation fsdp model footprint objective checkpoints trainer train survey sheet verify check shapes tiny"
 ).split()
 
 

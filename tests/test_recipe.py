@@ -278,7 +278,6 @@ NOT_BUILT = {  # for each line of LATER, an override that is not the default
     "sampling.*": "sampling.every=100",
     "training.load_best_model_at_end": "training.load_best_model_at_end=true",
     "training.deepspeed": "training.deepspeed=zero.json",
-    "training.torch_compile*": "training.torch_compile=true",
     "training.push_to_hub": "training.push_to_hub=true",
     "training.hub_*": "training.hub_model_id=org/name",
 }

@@ -139,7 +139,7 @@ def test_a_set_of_another_checkpoint_is_refused(root, tiny, tmp_path):
     ("asked", "message"),
     [
         ("--use_fsdp", "training.fsdp: asked for, but not active in 2 process(es) on cpu"),
-        ("--multi_gpu --dynamo_backend inductor", "asks for compiled training, which is not available yet"),
+        ("--multi_gpu --dynamo_backend inductor", "asks for compiling the whole model, which is not available yet"),
     ],
 )
 def test_what_the_launcher_asks_for_and_would_not_happen_is_refused(root, tiny, tmp_path, asked, message):

@@ -1,0 +1,99 @@
+"""What a run takes is known before a weight is read."""
+
+import json
+import logging
+
+import pytest
+from accelerate import PartialState
+from diffusers import QwenImageTransformer2DModel
+from embedding_sets import write_recipe
+
+from hf_qie.footprint import footprint
+from hf_qie.model import build_model, model_on_paper
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.train import make_model, training_arguments
+
+RELEASED = {  # transformer/config.json of Qwen-Image-Edit-2509
+    "_class_name": "QwenImageTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+NUM_PARAMETERS = 20_430_401_088  # as the sum over the released safetensors
+RANK = 32
+HIDDEN, MLP = 3072, 4 * 3072
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState(cpu=True)
+
+
+def released(tmp_path, **sections):
+    """A recipe over a checkpoint of the released shape, of which there is nothing but the config."""
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(RELEASED))
+    tasks = {"edit": {"embeddings": "nowhere"}}
+    recipe = {"model": str(tmp_path / "model"), "tasks": tasks, **sections}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_layers", "num_trained"),
+    [
+        # queries, keys and values of both streams and both outputs, all of them square
+        ("attention", 480, 480 * 2 * RANK * HIDDEN),
+        ("attention+mlp", 720, 480 * 2 * RANK * HIDDEN + 240 * RANK * (HIDDEN + MLP)),
+    ],
+)
+def test_of_the_released_checkpoint_a_lora_trains_what_its_preset_says(tmp_path, preset, num_layers, num_trained):
+    recipe = released(tmp_path, trainable={"lora": {"rank": RANK, "target_modules": preset}})
+    found = footprint(model_on_paper(recipe, mixed_precision="bf16"), optimizer="adamw_torch", num_shards=1)
+    # the last block's output of the text stream, and its MLP, get no gradient
+    unused = 2 * RANK * HIDDEN + ("mlp" in preset) * 2 * RANK * (HIDDEN + MLP)
+    assert (found.num_lora_layers, found.num_trained) == (num_layers, num_trained - unused)
+    assert found.num_parameters == NUM_PARAMETERS + num_trained
+    assert found.weight_bytes == 2 * NUM_PARAMETERS + 4 * num_trained
+    assert (found.gradient_bytes, found.state_bytes) == (4 * found.num_trained, 8 * found.num_trained)
+
+
+def test_sharded_full_fine_tuning_takes_sixteen_bytes_a_parameter_over_the_devices(tmp_path):
+    found = footprint(model_on_paper(released(tmp_path)), optimizer="adamw_torch", num_shards=8)
+    assert found.num_parameters == NUM_PARAMETERS
+    total = found.weight_bytes + found.gradient_bytes + found.state_bytes
+    assert total == pytest.approx(16 * NUM_PARAMETERS / 8, rel=0.01)  # but for the last block's frozen tensors
+
+
+def test_it_is_said_before_a_weight_is_read(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="hf_qie.train")
+    recipe = released(tmp_path, trainable={"lora": {}}, training={"use_cpu": True, "optim": "sgd"})
+    with pytest.raises(InputError, match="cannot load the transformer"):
+        make_model(recipe, training_arguments(recipe, num_rows=1))
+    assert (
+        "20,524,772,928 parameters, of which 94,175,232 train (LoRA on 480 linear layers); on paper, on each device "
+        "82.1 GB of weights, 0.4 GB of gradients, 0.0 GB of the optimizer's states; activations come on top"
+    ) in caplog.text
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "target_modules": "all-linear"}])
+def test_on_paper_is_as_loaded(tiny, tmp_path, lora):
+    recipe = load_recipe(write_recipe(tmp_path, tiny(), trainable={"lora": lora}))
+    on_paper, loaded = model_on_paper(recipe, mixed_precision="bf16"), build_model(recipe, mixed_precision="bf16")
+    how = {"optimizer": "adafactor", "num_shards": 2}
+    assert footprint(on_paper, **how) == footprint(loaded, **how)
+    assert {parameter.device.type for parameter in on_paper.parameters()} == {"meta"}
+    assert isinstance(loaded.get_base_model() if lora else loaded, QwenImageTransformer2DModel)
+
+
+def test_an_optimizer_that_is_not_known_is_not_guessed_at(tiny, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, tiny()))
+    found = footprint(model_on_paper(recipe), optimizer="stable_adamw", num_shards=1)
+    assert found.state_bytes is None
+    assert "states of the optimizer unknown" in str(found)

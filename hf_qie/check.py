@@ -5,7 +5,8 @@
 
 The first opens the header of every picture and counts the tokens of every caption, without any model, and tells of
 each task what extract.py will find and write. It leaves a contact sheet and a list of odd rows of each task under
-<extract.output_dir>/first-look: see there that sources and targets are not swapped.
+<extract.output_dir>/first-look: see there that sources and targets are not swapped. Beside them noise-levels.png
+shows how often train.py will draw which noise level, with which weight, and where the pipeline samples.
 The second encodes that many rows of each finished set again, through the official pipeline, and compares.
 Exit codes: 0, 1 (the rows cannot be used, the disk is too small, or a set differs by more than rounding).
 """
@@ -55,6 +56,8 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
 
     from hf_qie.encoder import load_processor
     from hf_qie.estimate import check_space, encoder_width
+    from hf_qie.family import read_config
+    from hf_qie.noise_chart import noise_chart, noise_of
     from hf_qie.sheet import contact_sheet
     from hf_qie.survey import findings_of, survey, table_of
 
@@ -74,6 +77,10 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
         say(f"  {sheet}: see that sources and targets are not swapped\n")
         num_bytes[name] = found.num_bytes
         problems += unusable(found)
+    scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
+    chart = folder / "noise-levels.png"  # no task can have this name either
+    noise_chart(noise_of(recipe, scheduler)).save(chart)
+    say(f"{chart}: the noise that training draws, and the steps that sampling takes")
     try:
         say(check_space(num_bytes, output_dir))
     except InputError as error:

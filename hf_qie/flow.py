@@ -29,6 +29,13 @@ def shift_mu(num_target_tokens: int, scheduler_config: Mapping) -> float:
     return config["base_shift"] + slope * (num_target_tokens - config["base_image_seq_len"])
 
 
+def mu_of(loss: Loss, num_target_tokens: int, scheduler_config: Mapping) -> float | None:
+    """The shift of sigma that `loss.shift` asks for at that size; None for none."""
+    if loss.shift == "auto":
+        return shift_mu(num_target_tokens, scheduler_config)
+    return None if loss.shift == "none" else loss.shift
+
+
 def shifted(u: Tensor, mu: float | None) -> Tensor:
     """Noise level e^mu / (e^mu + 1/u - 1) for `u` in (0, 1), float32; u itself where mu is None.
 

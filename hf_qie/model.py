@@ -94,7 +94,7 @@ def load_transformer(recipe: Recipe, dtype: torch.dtype, *, empty: bool) -> Qwen
             )
         if not empty:  # never a pickle
             return QwenImageTransformer2DModel.from_pretrained(
-                recipe.model, torch_dtype=dtype, use_safetensors=True, **where
+                recipe.model, dtype=dtype, use_safetensors=True, **where
             )
     except OSError as error:
         raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error

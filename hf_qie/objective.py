@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_qie.collate import Batch
-from hf_qie.flow import add_noise, noise_for, shift_mu, shifted, sigmas_for
+from hf_qie.flow import add_noise, mu_of, noise_for, shifted, sigmas_for
 from hf_qie.losses import WEIGHTINGS, velocity_mse
 from hf_qie.model import predict
 from hf_qie.recipe import Recipe
@@ -31,7 +31,7 @@ class Objective:
             loss=self.loss,
             seed=self.seed,
             global_batch_size=self.global_batch_size,
-            mu=self.mu(shape[0]),
+            mu=self._mu(batch),
         )
         return self._losses(model, batch, noise, sigma)
 
@@ -39,15 +39,12 @@ class Objective:
         """Losses `[B]` and noise levels `[B]` of held-out rows, whose `fractions[B]` are u; the same at every call."""
         shape = batch["target_latents"].shape[1:]
         noise = noise_for(batch["row"], shape, seed=self.seed, purpose="eval noise")
-        sigma = shifted(fractions, self.mu(shape[0]))
+        sigma = shifted(fractions, self._mu(batch))
         losses, _ = self._losses(model, batch, noise, sigma)
         return losses, sigma.to(losses.device)
 
-    def mu(self, num_target_tokens: int) -> float | None:
-        """The shift of sigma that `loss.shift` asks for at that size."""
-        if self.loss.shift == "auto":
-            return shift_mu(num_target_tokens, self.scheduler_config)
-        return None if self.loss.shift == "none" else self.loss.shift
+    def _mu(self, batch: Batch) -> float | None:
+        return mu_of(self.loss, batch["target_latents"].shape[1], self.scheduler_config)
 
     def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         latents = batch["target_latents"].float()

@@ -1,0 +1,175 @@
+"""Every recipe and launch file, as far as a machine without a GPU can try them."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from test_footprint import RELEASED
+
+from hf_qie.footprint import Footprint, footprint
+from hf_qie.launcher import fsdp_settings, refuse_launcher
+from hf_qie.mix import resolve_same_shape
+from hf_qie.model import model_on_paper
+from hf_qie.recipe import Recipe, load_recipe
+from hf_qie.rows import read_rows
+from hf_qie.train import fsdp_arguments, training_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+# recipe, launch file, overrides: what recipes/README.md offers
+OFFERED = [
+    ("lora_one_gpu.yaml", "one_gpu.yaml", ()),
+    ("full.yaml", "one_gpu.yaml", ()),
+    ("several_tasks.yaml", "8_gpus.yaml", ()),
+    ("full_fsdp.yaml", "fsdp_8_gpus.yaml", ()),
+    ("full_fsdp.yaml", "fsdp_2_nodes.yaml", ("training.gradient_accumulation_steps=2",)),
+]
+NAMED = [f"{recipe}, {launch}" for recipe, launch, _ in OFFERED]
+offered = pytest.mark.parametrize(("name", "launch", "overrides"), OFFERED, ids=NAMED)
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """A checkpoint of the released shape, of which there is nothing but the transformer's config."""
+    folder = tmp_path_factory.mktemp("released")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(RELEASED))
+    return folder
+
+
+def launched(words: list[str]) -> tuple[int, dict[str, str]]:
+    """How many ranks `accelerate launch` with these words starts, and what it sets for them."""
+    arguments = launch_command_parser().parse_args(words)
+    arguments, _, _ = _validate_launch_command(arguments)
+    if arguments.num_processes == 1:
+        return 1, prepare_simple_launcher_cmd_env(arguments)[1]
+    return arguments.num_processes, prepare_multi_gpu_env(arguments)
+
+
+def words_of(launch: str) -> list[str]:
+    words = ["--config_file", str(RECIPES / "accelerate" / launch)]
+    if "nodes" in launch:
+        words += ["--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
+    return [*words, "hf_qie/train.py"]
+
+
+@cache
+def on_paper(recipe: Path, released: Path, num_shards: int) -> Footprint:
+    model = model_on_paper(replace(load_recipe(recipe), model=str(released)), mixed_precision="bf16")
+    return footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
+
+
+def test_every_recipe_and_launch_file_is_offered_and_explained():
+    recipes = {path.name for path in RECIPES.glob("*.yaml")}
+    assert recipes == {recipe for recipe, _, _ in OFFERED} | {"demo.yaml"}
+    assert {path.name for path in (RECIPES / "accelerate").iterdir()} == {launch for _, launch, _ in OFFERED}
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for path in [*RECIPES.glob("*.yaml"), *RECIPES.glob("*/*")]:
+        assert f"]({path.relative_to(RECIPES)})" in readme
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_training_arguments_take_every_recipe(path):
+    recipe = load_recipe(path)  # without FSDP, which wants its ranks
+    training = {key: value for key, value in recipe.training.items() if not key.startswith("fsdp")}
+    arguments = training_arguments(replace(recipe, training=training | {"use_cpu": True}), num_rows=100)
+    assert arguments.max_steps > 0
+
+
+@offered
+def test_launch_file_and_recipe_go_together(name, launch, overrides):
+    recipe = load_recipe(RECIPES / name, overrides)
+    ranks, environment = launched(words_of(launch))
+    assert ranks == {"one_gpu.yaml": 1, "8_gpus.yaml": 8, "fsdp_8_gpus.yaml": 8, "fsdp_2_nodes.yaml": 16}[launch]
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    refuse_launcher(environment)
+    settings = fsdp_settings(recipe, environment)
+    assert bool(settings) == launch.startswith("fsdp") == ("fsdp" in name)
+    if settings:
+        assert fsdp_arguments(recipe, settings)["fsdp_config"]["state_dict_type"] == "SHARDED_STATE_DICT"
+    rows = recipe.training["per_device_train_batch_size"]
+    batch = ranks * rows * recipe.training["gradient_accumulation_steps"]
+    resolve_same_shape(recipe.mix.same_shape, global_batch_size=batch, per_device_train_batch_size=rows)
+    written = re.search(r"global batch on (\w+) GPUs?: ([\dx ]+)", (RECIPES / name).read_text(encoding="utf-8"))
+    if written and not overrides:
+        assert math.prod(map(int, written[2].split("x"))) == batch
+
+
+@offered
+def test_the_readme_says_what_they_take_on_paper(name, launch, overrides, released):
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"]({name})" in line and launch in line]
+    ranks, _ = launched(words_of(launch))
+    found = on_paper(RECIPES / name, released, ranks if "fsdp" in launch else 1)
+    cells = [cell.strip() for cell in row.split("|")]
+    numbers = [found.weight_bytes, found.gradient_bytes, found.state_bytes]
+    assert f"{found.num_trained / 1e9:.2f} B" in cells
+    assert " + ".join(f"{number / 1e9:.1f}" for number in numbers) + " GB" in cells
+
+
+@pytest.mark.parametrize("name", sorted({recipe for recipe, _, _ in OFFERED}))
+def test_recipes_read_data_of_the_kind_they_describe(name, photos, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(photos)
+    monkeypatch.chdir(tmp_path)
+    recipe: Recipe = load_recipe(RECIPES / name)
+    counts = {}
+    for task, settings in recipe.tasks.items():
+        rows = read_rows(settings, folder=tmp_path).table
+        assert len(rows) > settings.eval_rows
+        counts[task] = Counter(map(len, rows["sources"]))
+    assert counts["portraits"].keys() == {1}
+    if name == "several_tasks.yaml":
+        assert counts["combine"].keys() == {2, 3}
+        assert counts["faces"].keys() == {0}
+
+
+def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the_first_nodes_address(tmp_path):
+    """With stand-ins for Slurm's commands: `srun` is each node in turn, and `accelerate` says how it was called."""
+    (tmp_path / "bin").mkdir()
+    stands_in = {
+        "scontrol": 'printf "node17\\nnode18\\n"',
+        "srun": 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": "printf '%q ' \"$@\"; echo",
+    }
+    for name, script in stands_in.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    arguments = ["recipes/full_fsdp.yaml", "tasks.faces.data=data/with space.jsonl"]
+    done = subprocess.run(
+        ["bash", RECIPES / "slurm" / "two_nodes.sbatch", *arguments],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_NODELIST": "node[17-18]",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    nodes = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(nodes) == 2
+    for rank, (command, *words) in enumerate(nodes):
+        assert command == "launch"
+        parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        assert (parsed.machine_rank, parsed.num_machines, parsed.num_processes) == (rank, 2, 16)
+        assert (parsed.main_process_ip, parsed.main_process_port) == ("node17", 29500)
+        assert [parsed.training_script, *parsed.training_script_args] == ["hf_qie/train.py", *arguments]
+        assert (parsed.use_fsdp, parsed.mixed_precision) == (True, "bf16")

@@ -29,7 +29,7 @@ demo: $(INSTALLED)  ## run both scripts on synthetic edits with a tiny checkpoin
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-faults: $(INSTALLED)  ## kill runs again and again, also while they write, on one and two ranks: a minute or two
+faults: $(INSTALLED)  ## kill extraction and training again and again, and compare what they leave with undisturbed runs
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults
 
 soak: $(INSTALLED)  ## run more of the same: every optimizer, every way to compile; some minutes

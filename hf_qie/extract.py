@@ -211,10 +211,12 @@ def closing_line(name: str, folder: Path, counts: Mapping[str, int], *, minutes:
     bad = f"{counts['bad']:,} bad" + (f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "")
     empty = f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
     share = counts["num_tokens"] / max(counts["num_tokens_apart"], 1)
+    padding = 1 - counts["num_tokens"] / max(counts["num_tokens_padded"], 1)
     return (
         f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out, {bad}{empty}; "
         f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
-        f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt; left in {folder}"
+        f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
+        f"left in {folder}"
     )
 
 

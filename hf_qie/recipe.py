@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
@@ -238,6 +239,9 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
 
 
+SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
+
+
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a script's `main` on the command line; an InputError ends it with its message alone and exit status 1.
 
@@ -261,6 +265,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
             sys.stderr.write(f"{error}\n")
         elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
             sys.stderr.write(f"rank {rank}: {error}\n")
+        else:  # the launcher ends all ranks when one ends, and the first has to speak before
+            time.sleep(SPEAK_FIRST_S)
         sys.exit(1)
 
 

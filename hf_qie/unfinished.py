@@ -50,6 +50,8 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
 
     Raises InputError for a folder made from something else, unless `extract.overwrite` is set.
     """
+    aside = folder.with_name(f".{folder.name}-deleted")
+    shutil.rmtree(aside, ignore_errors=True)  # a launch was killed at it
     found = read_request(folder)
     if found is not None and found != request:
         before, now = ({**one, **one["compat"], "compat": None} for one in (found, request))
@@ -59,26 +61,18 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
                 f"{folder}: was made with another {', '.join(differing)}; give another extract.output_dir, or set "
                 "extract.overwrite: true to delete it and start again"
             )
-        delete(folder)
+        with suppress(FileNotFoundError):  # several launches may start at once
+            folder.rename(aside)  # half deleted under its name, it would pass for a whole set
+        shutil.rmtree(aside, ignore_errors=True)
     elif found is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         return
-    aside = writing(folder, recipe)
-    shutil.rmtree(aside, ignore_errors=True)  # of a launch that was killed
-    aside.mkdir(parents=True)
+    shutil.rmtree(writing(folder, recipe), ignore_errors=True)  # of a launch that was killed
+    writing(folder, recipe).mkdir(parents=True)
     if read_request(folder) is None:
         write_durably(folder / REQUEST, json.dumps(request))
-
-
-def delete(folder: Path) -> None:
-    """Delete a set, under another name: half deleted and found by a later launch, it would pass for a whole one."""
-    aside = folder.with_name(f".{folder.name}-deleted")
-    shutil.rmtree(aside, ignore_errors=True)  # of a launch that was killed
-    with suppress(FileNotFoundError):  # several launches may start at once
-        folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_request(folder: Path) -> dict[str, Any] | None:

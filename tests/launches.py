@@ -1,0 +1,79 @@
+"""Launches of RUN 1 whose ranks are forked from a process that has imported all there is: none costs seconds.
+
+What a launcher does for its ranks is done here: the environment that says who they are. Each rank notes the rows that
+it encodes, so that a test can count what was done twice.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+from functools import cache
+from pathlib import Path
+
+from hf_qie.chunks import ChunkWriter
+from hf_qie.extract import main
+from hf_qie.prepare import Prepared
+
+PRELOADED = ["launches", "hf_qie.publish", "hf_qie.unfinished", "hf_qie.estimate", "hf_qie.encoder", "tqdm"]
+
+
+@cache
+def server() -> multiprocessing.context.ForkServerContext:
+    """Forks a rank when it is asked to."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Launch:
+    """`ranks` processes at work on one recipe; `notes` is a file that gets a line for each row encoded."""
+
+    def __init__(self, recipe: Path, *overrides: str, notes: Path, ranks: int = 1):
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        where |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+        who = [where | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)] if ranks > 1 else [{}]
+        arguments = [str(recipe), *overrides]
+        self.ranks = [server().Process(target=run_rank, args=(arguments, environment, notes)) for environment in who]
+        for rank in self.ranks:
+            rank.start()
+
+    def alive(self) -> bool:
+        """Whether all ranks are at work."""
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def kill(self) -> bool:
+        """SIGKILL all ranks at once, as a machine dies; False if one had ended before."""
+        alive = self.alive()
+        for rank in self.ranks:
+            os.kill(rank.pid, signal.SIGKILL)
+        for rank in self.ranks:
+            rank.join()
+        return alive
+
+    def join(self, timeout_s: float) -> list[int | None]:
+        """Exit code of each rank; None where it is not done in time."""
+        for rank in self.ranks:
+            rank.join(timeout_s)
+        return [rank.exitcode for rank in self.ranks]
+
+
+def run_rank(argv: list[str], environment: dict[str, str], notes: Path) -> None:
+    """What one rank does."""
+    os.environ.update(environment)
+    encode_prompts = ChunkWriter.encode_prompts
+
+    def noted(self: ChunkWriter, rows: list[Prepared], *rest: object) -> dict:
+        with notes.open("a") as file:
+            file.write("".join(f"{row.columns['row']}\n" for row in rows))
+        return encode_prompts(self, rows, *rest)
+
+    ChunkWriter.encode_prompts = noted
+    raise SystemExit(main(argv))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.hf_qie-installed
 # one thread a process: two test workers on two cores, and the same arithmetic wherever the tests run
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test faults soak quality style clean
+.PHONY: help install demo test bench faults soak quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ faults: $(INSTALLED)  ## kill extraction and training again and again, and compa
 
 soak: $(INSTALLED)  ## run more of the same: every optimizer, every way to compile; some minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m soak
+
+bench: $(INSTALLED)  ## measure a step beside a bare loop, reading, and the mix of a million draws: two minutes
+	$(TEST_ENV) $(BIN)/python tests/bench/training_step.py
 
 quality: $(INSTALLED)  ## check style; changes nothing
 	$(BIN)/ruff check .

@@ -67,6 +67,12 @@ class HeldOut(Dataset):
         caption = draw_rng(self.seed, "eval caption", self.rows[number]).random()
         return self.tasks[task].read(index, inverse=False, caption=caption) | {"draw": number}
 
+    def instruction(self, number: int) -> str | None:
+        """The caption of a row in words; None for the drop caption."""
+        task, index = self.places[number]
+        caption = self[number]["caption"]
+        return None if caption == "drop" else self.tasks[task].data[index][caption][0].as_py()
+
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.
 

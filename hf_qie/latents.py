@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKLQwenImage
+from PIL import Image
 from torch import Tensor
 
 PIXELS_PER_TOKEN = 16  # 8 by the VAE, 2 by packing
@@ -19,6 +20,12 @@ def grid_of(size: tuple[int, int]) -> Grid:
     return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN
 
 
+def unpack_latents(latents: Tensor, grid: Grid) -> Tensor:
+    """`[B, S, 4C]` of a packed `grid` back to `[B, C, H, W]`."""
+    (h, w), (b, _, c) = grid, latents.shape
+    return latents.view(b, h, w, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * h, 2 * w)
+
+
 def pack_latents(latents: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, H/2 x W/2, 4C]` (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:388)."""
     b, c, h, w = latents.shape
@@ -26,7 +33,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 class LatentEncoder:
-    """The checkpoint's VAE, encoding only."""
+    """The checkpoint's VAE, between pixels and packed, normalised latents."""
 
     def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
         self.vae = AutoencoderKLQwenImage.from_pretrained(model, subfolder="vae", revision=revision, dtype=dtype)
@@ -44,3 +51,11 @@ class LatentEncoder:
         batch = torch.stack(list(pixels)).to(self.mean.device, self.mean.dtype)[:, :, None]
         latents = (self.vae.encode(batch).latent_dist.mode() - self.mean) / self.std
         return list(pack_latents(latents[:, :, 0]))
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, grid: Grid) -> Image.Image:
+        """The picture of packed latents `[S, 4C]`, as the pipelines decode it."""
+        unpacked = unpack_latents(latents[None], grid)[:, :, None].to(self.mean.device, self.mean.dtype)
+        pixels = self.vae.decode(unpacked * self.std + self.mean, return_dict=False)[0][0, :, 0]
+        values = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
+        return Image.fromarray(values.round().to(torch.uint8).cpu().numpy())

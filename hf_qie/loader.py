@@ -42,7 +42,8 @@ class TaskRows:
 
         target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
         arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
-        position in the task's data. Without latents, in their place pictures: [H, W, 3] uint8, in the order of grids.
+        position in the task's data; caption, the name of its column, or "drop". Without latents, in their place
+        pictures: [H, W, 3] uint8, in the order of grids.
         """
         row = self.data[index]
         prefix = "inverse_" if inverse else ""
@@ -54,6 +55,7 @@ class TaskRows:
             "grids": grids,
             "task": self.task,
             "row": row["row"][0].as_py(),
+            "caption": text.removeprefix(prefix + TEXT),
         }
 
     def _pictures(self, row: pa.Table, grids: Sequence[Grid], *, inverse: bool) -> dict[str, list[np.ndarray]]:

@@ -185,7 +185,6 @@ class Recipe:
 
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
-    "sampling.*": "pictures while training",
     "training.deepspeed": "DeepSpeed",
     "training.push_to_hub": "pushing from training",
     "training.hub_*": "pushing from training",
@@ -292,6 +291,8 @@ def _check_together(recipe: Recipe) -> None:
         raise Misfit("tasks", "wanted at least one task with a weight above 0")
     if recipe.training.get("eval_strategy", "no") != "no" and not any(t.eval_rows for t in recipe.tasks.values()):
         raise Misfit("training.eval_strategy", "no task holds out rows to evaluate on; set tasks.<name>.eval_rows")
+    if recipe.sampling.every and not any(task.eval_rows for task in recipe.tasks.values()):
+        raise Misfit("sampling.every", "no task holds out rows to make pictures of; set tasks.<name>.eval_rows")
     for key in ("source_count_weights", "caption_weights"):
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):

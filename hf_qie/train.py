@@ -3,9 +3,9 @@
     accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
 Trains on the sets that hf_qie/extract.py left, without the prompt encoder in memory, and without the VAE unless a set
-has no latents (extract.latents: false). What trained lands in training.output_dir as pytorch_lora_weights.safetensors,
-or as the folder transformer/, beside the checkpoints and the recipe. Started again, it goes on from the last
-checkpoint that is whole.
+has no latents (extract.latents: false) or pictures are made on the way (sampling.every). What trained lands in
+training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the checkpoints and the
+recipe. Started again, it goes on from the last checkpoint that is whole.
 """
 
 import math
@@ -118,7 +118,19 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
+    if recipe.sampling.every:
+        add_pictures(trainer)
     return trainer, checkpoint
+
+
+def add_pictures(trainer: "EditTrainer") -> None:
+    """Have pictures made while training; the first rank decodes them."""
+    from hf_qie.callbacks import PictureGrid
+
+    vae = trainer.encoder
+    if vae is None and trainer.is_world_process_zero():
+        vae = load_vae(trainer.recipe, trainer.args.device)
+    trainer.add_callback(PictureGrid(trainer, vae))
 
 
 def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
@@ -259,8 +271,10 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
 
     from hf_qie.checkpoints import step_of
 
-    arguments, parameters = trainer.args, list(trainer.model.parameters())
+    arguments, parameters, every = trainer.args, list(trainer.model.parameters()), trainer.recipe.sampling.every
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    vae = "loaded by the first rank, for pictures" if every else "not loaded"
+    vae = "loaded, as sets have no latents" if trainer.encoder else vae
     logger = get_logger("hf_qie.train")
     logger.info(
         "training %s of %s parameters in %s, arithmetic in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
@@ -275,9 +289,9 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
         arguments.gradient_accumulation_steps,
         arguments.max_steps,
         f"going on from {checkpoint}" if checkpoint else "from the first",
-        "loaded, as sets have no latents" if trainer.encoder else "not loaded",
+        vae,
     )
-    if trainer.eval_dataset and arguments.eval_strategy == "no":
+    if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
     if arguments.fsdp:
         told = arguments.fsdp_plugin_args

@@ -90,7 +90,7 @@ class Losses:
 
 
 class Pace:
-    """Rows, tokens and seconds of this rank's steps since the last log, without evaluation and saving."""
+    """Rows, tokens and seconds of this rank's steps since the last log, without evaluation, pictures and saving."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -104,6 +104,13 @@ class Pace:
         self.started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no part of a step, though it happens in one."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def note(self, batches: Sequence[Batch]) -> None:
         """Take in the batches of a step, still on the CPU."""

@@ -275,7 +275,6 @@ def test_an_override_that_is_no_yaml_is_refused(write):
 
 NOT_BUILT = {  # for each line of LATER, an override that is not the default
     "extract.shard": "extract.shard=[0, 2]",
-    "sampling.*": "sampling.every=100",
     "training.load_best_model_at_end": "training.load_best_model_at_end=true",
     "training.deepspeed": "training.deepspeed=zero.json",
     "training.push_to_hub": "training.push_to_hub=true",

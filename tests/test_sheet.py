@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from small_recipes import BLUE, GREEN, RED, columns_of, plans_of, weightless, write_recipe
 
-from hf_qie import sheet
+from hf_qie import lettering, sheet
 
 
 @pytest.fixture(scope="session")
@@ -70,23 +70,23 @@ def test_rows_are_spread_over_the_data_and_fixed_by_the_seed():
 
 
 def test_letters_without_a_font_are_left_out_and_never_drawn_as_boxes(monkeypatch, sheet_of):
-    monkeypatch.setattr(sheet, "CHINESE_FONTS", ())
-    sheet.installed_fonts.cache_clear()
+    monkeypatch.setattr(lettering, "CHINESE_FONTS", ())
+    lettering.installed_fonts.cache_clear()
     try:
-        assert sheet.legible("Make it blue.") == "Make it blue."
-        assert sheet.legible("把天空变成蓝色。") is None
-        assert sheet.legible("Make it 蓝.") == "Make it ?."
+        assert lettering.legible("Make it blue.") == "Make it blue."
+        assert lettering.legible("把天空变成蓝色。") is None
+        assert lettering.legible("Make it 蓝.") == "Make it ?."
         shown = {"source_image": "red.png", "target_image": "blue.png", "instruction": "Make it blue."}
         without = sheet_of([shown | {"instruction_cn": "把天空变成蓝色。"}])
         other = sheet_of([shown | {"instruction_cn": "保留小船。"}])
         assert without.tobytes() == other.tobytes()  # the same line in place of either
     finally:
-        sheet.installed_fonts.cache_clear()
+        lettering.installed_fonts.cache_clear()
 
 
 def test_lines_are_no_wider_than_their_card():
-    font = sheet.load_font(None, sheet.TEXT_PX)
+    font = lettering.load_font(None, sheet.TEXT_PX)
     text = "Replace the background, and 把背景换成蓝色，" * 10 + "x" * 200
-    lines = sheet.wrap(text, 400, font)
+    lines = lettering.wrap(text, 400, font)
     assert all(font.getlength(line.rstrip()) <= 400 for line in lines if "x" not in line)
     assert "".join("".join(lines).split()) == "".join(text.split())

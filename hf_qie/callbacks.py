@@ -1,0 +1,247 @@
+"""Pictures while training: held-out rows at a fixed seed, every so many steps, as a growing grid.
+
+Letters: B rows, S target tokens.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_qie.collate import Batch, collate
+from hf_qie.evaluation import HeldOut, generators_kept
+from hf_qie.flow import shift_mu
+from hf_qie.latents import LatentEncoder, pack_latents
+from hf_qie.lettering import font_for, legible, wrap, write
+from hf_qie.model import predict
+
+logger = get_logger(__name__)
+
+GRID, FOLDER = "pictures.png", "pictures"  # in the output folder
+CELL_PX, GAP_PX = 256, 12  # a picture stands in a square
+TITLE_PX, TEXT_PX = 18, 15
+LINE = 1.4  # height of a line of text in its size
+MOST_LINES = 2  # of an instruction
+MOST_STEPS = 24  # in the grid; more would be too wide to look at, and all are in the folder
+PAPER, INK, FAINT = "#ffffff", "#1c1c1e", "#7c7c80"
+
+
+@dataclass(kw_only=True)
+class GridRow:
+    """One held-out row of the grid."""
+
+    name: str  # of its files
+    instruction: str
+    sources: list[Image.Image]
+    target: Image.Image
+    pictures: dict[int, Image.Image] = field(default_factory=dict)  # by step
+
+
+class PictureGrid(TrainerCallback):
+    """Makes the same pictures before the first step and every `sampling.every` steps; training goes on as without it.
+
+    They are what the official pipeline would make of the stored prompt states and latents with `--seed` the recipe's
+    seed. `<output_dir>/pictures.png` is the grid, `pictures/step-000100/<task>-<row>.png` are the single ones.
+    """
+
+    def __init__(self, trainer: Trainer, vae: LatentEncoder | None):
+        """`trainer` is an EditTrainer with held-out rows; the first rank needs the `vae`."""
+        self.trainer, self.vae = trainer, vae
+        self.held_out: HeldOut = trainer.eval_dataset
+        self.settings, self.seed = trainer.recipe.sampling, trainer.recipe.seed
+        self.numbers = spread(self.held_out, self.settings.rows)
+        self.folder = Path(trainer.args.output_dir, FOLDER)
+        self.rows: list[GridRow] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The pictures of the model at the start; a run that goes on keeps those of the steps it has done."""
+        if state.is_world_process_zero:
+            with generators_kept(args.device):
+                self.rows = [self._row(number) for number in self.numbers]
+            self._keep(up_to=state.global_step)
+        if state.global_step == 0:
+            self._sample(0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The pictures of this step, if it is one of those."""
+        if state.global_step % self.settings.every == 0:
+            with self.trainer.pace.paused():
+                self._sample(state.global_step)
+
+    def _sample(self, step: int) -> None:
+        """Each rank makes its part of the pictures, as sharded ranks need each other; the first one writes all."""
+        started, args = time.monotonic(), self.trainer.args
+        turns = -(-len(self.numbers) // args.world_size)
+        places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
+        with generators_kept(args.device), evaluating(self.trainer.model):
+            found = dict(gather_object([(place, self._latents(self.numbers[place])) for place in places]))
+        if self.trainer.is_world_process_zero():
+            folder = self.folder / f"step-{step:06d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for place, row in enumerate(self.rows):
+                picture = self.vae.decode(*found[place])
+                picture.save(folder / f"{row.name}.png")
+                row.pictures[step] = small(picture)
+            draw_grid(self.rows, self._steps()).save(self.folder.with_name(GRID))
+            self._track(draw_grid(self.rows, [step]), step)
+            seconds = time.monotonic() - started
+            logger.info("%d pictures of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
+
+    @torch.no_grad()
+    def _latents(self, number: int) -> tuple[Tensor, tuple[int, int]]:
+        """What the model as it is makes of a held-out row: latents `[S, 64]` on the CPU, and their grid."""
+        held_out, trainer = self.held_out, self.trainer
+        batch = trainer._prepare_inputs(collate([held_out[number]]))
+        task, index = held_out.places[number]
+        without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draw": number}
+        prompt = trainer._prepare_inputs({key: collate([without])[key] for key in ("prompt_embeds", "prompt_mask")})
+        with trainer.compute_loss_context_manager():
+            latents = denoise(
+                trainer.model,
+                batch,
+                batch | prompt,
+                scheduler_config=trainer.objective.scheduler_config,
+                num_inference_steps=self.settings.num_inference_steps,
+                true_cfg_scale=self.settings.true_cfg_scale,
+                seed=self.seed,
+            )
+        return latents[0].cpu(), batch["grids"][0]
+
+    def _row(self, number: int) -> GridRow:
+        """Sources and target as the VAE has them, and the caption that the row is evaluated with."""
+        task, _ = self.held_out.places[number]
+        batch = self.trainer._prepare_inputs(collate([self.held_out[number]]))
+        lengths = [height * width for height, width in batch["grids"]]
+        latents = torch.cat([batch["target_latents"], batch["source_latents"]], dim=1)[0].split(lengths)
+        target, *sources = map(self.vae.decode, latents, batch["grids"])
+        return GridRow(
+            name=f"{task}-{self.held_out.rows[number]}",
+            instruction=self.held_out.instruction(number) or self.trainer.recipe.extract.drop_caption,
+            sources=[small(source) for source in sources],
+            target=small(target),
+        )
+
+    def _keep(self, *, up_to: int) -> None:
+        """Take over the pictures of steps that the run has done; those of another run, or of lost steps, go."""
+        for folder in self.folder.glob("step-*"):
+            step = int(folder.name.removeprefix("step-"))
+            if up_to == 0 or step > up_to:
+                shutil.rmtree(folder)
+                continue
+            for row in self.rows:
+                if (path := folder / f"{row.name}.png").is_file():
+                    with Image.open(path) as picture:
+                        row.pictures[step] = small(picture)
+
+    def _steps(self) -> list[int]:
+        """The steps of the grid's columns, first and last among them."""
+        steps = sorted({step for row in self.rows for step in row.pictures})
+        if len(steps) <= MOST_STEPS:
+            return steps
+        return [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
+
+    def _track(self, picture: Image.Image, step: int) -> None:
+        """Hand a picture to those trackers of `training.report_to` that take some; they have a slider for the step."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:  # TensorBoard's
+                writer.add_image("pictures", np.asarray(picture), step, dataformats="HWC")
+            for name in ("_wandb", "_trackio"):
+                if (tracker := getattr(callback, name, None)) is not None:
+                    tracker.log({"pictures": tracker.Image(picture), "train/global_step": step})
+
+
+def spread(held_out: HeldOut, count: int) -> list[int]:
+    """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
+    by_task = [[n for n, place in enumerate(held_out.places) if place[0] == task] for task in held_out.tasks]
+    return [number for number in chain(*zip_longest(*by_task)) if number is not None][:count]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and afterwards as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def denoise(
+    model: nn.Module,
+    batch: Batch,
+    negative: Batch,
+    *,
+    scheduler_config: Mapping[str, Any],
+    num_inference_steps: int,
+    true_cfg_scale: float,
+    seed: int,
+) -> Tensor:
+    """Latents `[1, S, 64]` that the pipelines would make of a batch of one row, from the noise of a CPU's `seed`.
+
+    `negative` is `batch` with the negative prompt. The pipelines themselves take no latents of sources, nor a sharded
+    model (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:764-858).
+    """
+    height, width = batch["grids"][0]
+    device, channels = batch["prompt_embeds"].device, batch["source_latents"].shape[-1] // 4
+    noise = torch.randn((1, channels, 2 * height, 2 * width), generator=torch.Generator().manual_seed(seed))
+    latents = pack_latents(noise).to(device)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(sigmas=sigmas, mu=shift_mu(height * width, scheduler_config), device=device)
+    for timestep in scheduler.timesteps:
+        sigma = timestep[None] / 1000
+        velocity = predict(model, batch, latents, sigma).float()
+        if true_cfg_scale > 1:
+            without = predict(model, negative, latents, sigma).float()
+            guided = without + true_cfg_scale * (velocity - without)
+            velocity = guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def small(picture: Image.Image) -> Image.Image:
+    """As it stands in the grid."""
+    return ImageOps.contain(picture.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
+
+
+def draw_grid(rows: Sequence[GridRow], steps: Sequence[int]) -> Image.Image:
+    """One row an edit below its instruction: its sources, the target, and a picture for each of `steps`."""
+    most = max(len(row.sources) for row in rows)
+    names = [f"source {place + 1}" if most > 1 else "source" for place in range(most)]
+    names += ["target", *(f"step {step:,}" for step in steps)]
+    width = GAP_PX + max(len(names), 3) * (CELL_PX + GAP_PX)
+    head, line = TITLE_PX + 2 * GAP_PX, round(LINE * TEXT_PX)
+    height = MOST_LINES * line + CELL_PX + 2 * GAP_PX
+    grid = Image.new("RGB", (width, head + len(rows) * height), PAPER)
+    pen = ImageDraw.Draw(grid)
+    for column, name in enumerate(names):
+        write(pen, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX), name, TITLE_PX, FAINT)
+    for place, row in enumerate(rows):
+        top, font = head + place * height, font_for(row.instruction, TEXT_PX)
+        lines = wrap(legible(row.instruction) or row.name, width - 2 * GAP_PX, font)
+        for number, text in enumerate(lines[:MOST_LINES]):
+            more = " ..." if number == MOST_LINES - 1 and len(lines) > MOST_LINES else ""
+            pen.text((GAP_PX, top + number * line), text + more, fill=INK, font=font)
+        shown = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.pictures.get, steps)]
+        for column, picture in enumerate(shown):
+            if picture:
+                grid.paste(picture, (GAP_PX + column * (CELL_PX + GAP_PX), top + MOST_LINES * line))
+    return grid

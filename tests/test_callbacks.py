@@ -1,0 +1,279 @@
+"""Pictures while training: what the official pipeline would make, and no trace in training."""
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from embedding_sets import write_recipe
+from PIL import Image
+from ranks import in_ranks
+from safetensors.torch import load_file
+from small_recipes import extract_edits
+
+from hf_qie import callbacks
+from hf_qie.callbacks import CELL_PX, GAP_PX, GridRow, denoise, draw_grid, spread
+from hf_qie.encoder import PromptStates
+from hf_qie.evaluation import HeldOut, held_out_part
+from hf_qie.family import read_config
+from hf_qie.images import area_size, read_image, resize, to_pixels
+from hf_qie.latents import LatentEncoder, grid_of
+from hf_qie.model import predict
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.sampling import Sampler
+from hf_qie.train import open_sets, train
+from hf_qie.trainer import EditTrainer
+
+LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
+TASKS = {"edit": {"data": "edit.jsonl", "eval_rows": 2}, "text_to_image": {"data": "none.jsonl", "eval_rows": 1}}
+EVERY_OTHER = {"every": 2, "rows": 3, "num_inference_steps": 2}
+NAMES = ["edit-6.png", "edit-7.png", "text_to_image-7.png"]
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    PartialState(cpu=True)
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path) -> Path:
+    return write_recipe(tmp_path, tiny(), tasks=TASKS, trainable=LORA, sampling=EVERY_OTHER)
+
+
+@pytest.fixture(scope="module")
+def extracted(built_once, tiny, edits) -> Path:
+    """A recipe whose sets are finished."""
+    return built_once("few_edits", lambda folder: extract_edits(folder, tiny(), edits)) / "recipe.yaml"
+
+
+def run(recipe: Path, *overrides: str) -> EditTrainer:
+    loaded = load_recipe(recipe, overrides)
+    return train(loaded, open_sets(loaded))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("pictures/**/*.png"))}
+
+
+def steps_of(trainer: EditTrainer) -> list[dict[str, float]]:
+    entries = [{k: v for k, v in e.items() if k.startswith(("loss", "grad"))} for e in trainer.state.log_history]
+    return [entry for entry in entries if entry]
+
+
+def hold(ours: Path, theirs: Path, **tolerance: float) -> None:
+    (one,), (other,) = (
+        [load_file(path) for path in [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]]
+        for folder in (ours, theirs)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **({"atol": 0, "rtol": 0} | tolerance))
+
+
+# --- what they are ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_sources", [0, 1, 2])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources, cfg):
+    """In float32, to 1e-4: the same sums in another order, which guidance multiplies."""
+    recipe = load_recipe(extracted)
+    sampler = Sampler(recipe, checkpoint="base")
+    images = [read_image(photos / "images" / f"source_{i:02d}.jpg") for i in (1, 2)[:num_sources]]
+    states, size = sampler.states("Make it red.", images), sampler.size(images)
+    seen, pipeline = [], sampler.pipeline if images else sampler.text_to_image
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
+    picture = sampler.picture(states, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
+    sizes = [area_size(image.size, sampler.source_area_px) for image in images]
+    vae = LatentEncoder(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
+    latents = [vae([to_pixels(resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
+    batches = []
+    for text in states.texts:
+        embeds = torch.cat([states.image, text])[None]
+        sources = torch.cat([torch.zeros(0, 64), *latents])[None]
+        batch = {"prompt_embeds": embeds, "prompt_mask": torch.ones(embeds.shape[:2]).bool()}
+        batches.append(batch | {"source_latents": sources, "grids": [grid_of(size), *map(grid_of, sizes)]})
+    with torch.no_grad():
+        config = read_config(recipe.model, "scheduler/scheduler_config.json")
+        options = {"scheduler_config": config, "num_inference_steps": 3, "true_cfg_scale": cfg, "seed": 5}
+        mine = denoise(sampler.pipeline.transformer, *batches, **options)
+    (z,) = seen
+    theirs = ((z - vae.mean) / vae.std)[0, :, 0]
+    c, h, w = theirs.shape
+    theirs = theirs.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(1, -1, 4 * c)
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    levels = np.asarray(vae.decode(mine[0], grid_of(size)), int) - np.asarray(picture, int)
+    assert abs(levels).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def drawn(extracted, tmp_path_factory) -> Path:
+    """The folder of a run on extracted edits, with pictures of two rows."""
+    PartialState(cpu=True)
+    folder = tmp_path_factory.mktemp("drawn") / "run"
+    training = {"output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 2, "max_steps": 2}
+    training |= {"logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+    training |= {"report_to": "tensorboard"}
+    sampling = ["sampling.every=1", "sampling.rows=2", "sampling.num_inference_steps=2"]
+    held_out = ["tasks.edit.eval_rows=1", "tasks.combine.eval_rows=1"]
+    run(extracted, *(f"training.{k}={json.dumps(v)}" for k, v in training.items()), *sampling, *held_out)
+    return folder
+
+
+@pytest.mark.parametrize(("step", "checkpoint"), [(0, "base"), (2, None)])
+def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, step, checkpoint):
+    recipe = load_recipe(drawn / "recipe.yaml")
+    sampler, sets = Sampler(recipe, checkpoint=checkpoint), open_sets(recipe)
+    held_out = HeldOut(held_out_part(sets, recipe.tasks), recipe)
+    for task in ("edit", "combine"):
+        row = sets[task][-1]
+        place = next(n for n, (name, _) in enumerate(held_out.places) if name == task)
+        matrices = (row[f"text_embeds_{name}"] for name in (held_out[place]["caption"], "drop"))
+        states = PromptStates(image=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices])
+        images = [read_image(Path(path)) for path in row["source_image"]]
+        height, width = row["target_grid"]
+        size = (16 * width, 16 * height)
+        theirs = sampler.picture(states, images, seed=recipe.seed, num_inference_steps=2, size=size)
+        with Image.open(drawn / "pictures" / f"step-{step:06d}" / f"{task}-{row['row']}.png") as picture:
+            levels = np.abs(np.asarray(picture, int) - np.asarray(theirs, int))
+        assert levels.mean() < 0.5  # stored source latents are rounded to float16
+
+
+def test_the_tracker_has_the_pictures_of_each_step(drawn):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = drawn.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in accumulator.Images("pictures")] == [0, 1, 2]
+
+
+def test_rows_come_from_each_task_in_turn(recipe):
+    loaded = load_recipe(recipe)
+    held_out = HeldOut(held_out_part(open_sets(loaded), loaded.tasks), loaded)
+    assert [held_out.places[number] for number in spread(held_out, 9)] == [
+        ("edit", 0),
+        ("text_to_image", 0),
+        ("edit", 1),
+    ]
+    assert spread(held_out, 2) == spread(held_out, 9)[:2]
+
+
+def test_the_grid_has_sources_target_and_steps_in_columns():
+    def plain(colour: str) -> Image.Image:
+        return Image.new("RGB", (CELL_PX, CELL_PX), colour)
+
+    one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("green")], target=plain("blue"))
+    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("navy"), pictures={4: plain("yellow")})
+    grid = draw_grid([one, two], [0, 4])
+    middles = [GAP_PX + column * (CELL_PX + GAP_PX) + CELL_PX // 2 for column in range(5)]
+    half = CELL_PX // 2 + GAP_PX
+    top, below = (grid.height - GAP_PX) // 2 - half, grid.height - half - GAP_PX
+    colours = [
+        [Image.new("RGB", (1, 1), name).getpixel((0, 0)) for name in row]
+        for row in (("red", "green", "blue", "white", "white"), ("white", "white", "navy", "white", "yellow"))
+    ]
+    assert [[grid.getpixel((x, y)) for x in middles] for y in (top, below)] == colours
+
+
+# --- what they leave -------------------------------------------------------------------------------------------------
+
+
+def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tmp_path, monkeypatch):
+    """Though something in the making of pictures draws from every generator."""
+
+    def greedy(*args):
+        torch.rand(3), np.random.random(3), random.random()
+        return predict(*args)
+
+    monkeypatch.setattr(callbacks, "predict", greedy)
+    without = run(recipe, "sampling.every=0", f"training.output_dir={tmp_path / 'without'}")
+    trainer = run(recipe)
+    assert steps_of(trainer) == steps_of(without)
+    hold(tmp_path / "run", tmp_path / "without")
+    states = [
+        torch.load(tmp_path / name / "checkpoint-4" / "rng_state.pth", weights_only=False)
+        for name in ("run", "without")
+    ]
+    assert torch.equal(states[0]["cpu"], states[1]["cpu"])
+    assert states[0]["python"] == states[1]["python"]
+    assert not (tmp_path / "without" / "pictures").exists()
+    made = files(tmp_path / "run")
+    assert [*made] == [f"pictures/step-{step:06d}/{name}" for step in (0, 2, 4) for name in NAMES]
+    assert len(set(made.values())) == len(made), "the model has learned, so each picture is another"
+
+
+def test_a_resumed_run_keeps_the_pictures_of_before_and_makes_the_same_grid(recipe, tmp_path):
+    run(recipe)
+    folder = tmp_path / "run"
+    straight, grid = files(folder), (folder / "pictures.png").read_bytes()
+    shutil.rmtree(folder / "checkpoint-4")
+    kept = (folder / "pictures" / "step-000000" / NAMES[0]).stat().st_mtime_ns
+    (folder / "pictures.png").unlink()
+    shutil.copytree(folder / "pictures" / "step-000004", folder / "pictures" / "step-000003")  # lost with its step
+    run(recipe)
+    assert files(folder) == straight
+    assert (folder / "pictures.png").read_bytes() == grid
+    assert (folder / "pictures" / "step-000000" / NAMES[0]).stat().st_mtime_ns == kept
+
+
+def test_a_run_from_the_start_leaves_out_the_pictures_of_another(recipe, tmp_path):
+    stale = tmp_path / "run" / "pictures" / "step-000009"
+    stale.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(stale / NAMES[0])
+    run(recipe, "training.max_steps=2")
+    assert not stale.exists()
+
+
+@pytest.mark.two_rank
+def test_two_ranks_sharded_or_not_make_the_pictures_of_one_and_train_as_without(recipe, tiny, tmp_path):
+    training = {"use_cpu": None, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3}
+    lora = {"lora": LORA["lora"] | {"dropout": 0.0}}
+    path = write_recipe(
+        tmp_path,
+        tiny(),
+        tasks=TASKS,
+        trainable=lora,
+        training=training,
+        sampling=EVERY_OTHER,
+        extract={"dtype": "float32"},
+    )
+    sharded = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"
+    how = {"ddp": ["training.use_cpu=true"], "sharded": sharded, "bare": [*sharded, "sampling.every=0"]}
+    runs = [
+        {"recipe": str(path), "overrides": [f"training.output_dir={tmp_path / name}", *overrides]}
+        for name, overrides in how.items()
+    ]
+    assert in_ranks(runs, ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
+    hold(tmp_path / "sharded", tmp_path / "bare")
+    run(
+        path,
+        "training.use_cpu=true",
+        "training.per_device_train_batch_size=4",
+        f"training.output_dir={tmp_path / 'one'}",
+    )
+    assert [*files(tmp_path / "ddp")] == [*files(tmp_path / "sharded")] == [*files(tmp_path / "one")]
+    for name in files(tmp_path / "one"):
+        one, *others = (np.asarray(Image.open(tmp_path / run / name), int) for run in ("one", "ddp", "sharded"))
+        for other in others:
+            assert abs(one - other).mean() < 0.5, name  # float32 sums in another order
+
+
+# --- what people get wrong, and are told -----------------------------------------------------------------------------
+
+
+def test_pictures_without_held_out_rows_are_refused(recipe):
+    with pytest.raises(InputError, match=r"sampling\.every: no task holds out rows to make pictures of; set tasks"):
+        load_recipe(recipe, ["tasks.edit.eval_rows=0", "tasks.text_to_image.eval_rows=0"])
+
+
+def test_the_start_says_that_the_vae_is_there(recipe, caplog):
+    caplog.set_level(logging.INFO, "hf_qie")
+    run(recipe, "training.max_steps=1")
+    assert "VAE: loaded by the first rank, for pictures" in caplog.text
+    assert "never evaluated on" not in caplog.text

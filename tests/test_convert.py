@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -203,6 +205,24 @@ def test_a_card_of_such_a_set_says_what_is_not_known(converted):
     assert "not known of them: encoder, processor, templates, vlm_area_px, resampling, positions, drop_caption" in (
         " ".join(card.text.split())
     )
+
+
+def test_the_readme_says_how(root, converted, tiny, tmp_path):
+    """Its recipe and its command, with a tiny checkpoint, where a reader would have the files."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```yaml\n(# moved\.yaml\n.*?)^```$", readme, flags=re.M | re.S)
+    (command,) = re.findall(r"^python (hf_qie/convert\.py .*)$", readme, flags=re.M)
+    (tmp_path / "moved.yaml").write_text(recipe, encoding="utf-8")
+    shutil.copy(converted / "pt" / "null_text_embedding.pt", tmp_path)
+    for task in ("edit", "text_to_image"):
+        rows = read_jsonl(converted / f"{task}.jsonl")
+        for row in rows:
+            row |= {key: str(converted / path) for key, path in row.items() if key.startswith("embeddings_tensor_")}
+        (tmp_path / "meta" / task).mkdir(parents=True)
+        write_jsonl(tmp_path / "meta" / task / f"{task}_rank_000.jsonl", rows)
+    (tmp_path / "hf_qie").symlink_to(root / "hf_qie")
+    subprocess.run([sys.executable, *shlex.split(command), f"model={tiny()}"], cwd=tmp_path, check=True)
+    assert {len(load_from_disk(tmp_path / "outputs/moved" / task)) for task in ("edit", "text_to_image")} == {6, 3}
 
 
 # --- what is wrong with files --------------------------------------------------------------------------------------

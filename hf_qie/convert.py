@@ -76,7 +76,8 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
 
     from hf_qie.embeddings import read_provenance
 
-    start(recipe)
+    if start(recipe).num_processes > 1:
+        raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     plans = {name: foreign.plan for name, foreign in sources.items()}
     check_disk(recipe, next(iter(plans.values())).family, plans)
     logger, code = get_logger("hf_qie.convert"), 0

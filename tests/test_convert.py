@@ -252,6 +252,7 @@ BROKEN = {
     "empty": (lambda path: path.touch(), "damaged, or holds more than tensors"),
     "text": (lambda path: path.write_text("<html>"), "damaged, or holds more than tensors"),
     "missing": (lambda path: None, "no such file"),
+    "endless device": (lambda path: path.symlink_to("/dev/zero"), "no such file"),
     "narrow": (rows_of(torch.zeros(5, WIDTH - 1)), f"states 95 wide, those of this checkpoint are {WIDTH}"),
     "flat": (rows_of(torch.zeros(WIDTH)), "holds a tensor of [96], wanted [tokens, width]"),
     "batch": (rows_of(torch.zeros(2, 5, WIDTH)), "holds a tensor of [2, 5, 96], wanted [tokens, width]"),
@@ -346,6 +347,18 @@ def test_jsonl_that_their_extraction_read_and_not_wrote_is_refused(work):
     write_jsonl(work / "edit.jsonl", [{k: v for k, v in row.items() if "tensor" not in k} for row in rows])
     with pytest.raises(InputError, match=r"tasks\.edit\.data: no row of .* names a file under embeddings_tensor_en"):
         convert(work)
+
+
+def test_several_ranks_are_refused(work, root):
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 --mixed_precision no"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), str(root / "hf_qie/convert.py"), str(work / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "runs no model and is one process; start it with python" in done.stderr
+    assert not (work / "sets").exists()
 
 
 def test_caption_columns_that_do_not_tell_the_language_are_refused(work):

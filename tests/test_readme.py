@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,9 @@ KEYS = {
 @pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])
 def test_every_key_of_the_recipe_that_is_named_is_one(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    named = re.findall(r"`(extract|mix|loss|sampling|trainable|training|tasks\.<name>)\.(?!py\b)(\w+)(?:\.(\w+))?", text)
+    named = re.findall(
+        r"`(extract|mix|loss|sampling|trainable|training|tasks\.<name>)\.(?!py\b)(\w+)(?:\.(\w+))?", text
+    )
     assert named
     for section, key, inner in named:
         if section == "training":
@@ -150,3 +153,35 @@ def test_every_key_of_the_recipe_that_is_named_is_one(name):
             assert key in KEYS[section].__dataclass_fields__, (section, key)
         if key == "lora" and inner:
             assert inner in Lora.__dataclass_fields__
+
+
+CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
+SAME_IN_BOTH = {
+    "blocks of code": r"^```.*?^```$",
+    "depths of headings": r"^#+(?= )",
+    "links": r"\]\((?!README)[^)]+\)",
+    "lines of tables": r"^\|(?=.)",
+}
+
+
+@pytest.mark.parametrize("what", SAME_IN_BOTH)
+def test_the_chinese_readme_has_what_the_english_one_has(what):
+    found = [re.findall(SAME_IN_BOTH[what], text, flags=re.M | re.S) for text in (README, CHINESE)]
+    assert found[0]
+    assert found[0] == found[1]
+
+
+def test_both_readmes_name_the_same_code_section_by_section():
+    """In tables by line; in prose, where words stand in another order, by section."""
+    code = re.compile(r"`([^`\n]+)`")
+    sections = [
+        re.split(r"^## ", re.sub(SAME_IN_BOTH["blocks of code"], "", text, flags=re.M | re.S), flags=re.M)
+        for text in (README, CHINESE)
+    ]
+    for english, chinese in zip(*sections, strict=True):
+        rows = [re.findall(r"^\|.*$", text, flags=re.M) for text in (english, chinese)]
+        for one, other in zip(*rows, strict=True):
+            assert sorted(code.findall(one)) == sorted(code.findall(other))
+        assert set(code.findall(english)) == set(code.findall(chinese)), english.splitlines()[0]
+        numbers = [Counter(re.findall(r"\d[\d,.]*\d|\d", "\n".join(lines))) for lines in rows]
+        assert numbers[0] == numbers[1], "figures of tables"

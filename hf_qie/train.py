@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
+from hf_qie.recorded import STATE
 from hf_qie.settings import leaves
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     log_start(trainer, checkpoint)
     if trainer.args.should_save:
         save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+        Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
+    trainer.save_state()  # last of all: says that it has ended
     return trainer
 
 

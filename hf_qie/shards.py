@@ -5,6 +5,7 @@ run any code. Here only the types that torch itself writes there may come out of
 """
 
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,5 +100,7 @@ def read_tensor(reader: ShardReader, name: str) -> Tensor:
     """One tensor, put together from its shards."""
     described = reader.metadata.state_dict_metadata[name]
     tensor = torch.empty(described.size, dtype=described.properties.dtype)
-    dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is told
+        dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
     return tensor

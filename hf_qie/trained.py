@@ -114,7 +114,7 @@ def find_trained(path: Path) -> Trained:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; wanted training.output_dir of a run, or a checkpoint-N in it")
     one = (path / "complete.json").exists() or path.resolve().name.startswith("checkpoint-")
-    output_dir = path.resolve().parent if one else path
+    output_dir = path if not one else path.parent if path.name == path.resolve().name else path.resolve().parent
     if not (output_dir / "recipe.yaml").is_file():
         raise InputError(
             f"{output_dir}: has no recipe.yaml, which train.py leaves there; wanted training.output_dir of a run, "

@@ -12,7 +12,7 @@ LAYERS = (
     "settings arguments recipe launcher family fetch records rows images prompts encoder latents embeddings cards "
     "public publish prepare estimate batches chunks unfinished extract mix pictures loader collate flow losses "
     "noise_chart watch evaluation fsdp model footprint objective checkpoints trainer recorded train shards trained "
-    "formats export survey sheet verify check shapes tiny"
+    "formats model_card export survey sheet verify check shapes tiny"
 ).split()
 
 

@@ -69,12 +69,16 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    from hf_qie.loss_chart import loss_chart
+
     trainer, checkpoint = build_trainer(recipe, sets)
     log_start(trainer, checkpoint)
     if trainer.args.should_save:
         save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
+    if trainer.args.should_save:
+        loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
     return trainer
 
 

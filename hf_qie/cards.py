@@ -133,10 +133,22 @@ def dataset_card(
         configs[name] = configs.get(name, default) | {"data_files": [{"split": "train", "path": pattern}]}
     configs.to_dataset_card_data(data)
     DatasetInfosDict(infos).to_dataset_card_data(data)
-    before, _, rest = (card.text if card else "").partition(BEGIN)
+    text = renewed(card.text if card else "", card_body(repo, data, provenances))
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def renewed(text: str, body: str) -> str:
+    """A card's text with `body` between the marks; what people wrote around them is kept."""
+    before, _, rest = text.partition(BEGIN)
     words = f"{before.strip()}\n\n" if before.strip() else ""
-    body = BEGIN + card_body(repo, data, provenances) + END
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{words}{body}{rest.partition(END)[2]}")
+    return f"{words}{BEGIN}{body}{END}{rest.partition(END)[2]}"
+
+
+def rendered(template: str, **values: Any) -> str:
+    """The template with these values; one that it names and nobody gave is an error."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["n"] = "{:,}".format
+    return environment.from_string(template).render(values)
 
 
 def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mapping[str, Any]]) -> str:
@@ -153,9 +165,8 @@ def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mappin
     default = MetadataConfigs.from_dataset_card_data(data).get_default_config_name()
     first = default if default in configs else next(iter(configs))
     text = next(column for column in infos[first].features if column.startswith("text_embeds_"))
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["n"] = "{:,}".format
-    return environment.from_string(TEMPLATE).render(
+    return rendered(
+        TEMPLATE,
         repo=repo,
         rows=sum(config["counts"]["rows_out"] for config in configs.values()),
         configs=configs,

@@ -187,8 +187,8 @@ class Recipe:
 LATER = {
     "sampling.*": "pictures while training",
     "training.deepspeed": "DeepSpeed",
-    "training.push_to_hub": "pushing from training",
-    "training.hub_*": "pushing from training",
+    "training.push_to_hub": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
+    "training.hub_*": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
 }
 
 

@@ -70,15 +70,19 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
     from hf_qie.loss_chart import loss_chart
+    from hf_qie.recorded import STATE, write_record
 
     trainer, checkpoint = build_trainer(recipe, sets)
     log_start(trainer, checkpoint)
     if trainer.args.should_save:
         save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+        write_record(trainer.args.output_dir, trainer.record)
+        Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
     if trainer.args.should_save:
         loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
+    trainer.save_state()  # last of all: says that it has ended
     return trainer
 
 
@@ -101,7 +105,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)
-    draws = plan_draws(recipe, trained, arguments)
+    draws, record = plan_draws(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
     # one rank looks, so that all go on from the same place
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
@@ -122,6 +126,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
+    trainer.record = record
     return trainer, checkpoint
 
 
@@ -215,12 +220,15 @@ def global_batch_size(arguments: "TrainingArguments") -> int:
     return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
-def plan_draws(recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments") -> "Draws":
-    """Every draw of the run; logs what is drawn how often."""
+def plan_draws(
+    recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments"
+) -> tuple["Draws", dict[str, Any]]:
+    """Every draw of the run, and what is put on record of it; logs what is drawn how often."""
     from accelerate.logging import get_logger
 
     from hf_qie.loader import Draws
     from hf_qie.mix import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+    from hf_qie.recorded import run_record
 
     logger = get_logger("hf_qie.train")
     batch = global_batch_size(arguments)
@@ -236,7 +244,7 @@ def plan_draws(recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "Traini
     for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
         logger.warning(warning)
     plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
-    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix)
+    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix), run_record(recipe, arguments, groups, shares)
 
 
 def run_identity(

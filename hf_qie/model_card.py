@@ -77,8 +77,8 @@ image.save("output.png")
 
 - base: {{ base_link }}{% if commit %}, commit `{{ commit }}`{% elif revision %}, revision `{{ revision }}`{% endif %}
 - trained: {{ trains }}
-- {{ step | n }} steps{% if run and run.steps != step %} of {{ run.steps | n }}{% endif %}
-{%- if best %}, the best by `{{ best }}`{% endif %}
+- {{ step | n }}{% if run and run.steps != step %} of {{ run.steps | n }}{% endif %} steps
+{%- if best %}, the best by `{{ best }}`,{% endif %}
 {%- if run %} of {{ (run.ranks * run.rows_a_rank * run.accumulated) | n }} rows
 {%- if run.ranks * run.accumulated > 1 %} ({{ run.ranks }} ranks x {{ run.rows_a_rank }} rows x
 {{- " " }}{{ run.accumulated }} accumulated){% endif %}

@@ -29,7 +29,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}  # alph
 SHARDED = [
     "training.use_cpu=false",
     "training.fsdp=true",
-    "training.fsdp_config={fsdp_version: 2, state_dict_type: SHARDED_STATE_DICT, cpu_ram_efficient_loading: true}",
+    "training.fsdp_config={fsdp_version: 2, state_dict_type: SHARDED_STATE_DICT, activation_checkpointing: true}",
 ]
 
 

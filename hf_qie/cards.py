@@ -10,6 +10,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_qie.embeddings import UNKNOWN
 from hf_qie.family import FAMILIES
 from hf_qie.settings import write_yaml
 
@@ -73,6 +74,9 @@ the edit undone, from target to source, and null where a row has no inverse.
 {{ names }}:
 
 - model `{{ made.model }}`{% if made.revision %}, revision `{{ made.revision }}`{% endif %}
+{%- if made.unknown %}
+- the states were computed by others, in .pt files; not known of them: {{ made.unknown }}
+{%- endif %}
 - computed in {{ made.dtype }} on {{ made.device }}, stored as float16
 - pixels of a source: {{ made.vlm_area_px | n }} for the prompt encoder, {{ made.vae_area_px | n }} for the VAE
 {%- if made.vae_area_px not in stock_areas_px %}; the stock pipeline
@@ -147,7 +151,7 @@ def renewed(text: str, body: str) -> str:
 def rendered(template: str, **values: Any) -> str:
     """The template with these values; one that it names and nobody gave is an error."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["n"] = "{:,}".format
+    environment.filters["n"] = lambda value: value if value == UNKNOWN else f"{value:,}"
     return environment.from_string(template).render(values)
 
 
@@ -209,7 +213,7 @@ def meaning_of(name: str) -> str:
 def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """With what a set was made."""
     compat, record = provenance["compat"], provenance["record"]
-    named = ("vlm_area_px", "vae_area_px", "resampling", "drop_caption", "templates")
+    named = ("vlm_area_px", "vae_area_px", "resampling", "drop_caption")
     return {
         "model": record["model"],
         "revision": record["revision"],
@@ -217,5 +221,7 @@ def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "versions": ", ".join(f"{library} {version}" for library, version in record["versions"].items()),
         "dtype": record["dtype"],
         "target_area_px": record["recipe"]["extract"]["image_sample_size"] ** 2,
+        "templates": {} if compat["templates"] == UNKNOWN else compat["templates"],
+        "unknown": ", ".join(field for field, value in compat.items() if value == UNKNOWN),
         **{name: compat[name] for name in named},
     }

@@ -8,6 +8,7 @@ or as the folder transformer/, beside the checkpoints and the recipe. Started ag
 checkpoint that is whole.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,7 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
     Raises InputError where one is missing or does not fit.
     """
-    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings
+    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings, unverified
     from hf_qie.family import read_family
 
     opened = {
@@ -56,7 +57,11 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     }
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
-    check_compat({name: provenance for name, (_, provenance) in opened.items()}, checkpoint, model=recipe.model)
+    provenances = {name: provenance for name, (_, provenance) in opened.items()}
+    check_compat(provenances, checkpoint, model=recipe.model)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in unverified(provenances):
+            logging.getLogger("hf_qie.train").warning(warning)
     from hf_qie.pictures import has_latents, made_from, with_files  # seconds, so it waits until all sets are there
 
     sets = {}

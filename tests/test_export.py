@@ -178,6 +178,19 @@ def test_a_large_model_is_cut_into_files_that_diffusers_joins(done, tmp_path, mo
     same(velocity(QwenImageTransformer2DModel.from_pretrained(merged)), velocity(as_trained(run)))
 
 
+def test_values_that_were_rounded_before_are_named(done, tmp_path, caplog):
+    run = shutil.copytree(done / "full" / "alone", tmp_path / "run")
+    path = run / "transformer" / formats.WEIGHTS_FILE
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    exported(run, tmp_path / "rounded", dtype="bfloat16")
+    assert "holds" not in caplog.text
+    exported(run, tmp_path / "to")
+    assert f"{run} holds bfloat16 values; checkpoints of the run may hold float32 ones" in caplog.text
+    caplog.clear()
+    exported(run / "checkpoint-4", tmp_path / "exact")
+    assert "holds" not in caplog.text
+
+
 # --- which weights ---------------------------------------------------------------------------------------------------
 
 

@@ -245,6 +245,7 @@ def test_what_was_trained_moves_the_picture_as_in_the_official_pipeline(runs, ti
 def test_every_way_to_name_what_was_trained_finds_it(runs, tmp_path, kind):
     recipe, run = load_recipe(runs / kind / "recipe.yaml", SMALL), runs / kind / "run"
     shutil.copytree(run / "checkpoint-2", tmp_path / "interrupted" / "checkpoint-2")
+    shutil.copy(run / "recipe.yaml", tmp_path / "interrupted")
     own = run / (LORA_FILE if kind == "lora" else "transformer")
     names = [run, run / "checkpoint-2", own, tmp_path / "interrupted"]
     made = {Sampler(recipe, checkpoint=name)("A red boat", **QUICK).tobytes() for name in names}

@@ -1,10 +1,10 @@
 """The demo: a tiny model learns edits from scratch, through the very scripts that users run, and a picture shows it.
 
-    python hf_qie/demo.py
+    python hf_qie/demo.py recipes/demo.yaml [key.of.the.recipe=value ...]
 
-Makes a tiny checkpoint and synthetic edits, extracts, trains by recipes/demo.yaml, and edits pictures that training
-never saw, with the official pipeline. Leaves in outputs/demo: edits.png (source, instruction, before and after
-training, target), loss.png, demo.json (how near the edits come to their targets, and the seconds of each stage).
+Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and edits pictures that training never
+saw, with the official pipeline. Leaves in outputs/demo: edits.png (source, instruction, before and after training,
+target), loss.png, demo.json (how near the edits come to their targets, and the seconds of each stage).
 """
 
 import json
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hf_qie.demo")
 
-RECIPE = "recipes/demo.yaml"
 FOLDER = Path("outputs/demo")
 ROWS = 600  # a task
 PICTURES = 12  # held out; each is edited with three instructions
@@ -37,8 +36,8 @@ SHOWN = 2  # pictures in the grid
 SAMPLING = {"num_inference_steps": 12, "true_cfg_scale": 1.0}  # a third of the time; so small a model needs no more
 STAGES = {
     "data": f"hf_qie/tiny.py --kind learner --rows {ROWS} --model {FOLDER}/model --data {FOLDER}/data",
-    "extract": f"-m accelerate.commands.launch hf_qie/extract.py {RECIPE}",
-    "train": f"-m accelerate.commands.launch hf_qie/train.py {RECIPE}",
+    "extract": "-m accelerate.commands.launch hf_qie/extract.py",
+    "train": "-m accelerate.commands.launch hf_qie/train.py",
 }
 HEADS = ("source", "instruction", "before training", "after training", "target")
 # px
@@ -46,14 +45,14 @@ CELL, GAP, TEXT = 128, 12, 15
 
 
 def main(argv: list[str]) -> None:
-    """Run all stages, with overrides of the recipe where some are given; what an earlier demo left is removed."""
-    recipe = load_recipe(RECIPE, argv)
+    """Run all stages by the recipe `argv[0]` with the overrides `argv[1:]`; what an earlier demo left is removed."""
+    recipe = load_recipe(argv[0], argv[1:])
     shutil.rmtree(FOLDER, ignore_errors=True)
     seconds: dict[str, float] = {}
     for stage, command in STAGES.items():
         with timed(stage, seconds):
-            overrides = [] if stage == "data" else argv
-            done = subprocess.run([sys.executable, *command.split(), *overrides], check=False)
+            words = [] if stage == "data" else argv
+            done = subprocess.run([sys.executable, *command.split(), *words], check=False)
         if done.returncode:
             sys.exit(done.returncode)
     with timed("sample", seconds):

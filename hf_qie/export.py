@@ -11,7 +11,8 @@ may have trained adapters or the transformer itself, sharded or not, and may hav
     merged    a transformer for QwenImageTransformer2DModel.from_pretrained; what full fine-tuning becomes unless told
     pipeline  a whole checkpoint for DiffusionPipeline.from_pretrained
 
-It is written to FOLDER, by default <output_dir>/export/<kind>, in bfloat16, read back and compared, with a model card.
+It is written to FOLDER, by default <output_dir>/export/<kind>, or <kind>-N of a checkpoint-N, in bfloat16, with a
+model card; then it is read back and compared.
 --push_to_hub puts the folder into a model repository, private unless --public.
 """
 

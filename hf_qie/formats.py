@@ -4,6 +4,7 @@ Letters: r rank, I width of a layer's input, O of its output.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from hf_qie.family import read_config
 from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
 from hf_qie.recipe import InputError
 from hf_qie.trained import WEIGHTS_FILE, Adapters, Tensors, Trained, base_folder, read_adapters, saved_tensors
+
+logger = logging.getLogger("hf_qie.export")
 
 SHARD_BYTES = 5_000_000_000  # of a weight file, and about what is held in memory at once
 PROBES = 16  # inputs on which a merged layer is compared with the layer and its adapter
@@ -106,6 +109,8 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     adapters = trained.adapters
     source = trained.base() if adapters else trained.full()
     layers = adapters.layers if adapters else {}
+    if not adapters and dtype == torch.float32 != (kept := next(iter(source.values()))().dtype):
+        logger.warning("%s holds %s values; checkpoints of the run may hold float32 ones", trained.folder, named(kept))
     if strangers := sorted(layer for layer in layers if f"{layer}.weight" not in source):
         raise InputError(f"{trained.folder}: has adapters on {strangers[0]}, which {trained.recipe.model!r} lacks")
     write_transformer(trained, source, folder, dtype=dtype)

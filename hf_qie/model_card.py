@@ -145,18 +145,20 @@ def model_card(
     `there`: the card that is there, of which what people wrote is kept.
     """
     recipe = trained.recipe
-    on_hub = not Path(recipe.model).is_dir()
+    kept = there.data.to_dict() if there else {}
+    license = license or kept.get("license")
     relation, _ = RELATIONS[kind]
-    license = license or (there.data.license if there else None)
     text_to_image = read_family(recipe.model, revision=recipe.revision).edit is None
-    data = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag="text-to-image" if text_to_image else "image-to-image",
-        tags=[tag for tag in TAGS if tag != "image-to-image"] + (["lora"] if relation == "adapter" else []),
-        base_model=recipe.model if on_hub else None,
-        base_model_relation=relation if on_hub else None,
-    )
+    tags = [tag for tag in TAGS if tag != "image-to-image"] + (["lora"] if relation == "adapter" else [])
+    ours = {
+        "license": license,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if text_to_image else "image-to-image",
+        "tags": list(dict.fromkeys((*(kept.get("tags") or ()), *tags))),
+    }
+    if not Path(recipe.model).is_dir():  # a name on the Hub
+        ours |= {"base_model": recipe.model, "base_model_relation": relation}
+    data = ModelCardData(**(kept | ours))
     body = rendered(
         TEMPLATE,
         **values(trained, kind),

@@ -97,10 +97,17 @@ def sharded_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def read_tensor(reader: ShardReader, name: str) -> Tensor:
-    """One tensor, put together from its shards."""
+    """One tensor, put together from its shards; raises InputError where their files hold anything else."""
     described = reader.metadata.state_dict_metadata[name]
     tensor = torch.empty(described.size, dtype=described.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is told
-        dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:
+            (cause,) = (failure[0] for failure in error.failures.values())  # torch's words advise to load it unsafely
+            raise InputError(
+                f"{reader.path}: {name} is refused, its shards are damaged or hold more than numbers "
+                f"({type(cause).__name__}); take a checkpoint of a run of your own"
+            ) from error
     return tensor

@@ -74,6 +74,7 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    from hf_qie.loss_chart import loss_chart
     from hf_qie.recorded import STATE, write_record
 
     trainer, checkpoint = build_trainer(recipe, sets)
@@ -84,6 +85,8 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
         Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
+    if trainer.args.should_save:
+        loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
     trainer.save_state()  # last of all: says that it has ended
     return trainer
 

@@ -1,5 +1,6 @@
 """What others load is what was trained: every form, of every kind of checkpoint, to the last bit or to rounding."""
 
+import io
 import json
 import os
 import pickle
@@ -177,6 +178,19 @@ def test_a_large_model_is_cut_into_files_that_diffusers_joins(done, tmp_path, mo
     same(velocity(QwenImageTransformer2DModel.from_pretrained(merged)), velocity(as_trained(run)))
 
 
+def test_values_that_were_rounded_before_are_named(done, tmp_path, caplog):
+    run = shutil.copytree(done / "full" / "alone", tmp_path / "run")
+    path = run / "transformer" / formats.WEIGHTS_FILE
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    exported(run, tmp_path / "rounded", dtype="bfloat16")
+    assert "holds" not in caplog.text
+    exported(run, tmp_path / "to")
+    assert f"{run} holds bfloat16 values; checkpoints of the run may hold float32 ones" in caplog.text
+    caplog.clear()
+    exported(run / "checkpoint-4", tmp_path / "exact")
+    assert "holds" not in caplog.text
+
+
 # --- which weights ---------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +283,40 @@ def no_tensor(metadata):
 def test_metadata_that_would_open_other_files_or_unpickle_more_are_refused(done, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         sharded_tensors(tampered(done, tmp_path, change))
+
+
+def test_a_shard_that_would_run_a_command_is_refused_and_runs_nothing(done, tmp_path):
+    folder = tmp_path / "run" / "checkpoint-4" / "pytorch_model_fsdp_0"
+    code = io.BytesIO()
+    torch.save(Hostile(f"touch {tmp_path / 'ran'}"), code)
+
+    def put_at_the_end(metadata):
+        stored = next(iter(metadata.storage_data.values()))
+        with (folder / stored.relative_path).open("ab") as file:
+            stored.offset, stored.length = file.tell(), len(code.getvalue())
+            file.write(code.getvalue())
+        return metadata
+
+    checkpoint = tampered(done, tmp_path, put_at_the_end)
+    with pytest.raises(InputError, match=r"is refused, its shards are .* hold more than numbers \(UnpicklingError\)"):
+        exported(checkpoint, tmp_path / "to")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_weights_alone_is_exported_once_it_is_named(done, tmp_path):
+    run = shutil.copytree(
+        done / "lora" / "alone", tmp_path / "run", ignore=shutil.ignore_patterns("*_4", "optimizer*")
+    )
+    for name in ("trainer_state.json", "checkpoint-2/scheduler.pt", "checkpoint-4/scheduler.pt"):
+        (run / name).unlink()
+    for step in (2, 4):
+        (run / f"checkpoint-{step}" / COMPLETE).unlink()
+        mark_complete(run / f"checkpoint-{step}", step=step, ranks=1, identity={})
+    with pytest.raises(InputError, match=r"name a checkpoint-N that holds weights alone"):
+        exported(run, tmp_path / "to")
+    exported(run / "checkpoint-2", tmp_path / "to")
+    ours, theirs = (load_file(folder / LORA_FILE) for folder in (tmp_path / "to", run / "checkpoint-2"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("to", ["lora", "comfyui", "merged"])

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "hf_qie"
 LAYERS = (
     "settings arguments recipe launcher family fetch records rows images prompts encoder latents embeddings cards "
     "public publish prepare estimate batches chunks unfinished extract foreign convert mix pictures loader collate "
-    "flow losses noise_chart watch evaluation fsdp model footprint objective checkpoints trainer recorded train "
-    "shards trained formats model_card export survey sheet verify check shapes tiny"
+    "flow losses noise_chart loss_chart watch evaluation fsdp model footprint objective checkpoints trainer recorded "
+    "train shards trained formats model_card export sampling survey sheet verify check shapes tiny_vae tiny demo"
 ).split()
 
 

@@ -258,12 +258,16 @@ def test_what_people_wrote_on_the_card_is_kept(pushed, run, root, tmp_path):
     with Hub(tmp_path / "hub") as hub:
         card = hub.read("org/lora", "README.md", kind="models").decode()
         ours = card.replace("<!-- hf_qie: what", "My words.\n\n<!-- hf_qie: what") + "\n## Mine\n"
+        ours = ours.replace("tags:\n", "tags:\n- mine\n").replace("\n---\n\n", "\ndatasets:\n- org/edits\n---\n\n", 1)
         hub.write("org/lora", "README.md", ours.encode(), kind="models")
         to = ["--output", tmp_path / "to", "--push_to_hub", "org/lora", "--dtype", "float32"]
         done = script(hub, tmp_path / "home", root / "hf_qie" / "export.py", run, *to, cwd=root)
         assert done.returncode == 0, done.stderr
         assert f"pushed: {hub.url}/org/lora" in done.stderr
-        assert hub.read("org/lora", "README.md", kind="models").decode() == ours
+        renewed = hub.read("org/lora", "README.md", kind="models").decode()
+    (_, was, words), (_, data, text) = ours.split("---\n", 2), renewed.split("---\n", 2)
+    assert text == words
+    assert yaml.safe_load(data) == yaml.safe_load(was)
 
 
 def test_a_push_that_cannot_succeed_fails_before_anything_is_written(pushed, run, root, tmp_path):
@@ -290,6 +294,37 @@ def test_a_run_that_left_no_record_is_exported_with_a_card_of_what_is_known(run,
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == ["Use", "Training", "Losses", "Recipe", "Licence"]
     assert "- 4 steps\n- these weights are bfloat16\n" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "said", "unsaid"),
+    [
+        (
+            "edit",
+            "pipe = QwenImageEditPipeline.from_pretrained(|    image=source,|pipeline_tag: image-to-image",
+            "VAE_IMAGE",
+        ),
+        (
+            "text_to_image",
+            'QwenImagePipeline|    prompt="A red boat on a lake",|pipeline_tag: text-to-image',
+            "load_image",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_code_on_the_card_is_for_the_bases_own_pipeline(run, tiny, tmp_path, base, said, unsaid, kind):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    recipe = (copy / "recipe.yaml").read_text().replace("org/base", str(tiny(base)), 1)
+    (copy / "recipe.yaml").write_text(recipe.replace("source_sample_size: 64", "source_sample_size: null"))
+    export.main([str(copy), "--to", kind])
+    text = (copy / "export" / kind / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        compile(code, "card", "exec")
+    assert all(part in text for part in said.split("|"))
+    assert unsaid not in text
+    assert ("QwenImageTransformer2DModel" in text) == (kind == "merged")
 
 
 def test_of_a_run_that_ended_with_its_best_step_the_card_is_that_steps(run, tiny, tmp_path):

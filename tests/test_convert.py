@@ -115,6 +115,10 @@ def test_a_set_comes_back_bit_for_bit_but_for_its_latents(extracted, converted, 
     assert back.features == first.features
     names = [name for name in first.column_names if name not in LATENTS]
     assert {"image_embeds", "text_embeds_drop", "target_grid", "source_grids"} < set(names)
+    if task == "text_to_image":  # one file for all rows, whose states were computed in batches of several lengths
+        names.remove("text_embeds_drop")
+        for one, other in zip(first["text_embeds_drop"], back["text_embeds_drop"], strict=True):
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-3, rtol=2e-3)  # of float16
     assert back.select_columns(names)[:] == first.select_columns(names)[:]
     for name in set(LATENTS) & set(back.column_names):
         assert back.data.column(name).null_count == len(back)

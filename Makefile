@@ -19,12 +19,8 @@ $(INSTALLED): setup.py constraints.txt
 
 install: $(INSTALLED)  ## make the environment with everything that tests and style need
 
-demo: $(INSTALLED)  ## run both scripts on synthetic edits with a tiny checkpoint
-	$(BIN)/python hf_qie/tiny.py --model outputs/demo/model --data outputs/demo/data --rows 64
-	$(BIN)/accelerate launch hf_qie/extract.py recipes/demo.yaml
-	$(BIN)/accelerate launch hf_qie/train.py recipes/demo.yaml
-	@echo "outputs/demo: model/ (tiny checkpoint), data/ (synthetic edits), embeddings/ (one set a task),"
-	@echo "  run/ (checkpoints, pytorch_lora_weights.safetensors for diffusers' load_lora_weights)"
+demo: $(INSTALLED)  ## teach a tiny model to edit, and draw what it learned: outputs/demo/edits.png, in some minutes
+	$(BIN)/python hf_qie/demo.py recipes/demo.yaml
 
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2

@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["hf_qie"],
+    package_data={"hf_qie": ["tiny_vae.safetensors"]},
     # Each floor is the oldest release that has what we call; the set we test is in constraints.txt.
     install_requires=[
         "torch>=2.8",  # FSDP2's and distributed checkpoint's present names

@@ -57,11 +57,14 @@ class PictureGrid(TrainerCallback):
     seed. `<output_dir>/pictures.png` is the grid, `pictures/step-000100/<task>-<row>.png` are the single ones.
     """
 
-    def __init__(self, trainer: Trainer, vae: LatentEncoder | None):
-        """`trainer` is an EditTrainer with held-out rows; the first rank needs the `vae`."""
-        self.trainer, self.vae = trainer, vae
+    def __init__(self, trainer: Trainer):
+        """`trainer` is an EditTrainer with held-out rows; where it has no VAE, the first rank loads one to decode."""
+        self.trainer, self.vae, recipe = trainer, trainer.encoder, trainer.recipe
+        if self.vae is None and trainer.is_world_process_zero():
+            where = {"revision": recipe.revision, "dtype": getattr(torch, recipe.extract.dtype)}
+            self.vae = LatentEncoder(recipe.model, **where, device=trainer.args.device)
         self.held_out: HeldOut = trainer.eval_dataset
-        self.settings, self.seed = trainer.recipe.sampling, trainer.recipe.seed
+        self.settings, self.seed = recipe.sampling, recipe.seed
         self.numbers = spread(self.held_out, self.settings.rows)
         self.folder = Path(trainer.args.output_dir, FOLDER)
         self.rows: list[GridRow] = []

@@ -10,6 +10,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_qie.embeddings import UNKNOWN
 from hf_qie.family import FAMILIES
 from hf_qie.settings import write_yaml
 
@@ -73,6 +74,9 @@ the edit undone, from target to source, and null where a row has no inverse.
 {{ names }}:
 
 - model `{{ made.model }}`{% if made.revision %}, revision `{{ made.revision }}`{% endif %}
+{%- if made.unknown %}
+- the states were computed by others, in .pt files; not known of them: {{ made.unknown }}
+{%- endif %}
 - computed in {{ made.dtype }} on {{ made.device }}, stored as float16
 - pixels of a source: {{ made.vlm_area_px | n }} for the prompt encoder, {{ made.vae_area_px | n }} for the VAE
 {%- if made.vae_area_px not in stock_areas_px %}; the stock pipeline
@@ -133,10 +137,22 @@ def dataset_card(
         configs[name] = configs.get(name, default) | {"data_files": [{"split": "train", "path": pattern}]}
     configs.to_dataset_card_data(data)
     DatasetInfosDict(infos).to_dataset_card_data(data)
-    before, _, rest = (card.text if card else "").partition(BEGIN)
+    text = renewed(card.text if card else "", card_body(repo, data, provenances))
+    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def renewed(text: str, body: str) -> str:
+    """A card's text with `body` between the marks; what people wrote around them is kept."""
+    before, _, rest = text.partition(BEGIN)
     words = f"{before.strip()}\n\n" if before.strip() else ""
-    body = BEGIN + card_body(repo, data, provenances) + END
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{words}{body}{rest.partition(END)[2]}")
+    return f"{words}{BEGIN}{body}{END}{rest.partition(END)[2]}"
+
+
+def rendered(template: str, **values: Any) -> str:
+    """The template with these values; one that it names and nobody gave is an error."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["n"] = lambda value: value if value == UNKNOWN else f"{value:,}"
+    return environment.from_string(template).render(values)
 
 
 def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mapping[str, Any]]) -> str:
@@ -153,9 +169,8 @@ def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mappin
     default = MetadataConfigs.from_dataset_card_data(data).get_default_config_name()
     first = default if default in configs else next(iter(configs))
     text = next(column for column in infos[first].features if column.startswith("text_embeds_"))
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["n"] = "{:,}".format
-    return environment.from_string(TEMPLATE).render(
+    return rendered(
+        TEMPLATE,
         repo=repo,
         rows=sum(config["counts"]["rows_out"] for config in configs.values()),
         configs=configs,
@@ -198,7 +213,7 @@ def meaning_of(name: str) -> str:
 def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """With what a set was made."""
     compat, record = provenance["compat"], provenance["record"]
-    named = ("vlm_area_px", "vae_area_px", "resampling", "drop_caption", "templates")
+    named = ("vlm_area_px", "vae_area_px", "resampling", "drop_caption")
     return {
         "model": record["model"],
         "revision": record["revision"],
@@ -206,5 +221,7 @@ def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "versions": ", ".join(f"{library} {version}" for library, version in record["versions"].items()),
         "dtype": record["dtype"],
         "target_area_px": record["recipe"]["extract"]["image_sample_size"] ** 2,
+        "templates": {} if compat["templates"] == UNKNOWN else compat["templates"],
+        "unknown": ", ".join(field for field, value in compat.items() if value == UNKNOWN),
         **{name: compat[name] for name in named},
     }

@@ -16,6 +16,7 @@ import functools
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     """Encode random rows of every finished set again; raises InputError where one differs by more than rounding."""
     import torch
 
-    from hf_qie.embeddings import PROVENANCE, check_compat, checkpoint_compat, read_provenance
+    from hf_qie.embeddings import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
     from hf_qie.verify import Official, beyond, bound, table_of, verify_set
 
     if num_rows < 1:
@@ -132,9 +133,12 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     )
     checkpoint, problems = checkpoint_compat(recipe.model, revision=recipe.revision, family=family), []
     for name in finished:
-        plan, provenance = plans[name], read_provenance(sets[name])
+        provenance = read_provenance(sets[name])
+        latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
+        plan = replace(plans[name], extract=replace(plans[name].extract, latents=latents))
         sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
         check_compat({name: provenance}, checkpoint | sizes, model=recipe.model)
+        say("\n".join(unverified({name: provenance})))
         dtype = getattr(torch, provenance["record"]["dtype"])
         checked, differences = verify_set(plan, sets[name], load(dtype), num_rows=num_rows, seed=recipe.seed)
         say(f"{name}: {checked:,} rows against {family.pipeline} in {provenance['record']['dtype']}")

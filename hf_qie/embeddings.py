@@ -26,6 +26,7 @@ from hf_qie.records import HUB_ID
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 64
 PROVENANCE = "provenance.json"
+UNKNOWN = "unknown"  # of a field of `compat` in a set that others made: compared with nothing
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # 1 MB of a weight file at fixed offsets: 16 GB take seconds, not minutes
 
 
@@ -233,12 +234,12 @@ def fingerprint(compat: Mapping[str, Any]) -> str:
 
 
 def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mapping[str, Any], *, model: str) -> None:
-    """Raise InputError naming the fields in which a set differs from the checkpoint or from the first task's set.
+    """Raise InputError naming the fields in which a set differs from the checkpoint or from the set of a task before.
 
-    `checkpoint` is `checkpoint_compat` of the model that trains.
+    `checkpoint` is `checkpoint_compat` of the model that trains. What a set does not know is not compared: see
+    `unverified`.
     """
-    first = next(iter(provenances))
-    fellows = {f"the checkpoint {model}": checkpoint, f"the set of task {first}": provenances[first]["compat"]}
+    fellows = {f"the checkpoint {model}": checkpoint}
     for task, provenance in provenances.items():
         for fellow, compat in fellows.items():
             if differing := differences(provenance["compat"], compat):
@@ -246,12 +247,28 @@ def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mappi
                     f"tasks.{task}: its embedding set does not fit {fellow}: {', '.join(differing)} differ; "
                     f"it was made from {provenance['record']['model']}. Extract it again, or train without it"
                 )
+        fellows[f"the set of task {task}"] = provenance["compat"]
+
+
+def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning for each task whose set does not know all that `check_compat` compares, as others computed it."""
+    warnings = []
+    for task, provenance in provenances.items():
+        if unknown := [field for field, value in provenance["compat"].items() if value == UNKNOWN]:
+            warnings.append(
+                f"tasks.{task}: its states were computed by others; {', '.join(unknown)} are unknown, so nobody can "
+                "say that they are those of this checkpoint's pipeline: compare with check.py --verify, or extract "
+                "them again"
+            )
+    return warnings
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Fields of `other` that differ in `one`; of file digests those that both know, as weights may not be at hand."""
     found = []
     for field, value in other.items():
+        if UNKNOWN in (one.get(field), value):
+            continue
         if isinstance(mine := one.get(field), Mapping) and field in ("encoder", "processor", "vae"):
             found += [f"{field} ({name})" for name in sorted(mine.keys() & value.keys()) if mine[name] != value[name]]
         elif mine != value:

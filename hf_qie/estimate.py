@@ -214,9 +214,12 @@ def check_space(num_bytes: Mapping[str, int], output_dir: Path) -> str:
             wanted += max(0, size - sum(chunk.stat().st_size for chunk in (output_dir / name).glob("*.arrow")))
     folder = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
-    words = (
-        f"{output_dir}: about {wanted:,} bytes to write ({wanted / 1e9:,.1f} GB), {free:,} free ({free / 1e9:,.1f} GB)"
-    )
+    words = f"{output_dir}: about {wanted:,} bytes to write ({rounded(wanted)}), {free:,} free ({rounded(free)})"
     if wanted > free:
         raise InputError(f"extract.output_dir: {words}; make room, or name a folder on a larger disk")
     return words
+
+
+def rounded(num_bytes: int) -> str:
+    """Bytes as GB, or as MB where GB would round to nothing."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -116,7 +116,7 @@ def make_set(
     from accelerate.logging import get_logger
 
     from hf_qie.embeddings import PROVENANCE
-    from hf_qie.unfinished import finish, is_done, open_folder, request_of
+    from hf_qie.unfinished import finish, is_done, open_folder, record_of, request_of
 
     request = request_of(plan, compat, recipe)
     if state.is_main_process:
@@ -130,7 +130,8 @@ def make_set(
         write_chunks(plan, models(), folder, recipe=recipe, rank=state.process_index)
         state.wait_for_everyone()
         if state.is_main_process and is_done(plan, folder):
-            finish(plan, folder, recipe=recipe, request=request, models=models())
+            made = {"features": plan.features(models().encoder.width), "record": record_of(recipe, models())}
+            finish(plan, folder, recipe=recipe, request=request, **made)
         state.wait_for_everyone()
 
 

@@ -139,12 +139,8 @@ def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor
     """Read, resize and tokenize one row; raises BadRow."""
     names = plan.task.columns
     images = read_pictures(row, pictures, names)
-    *sources, target = files_of(row)
-    wanted = [("", sources, target, names.captions)]
-    if plan.extract.inverse and has_inverse(row, plan.task):
-        wanted.append(("inverse_", [target], sources[0], names.inverse_captions))
     directions, resized = [], {}
-    for prefix, shown, edited, captions in wanted:
+    for prefix, shown, edited, captions in ways(row, plan):
         sized = [(file, area_size(images[file].size, plan.source_area_px)) for file in shown]
         sized_target = (edited, area_size(images[edited].size, plan.target_area_px))
         texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
@@ -154,9 +150,23 @@ def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor
         directions.append(direction)
         if plan.extract.latents and (not prefix or plan.inverse_latents):
             resized |= {(file, size): resize(images[file], size) for file, size in (*sized, sized_target)}
+    return Prepared(columns=words_of(row, names), directions=directions, resized=resized)
+
+
+def ways(row: Mapping[str, Any], plan: Plan) -> list[tuple[str, list[File], File, tuple[str, ...]]]:
+    """Prefix of columns, sources, target and caption columns of each direction in which a row goes."""
+    *sources, target = files_of(row)
+    found = [("", sources, target, plan.task.columns.captions)]
+    if plan.extract.inverse and has_inverse(row, plan.task):
+        found.append(("inverse_", [target], sources[0], plan.task.columns.inverse_captions))
+    return found
+
+
+def words_of(row: Mapping[str, Any], names: Columns) -> dict[str, Any]:
+    """The columns of a set that need neither picture nor model."""
     columns = {"row": row["row"], "source_image": row["sources"], "target_image": row["target"]}
-    columns |= {caption: row["texts"][caption] for caption in names.captions} | {"num_sources": len(row["sources"])}
-    return Prepared(columns=columns, directions=directions, resized=resized)
+    columns |= {caption: row["texts"][caption] for caption in names.captions}
+    return columns | {"num_sources": len(row["sources"])}
 
 
 def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) -> dict[File, Image.Image]:

@@ -57,31 +57,32 @@ def open_repo(extract: Extract) -> None:
         )
 
 
-def check_license(name: str) -> None:
+def check_license(name: str, *, at: str = "extract.license") -> None:
     """Raise InputError for a licence that the Hub does not know."""
     try:
         DatasetCard(f"---\nlicense: {name}\n---\n").validate()
     except ValueError as error:
         raise InputError(
-            f"extract.license: the Hub does not take {name!r}; give an identifier of "
+            f"{at}: the Hub does not take {name!r}; give an identifier of "
             "https://hf.co/docs/hub/repositories-licenses, `other` for one of your own"
         ) from error
 
 
 @contextmanager
-def hub_errors(repo: str) -> Iterator[None]:
-    """Raise what goes wrong between this machine and the Hub as InputError."""
+def hub_errors(
+    repo: str, *, at: str = "extract.push_to_hub", remedy: str = "start again: a push goes on where it stopped"
+) -> Iterator[None]:
+    """Raise what goes wrong between this machine and the Hub as InputError, at an address and with a remedy."""
     try:
         yield
     except HFValidationError as error:
-        raise InputError(f"extract.push_to_hub: {error}") from error
+        raise InputError(f"{at}: {error}") from error
     except (HTTPError, ConnectionError, RuntimeError) as error:
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error  # of an upload
         denied = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403, 404)
         login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", str(cause))  # addresses of uploads are signed in their query
-        remedy = login if denied else "start again: a push goes on where it stopped"
-        raise InputError(f"extract.push_to_hub: {repo}: {text}\n{remedy}") from error
+        raise InputError(f"{at}: {repo}: {text}\n{login if denied else remedy}") from error
 
 
 def push_sets(folders: Mapping[str, Path], *, tasks: Mapping[str, Task], extract: Extract) -> str:

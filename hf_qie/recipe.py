@@ -186,8 +186,8 @@ class Recipe:
 # Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
 LATER = {
     "training.deepspeed": "DeepSpeed",
-    "training.push_to_hub": "pushing from training",
-    "training.hub_*": "pushing from training",
+    "training.push_to_hub": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
+    "training.hub_*": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
 }
 
 

@@ -57,6 +57,7 @@ def open_data(task: Task, digest: Any) -> "tuple[Iterator[Line], Table | None]":
 def data_files(task: Task) -> tuple[str, list[Path]]:
     """The kind of the files that `data` names, and the files, globs in sorted order; raises InputError."""
     at, files = f"tasks.{task.name}.data", []
+    refuse_split(task, "files have no splits; name those of one split under data")
     for pattern in task.data:
         # as it stands first: a name may have brackets
         names = [pattern] if os.path.exists(pattern) else sorted(glob(pattern, recursive=True))
@@ -208,6 +209,8 @@ def saved_table(task: Task, digest: Any) -> Table:
         if task.split not in data:
             raise InputError(f"tasks.{task.name}.split: {folder} has no {task.split}; there are {', '.join(data)}")
         data = data[task.split]
+    else:
+        refuse_split(task, f"{folder} holds one dataset without splits")
     take_in([Path(file["filename"]) for file in data.cache_files], digest)
     parts = [(str(folder), task.image_root or str(folder.parent), len(data))]
     return Table(dataset=data.with_format("arrow"), parts=parts, columns=task.columns)
@@ -228,6 +231,12 @@ def hub_table(task: Task, digest: Any) -> Table:
     digest.update(builder.hash.encode())  # the commit
     parts = [(task.data[0], task.image_root or ".", len(data))]
     return Table(dataset=data.with_format("arrow"), parts=parts, columns=task.columns)
+
+
+def refuse_split(task: Task, why: str) -> None:
+    """Raise InputError for a split that would be passed over in silence."""
+    if task.split != type(task).split:
+        raise InputError(f"tasks.{task.name}.split: {task.split}: {why}, and leave split out")
 
 
 def take_in(files: list[Path], digest: Any) -> None:

@@ -261,22 +261,25 @@ class Sampler:
 
 def find_weights(checkpoint: Path) -> Path:
     """A LoRA file, or the folder of a whole transformer, by what `--checkpoint` may be; raises InputError."""
-    from hf_qie.checkpoints import last_checkpoint
-    from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
+    from accelerate import PartialState
 
+    from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
+    from hf_qie.trained import find_trained
+
+    PartialState()  # without it, what finds checkpoints cannot log
     if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
         return checkpoint
+    if (checkpoint / "recipe.yaml").is_file():  # a run, which may have ended, been stopped, or gone on since
+        checkpoint = find_trained(checkpoint).folder
     if (checkpoint / LORA_FILE).is_file():
         return checkpoint / LORA_FILE
     for folder in (checkpoint / TRANSFORMER_FOLDER, checkpoint):
         if (folder / "config.json").is_file():
             return folder
-    if last := last_checkpoint(checkpoint):  # of a run that did not come to its end
-        return find_weights(last)
     raise InputError(
-        f"--checkpoint: {checkpoint} has no {LORA_FILE}, no folder {TRANSFORMER_FOLDER}/ and no whole checkpoint with "
-        "one of these (sharded ones of full fine-tuning have to be exported first); train first, name what was "
-        f"trained, or `{BASE}` for the model before training"
+        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/ (what is sharded becomes "
+        f"one by python hf_qie/export.py {checkpoint}); train first, name what was trained, or `{BASE}` for the model "
+        "before training"
     )
 
 

@@ -6,10 +6,11 @@ A picture is drawn from a `Scene`; an edit is two scenes, and its instruction is
 import json
 import math
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 # English -> Chinese, and what is drawn
 COLOURS = {
@@ -32,6 +33,7 @@ SHAPES = {  # corners as steps of one radius from the middle; the circle has non
     "triangle": ("三角形", ((0, -1), (1, 1), (-1, 1))),
     "diamond": ("菱形", ((0, -1), (1, 0), (0, 1), (-1, 0))),
 }
+PALETTE = GROUNDS | COLOURS
 CORNERS = {  # the middle of a thing, as shares of width and height
     "top left": ("左上角", (0.27, 0.27)),
     "top right": ("右上角", (0.73, 0.27)),
@@ -50,6 +52,7 @@ class Thing:
     shape: str
     colour: str
     corner: str
+    radius: float = 0.18  # of the shorter side
 
     def named(self) -> Words:
         """As in "red circle"."""
@@ -70,6 +73,7 @@ class Scene:
     below: str
     things: tuple[Thing, ...]
     size_px: tuple[int, int]  # width, height
+    negative: bool = False  # every colour turned into its opposite
 
     def ground(self) -> Words:
         """As in "a white background"."""
@@ -98,19 +102,19 @@ def random_scene(rng: random.Random, num_things: int, size_px: int) -> Scene:
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB."""
     width, height = scene.size_px
-    image = Image.new("RGB", scene.size_px, GROUNDS[scene.above][1])
+    image = Image.new("RGB", scene.size_px, PALETTE[scene.above][1])
     pen = ImageDraw.Draw(image)
-    pen.rectangle((0, height // 2, width, height), fill=GROUNDS[scene.below][1])
-    radius = 0.18 * min(width, height)
+    pen.rectangle((0, height // 2, width, height), fill=PALETTE[scene.below][1])
     for thing in scene.things:
+        radius = thing.radius * min(width, height)
         right, down = CORNERS[thing.corner][1]
         x, y = right * width, down * height
-        fill, corners = COLOURS[thing.colour][1], SHAPES[thing.shape][1]
+        fill, corners = PALETTE[thing.colour][1], SHAPES[thing.shape][1]
         if corners:
             pen.polygon([(x + dx * radius, y + dy * radius) for dx, dy in corners], fill=fill)
         else:
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    return image
+    return ImageOps.invert(image) if scene.negative else image
 
 
 def describe(before: Scene, after: Scene) -> Words:
@@ -188,18 +192,64 @@ def description(rng: random.Random, number: int, size_px: int) -> Edit:
     return Edit(sources=(), target=scene, words=words)
 
 
+def large_shape(rng: random.Random, size_px: int) -> Scene:
+    """A square picture of one large shape on a plain ground, for edits that leave little as it was."""
+    colour = rng.choice(list(COLOURS))
+    ground = rng.choice([name for name in PALETTE if name != colour])
+    thing = Thing(
+        shape=rng.choice(list(SHAPES)), colour=colour, corner=rng.choice(list(CORNERS)), radius=rng.uniform(0.2, 0.27)
+    )
+    return Scene(above=ground, below=ground, things=(thing,), size_px=(size_px, size_px))
+
+
+def repaint(rng: random.Random, number: int, size_px: int) -> Edit:
+    """One source: its ground and its shape get another colour, in turn."""
+    before = large_shape(rng, size_px)
+    (thing,) = before.things
+    ground = number % 2 == 0
+    old = before.above if ground else thing.colour
+    new = rng.choice([name for name in PALETTE if name not in (before.above, thing.colour)])
+    changed = {"above": new, "below": new} if ground else {"things": (replace(thing, colour=new),)}
+    what, what_cn = ("background", "背景") if ground else (thing.shape, SHAPES[thing.shape][0])
+    words = {
+        "instruction": f"Make the {what} {new}.",
+        "instruction_cn": f"把{what_cn}变成{PALETTE[new][0]}。",
+        "inverse_instruction": f"Make the {what} {old}.",
+        "inverse_instruction_cn": f"把{what_cn}变成{PALETTE[old][0]}。",
+    }
+    return Edit(sources=(before,), target=replace(before, **changed), words=words)
+
+
+def negative(rng: random.Random, number: int, size_px: int) -> Edit:
+    """One source: every colour is turned into its opposite, which undoes itself."""
+    before = large_shape(rng, size_px)
+    english, chinese = "Turn the picture into its negative.", "把图片变成负片。"
+    names = ("instruction", "instruction_cn", "inverse_instruction", "inverse_instruction_cn")
+    words = dict(zip(names, (english, chinese) * 2, strict=True))
+    return Edit(sources=(before,), target=replace(before, negative=True), words=words)
+
+
 TASKS = {"edit": single_edit, "combine": combination, "text_to_image": description}
+LESSONS = {"repaint": repaint, "negative": negative}  # what a tiny model learns in minutes
+LESSON_PX = 64  # side
 
 
-def synthetic_edits(folder: Path, *, rows: int, seed: int = 0, size_px: int = 128) -> dict[str, Path]:
-    """Write `<task>.jsonl` of `rows` rows for each of `TASKS`, with PNG pictures; return the path of each file.
+def synthetic_edits(
+    folder: Path,
+    *,
+    rows: int,
+    seed: int = 0,
+    size_px: int = 128,
+    tasks: Mapping[str, Callable[[random.Random, int, int], Edit]] = TASKS,
+) -> dict[str, Path]:
+    """Write `<task>.jsonl` of `rows` rows for each of `tasks`, with PNG pictures; return the path of each file.
 
     Paths in the files are relative to `folder`. Pictures have about the area of a square of side `size_px`. Row i
     depends on seed, task, i and `size_px` alone, so that a longer file begins with the shorter one.
     """
-    files = {task: folder / f"{task}.jsonl" for task in TASKS}
+    files = {task: folder / f"{task}.jsonl" for task in tasks}
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for task, make in TASKS.items():
+    for task, make in tasks.items():
         lines = []
         for number in range(rows):
             edit = make(random.Random(f"{seed} {task} {number}"), number, size_px)

@@ -2,7 +2,8 @@
 
     python hf_qie/tiny.py --model outputs/tiny --kind edit_plus --data outputs/shapes --rows 64
 
-The checkpoint loads in the official diffusers pipeline of its kind; `--data` writes synthetic edits to go with it.
+The checkpoint loads in the official diffusers pipeline of its kind; `--data` writes synthetic edits to go with it. Its
+VAE is trained (hf_qie/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
 """
 
 import argparse
@@ -11,13 +12,10 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -38,7 +36,8 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
-from hf_qie.shapes import COLOURS, CORNERS, GROUNDS, SHAPES, TASKS, draw, random_scene, synthetic_edits
+from hf_qie.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
+from hf_qie.tiny_vae import tiny_vae
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,7 @@ KINDS = {
     "edit_plus_2511": QwenImageEditPlusPipeline,  # the same with zero_cond_t
     "edit": QwenImageEditPipeline,
     "text_to_image": QwenImagePipeline,
+    "learner": QwenImageEditPlusPipeline,  # learns in minutes: few picture tokens, plain weights in its transformer
 }
 # in the order of their ids in Qwen2.5-VL
 SPECIAL_TOKENS = [
@@ -61,10 +61,10 @@ def _texts() -> Iterator[str]:
     yield prompt_templates.QWENIMAGE_PROMPT_TEMPLATE
     yield prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE
     yield prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE
-    for make in TASKS.values():
+    for make in (TASKS | LESSONS).values():
         yield from (make(random.Random(i), i, 64).words["instruction"] for i in range(100))
     # words, not sentences: Chinese has no spaces, so that a whole sentence would become one token
-    yield from (chinese for table in (COLOURS, GROUNDS, SHAPES, CORNERS) for chinese, _ in table.values())
+    yield from (chinese for table in (PALETTE, SHAPES, CORNERS) for chinese, _ in table.values())
 
 
 def _tokenizer() -> Qwen2Tokenizer:
@@ -91,8 +91,8 @@ def _tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
-    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 128 * 128}
+def _processor(tokenizer: Qwen2Tokenizer, *, max_picture_tokens: int = 128 * 128) -> Qwen2VLProcessor:
+    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * max_picture_tokens}
     return Qwen2VLProcessor(Qwen2VLImageProcessor(**pixels), tokenizer, Qwen2VLVideoProcessor(**pixels))
 
 
@@ -148,22 +148,6 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
 
 
 @torch.no_grad()
-def _vae() -> AutoencoderKLQwenImage:
-    """The VAE, its latents scaled so that over synthetic pictures they have the mean and std that its config names."""
-    vae = AutoencoderKLQwenImage(base_dim=8).eval()
-    scenes = [random_scene(random.Random(i), 2, 64) for i in range(16)]
-    scenes = [replace(scene, size_px=(64, 64)) for scene in scenes]
-    pixels = torch.stack([torch.from_numpy(np.array(draw(scene))) for scene in scenes]).permute(0, 3, 1, 2)
-    modes = vae.encode(pixels[:, :, None] / 127.5 - 1).latent_dist.mode()  # [B, 16, 1, 8, 8]
-    mean, std = modes.mean(dim=(0, 2, 3, 4)), modes.std(dim=(0, 2, 3, 4))
-    scale = torch.tensor(vae.config.latents_std) / std
-    last, channels = vae.quant_conv, vae.config.z_dim
-    last.weight[:channels] *= scale[:, None, None, None, None]
-    last.bias[:channels] = (last.bias[:channels] - mean) * scale + torch.tensor(vae.config.latents_mean)
-    return vae
-
-
-@torch.no_grad()
 def _transformer(*, zero_cond_t: bool) -> QwenImageTransformer2DModel:
     """Qwen-Image's transformer; sharp attention, so that one prompt token or one source shows among all the others."""
     model = QwenImageTransformer2DModel(
@@ -179,6 +163,13 @@ def _transformer(*, zero_cond_t: bool) -> QwenImageTransformer2DModel:
         if ".attn.norm_" in name:  # of queries and keys
             parameter *= 3
     return model.eval()
+
+
+def _learner() -> QwenImageTransformer2DModel:
+    """A transformer with the weights that its layers start with, as wide as two cores can train in minutes."""
+    return QwenImageTransformer2DModel(
+        num_layers=4, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=96, axes_dims_rope=(8, 12, 12)
+    ).eval()
 
 
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -197,7 +188,7 @@ def _scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> Path:
-    """Write a checkpoint of one of `KINDS` in diffusers layout, random but for its vocabulary; return `folder`.
+    """Write a checkpoint of one of `KINDS` in diffusers layout, all random but vocabulary and VAE; return `folder`.
 
     Prompt states are 96 wide, latents have 16 channels at 1/8 of the side. The same seed gives the same bytes.
     """
@@ -206,12 +197,14 @@ def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> 
         tokenizer = _tokenizer()
         parts = {
             "scheduler": _scheduler(),
-            "vae": _vae(),
+            "vae": tiny_vae(),
             "text_encoder": _text_encoder(tokenizer),
             "tokenizer": tokenizer,
-            "transformer": _transformer(zero_cond_t=kind == "edit_plus_2511"),
+            "transformer": _learner() if kind == "learner" else _transformer(zero_cond_t=kind == "edit_plus_2511"),
         }
-    if kind != "text_to_image":
+    if kind == "learner":
+        parts["processor"] = _processor(tokenizer, max_picture_tokens=16)
+    elif kind != "text_to_image":
         parts["processor"] = _processor(tokenizer)
     KINDS[kind](**parts).save_pretrained(folder)
     return folder
@@ -229,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model:
         logger.info("%s checkpoint: %s", args.kind, tiny_checkpoint(args.model, kind=args.kind))
     if args.data:
-        for task, path in synthetic_edits(args.data, rows=args.rows).items():
+        what = {"tasks": LESSONS, "size_px": LESSON_PX} if args.kind == "learner" else {}
+        for task, path in synthetic_edits(args.data, rows=args.rows, **what).items():
             logger.info("%d rows of %s: %s", args.rows, task, path)
 
 

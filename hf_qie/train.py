@@ -8,6 +8,7 @@ training.output_dir as pytorch_lora_weights.safetensors, or as the folder transf
 recipe. Started again, it goes on from the last checkpoint that is whole.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -46,7 +47,7 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
     Raises InputError where one is missing or does not fit.
     """
-    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings
+    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings, unverified
     from hf_qie.family import read_family
 
     opened = {
@@ -56,7 +57,11 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     }
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
-    check_compat({name: provenance for name, (_, provenance) in opened.items()}, checkpoint, model=recipe.model)
+    provenances = {name: provenance for name, (_, provenance) in opened.items()}
+    check_compat(provenances, checkpoint, model=recipe.model)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in unverified(provenances):
+            logging.getLogger("hf_qie.train").warning(warning)
     from hf_qie.pictures import has_latents, made_from, with_files  # seconds, so it waits until all sets are there
 
     sets = {}
@@ -69,12 +74,20 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    from hf_qie.loss_chart import loss_chart
+    from hf_qie.recorded import STATE, write_record
+
     trainer, checkpoint = build_trainer(recipe, sets)
     log_start(trainer, checkpoint)
     if trainer.args.should_save:
         save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+        write_record(trainer.args.output_dir, trainer.record)
+        Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
+    if trainer.args.should_save:
+        loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
+    trainer.save_state()  # last of all: says that it has ended
     return trainer
 
 
@@ -86,6 +99,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from hf_qie.callbacks import PictureGrid
     from hf_qie.checkpoints import check_identity, last_checkpoint
     from hf_qie.evaluation import HeldOut, held_out_part, training_part
     from hf_qie.family import read_config
@@ -97,7 +111,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)
-    draws = plan_draws(recipe, trained, arguments)
+    draws, record = plan_draws(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
     # one rank looks, so that all go on from the same place
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
@@ -118,19 +132,10 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
     )
+    trainer.record = record
     if recipe.sampling.every:
-        add_pictures(trainer)
+        trainer.add_callback(PictureGrid(trainer))
     return trainer, checkpoint
-
-
-def add_pictures(trainer: "EditTrainer") -> None:
-    """Have pictures made while training; the first rank decodes them."""
-    from hf_qie.callbacks import PictureGrid
-
-    vae = trainer.encoder
-    if vae is None and trainer.is_world_process_zero():
-        vae = load_vae(trainer.recipe, trainer.args.device)
-    trainer.add_callback(PictureGrid(trainer, vae))
 
 
 def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
@@ -223,12 +228,15 @@ def global_batch_size(arguments: "TrainingArguments") -> int:
     return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
-def plan_draws(recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments") -> "Draws":
-    """Every draw of the run; logs what is drawn how often."""
+def plan_draws(
+    recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments"
+) -> tuple["Draws", dict[str, Any]]:
+    """Every draw of the run, and what is put on record of it; logs what is drawn how often."""
     from accelerate.logging import get_logger
 
     from hf_qie.loader import Draws
     from hf_qie.mix import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+    from hf_qie.recorded import run_record
 
     logger = get_logger("hf_qie.train")
     batch = global_batch_size(arguments)
@@ -244,7 +252,7 @@ def plan_draws(recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "Traini
     for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
         logger.warning(warning)
     plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
-    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix)
+    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix), run_record(recipe, arguments, groups, shares)
 
 
 def run_identity(

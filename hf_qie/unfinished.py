@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetInfo
+from datasets import DatasetInfo, Features
 from datasets.config import DATASET_INFO_FILENAME
 
 from hf_qie.chunks import Account, Models
@@ -32,7 +32,8 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe) -> dict[st
     """
     task, settings = plan.task, as_dict(recipe.extract)
     roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
-    compat = dict(compat) | {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
+    sizes = {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
+    compat = dict(compat) | {field: compat.get(field, value) for field, value in sizes.items()}
     request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
     request |= {"columns": as_dict(task.columns)}
     names = ("image_sample_size", "inverse", "latents", "dtype", "chunk_rows")
@@ -123,17 +124,36 @@ def account_path(path: Path) -> Path:
     return path.parent / UNFINISHED / f"{path.stem}.json"
 
 
-def finish(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: Models) -> None:
-    """Make the chunk files a set that `load_from_disk` opens; of launches that come here at once one is enough."""
+def finish(
+    plan: Plan,
+    folder: Path,
+    *,
+    recipe: Recipe,
+    request: Mapping[str, Any],
+    features: Features,
+    record: Mapping[str, Any],
+) -> None:
+    """Make the chunk files a set that `load_from_disk` opens; of launches that come here at once one is enough.
+
+    `record` says what the set was made with, for the reader.
+    """
     try:
-        write_rest(plan, folder, recipe=recipe, request=request, models=models)
+        write_rest(plan, folder, recipe=recipe, request=request, features=features, record=record)
     except FileNotFoundError:
         if not (folder / PROVENANCE).exists():  # else another launch was faster
             raise
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
-def write_rest(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str, Any], models: Models) -> None:
+def write_rest(
+    plan: Plan,
+    folder: Path,
+    *,
+    recipe: Recipe,
+    request: Mapping[str, Any],
+    features: Features,
+    record: Mapping[str, Any],
+) -> None:
     """Write what stands beside the chunk files; `provenance.json`, the last, says that the set is whole."""
     files, total, aside = chunk_files(plan, folder), Account(), writing(folder, recipe)
     for path in files:
@@ -150,14 +170,14 @@ def write_rest(plan: Plan, folder: Path, *, recipe: Recipe, request: Mapping[str
         "_split": "train",
     }
     write_durably(folder / "state.json", json.dumps(state, indent=2))
-    DatasetInfo(features=plan.features(models.encoder.width)).write_to_directory(str(aside), pretty_print=True)
+    DatasetInfo(features=features).write_to_directory(str(aside), pretty_print=True)
     save_recipe(recipe, aside / "recipe.yaml")
     for name in (DATASET_INFO_FILENAME, "recipe.yaml"):
         move_durably(aside / name, folder / name)
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
     write_durably(folder / "bad_rows.jsonl", "".join(lines))
     counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(path.stat().st_size for path in files)}
-    record = {"request": request, "counts": counts} | record_of(recipe, models)
+    record = {"request": request, "counts": counts, **record}
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
     write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
 

@@ -199,7 +199,7 @@ def test_extraction_stops_before_a_model_is_loaded(odd, monkeypatch):
 def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
     check.main([str(extracted)])
-    assert ": about 0 bytes to write" in capsys.readouterr().out
+    assert ": about 0 bytes to write (0.0 MB)" in capsys.readouterr().out
 
 
 def test_without_a_finished_set_there_is_nothing_to_verify(odd):

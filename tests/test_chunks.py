@@ -31,7 +31,7 @@ from hf_qie.images import read_image
 from hf_qie.prepare import Plan, Prepared
 from hf_qie.prompts import Prompt
 from hf_qie.recipe import Recipe, load_recipe
-from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder
+from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, record_of
 
 CAPTIONS = ("instruction", "instruction_cn")
 REQUEST = {"compat": {"format": FORMAT_VERSION}}  # what else a set is made from plays no part here
@@ -54,7 +54,8 @@ class Job:
     def finish(self, models: Models) -> bool:
         """Whether this launch finds all chunks done."""
         if done := is_done(self.plan, self.folder):
-            finish(self.plan, self.folder, recipe=self.recipe, request=REQUEST, models=models)
+            made = {"features": self.plan.features(models.encoder.width), "record": record_of(self.recipe, models)}
+            finish(self.plan, self.folder, recipe=self.recipe, request=REQUEST, **made)
         return done
 
     def run(self, models: Models) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from datasets import load_from_disk
 from PIL import Image
 from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
 
-from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes
+from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, rounded
 from hf_qie.images import BadImage, header_size, read_image
 from hf_qie.latents import grid_of
 from hf_qie.prepare import Pictures, prepare
@@ -132,3 +132,10 @@ def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):
     whole = survey(plans["many"], processor, width=WIDTH, progress=lambda rows: None).num_bytes
     sample = estimate_bytes(plans["many"], processor, width=WIDTH)
     assert sample == pytest.approx(whole, rel=0.01)  # every caption length as often, by turns
+
+
+def test_a_size_is_told_in_a_unit_in_which_it_shows():
+    assert [rounded(size) for size in (0, 17_300_000, 999_900_000, 10**9, 41_200_000_000)] == [
+        *("0.0 MB", "17.3 MB", "999.9 MB"),
+        *("1.0 GB", "41.2 GB"),
+    ]

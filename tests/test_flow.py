@@ -142,3 +142,17 @@ def test_noise_takes_the_place_of_latents_by_sigma_in_float32():
     torch.testing.assert_close(noisy[0], latents[0].float(), rtol=0, atol=0)
     torch.testing.assert_close(noisy[1], 0.75 * latents[1].float() + 0.25 * noise[1], rtol=0, atol=0)
     torch.testing.assert_close(noisy[2], noise[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_mean_of_diffusers_scripts_is_ours_with_the_other_sign(scheduler, scheme):
+    """Their u picks from timesteps that fall, as in train_dreambooth_lora_qwen_image.py; ours is the noise level."""
+    u = compute_density_for_timestep_sampling(
+        scheme, 40_000, logit_mean=0.8, logit_std=1.0, mode_scale=0.9, generator=torch.Generator().manual_seed(0)
+    )
+    theirs = scheduler.timesteps[(u * scheduler.config.num_train_timesteps).long()] / 1000
+    ours = Loss(timestep_sampling=scheme, logit_mean=-0.8, mode_scale=0.9)
+    sigma = sigmas_for(range(10_000), loss=ours, seed=0, global_batch_size=G, mu=None)
+    quantiles = torch.linspace(0.05, 0.95, 7)
+    # three standard errors at the thinnest density, and their grid of a thousandth
+    torch.testing.assert_close(sigma.quantile(quantiles), theirs.quantile(quantiles), atol=0.02, rtol=0)

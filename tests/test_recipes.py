@@ -1,5 +1,7 @@
 """Every recipe and launch file, as far as a machine without a GPU can try them."""
 
+import ast
+import importlib
 import json
 import math
 import os
@@ -173,3 +175,40 @@ def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the
         assert (parsed.main_process_ip, parsed.main_process_port) == ("node17", 29500)
         assert [parsed.training_script, *parsed.training_script_args] == ["hf_qie/train.py", *arguments]
         assert (parsed.use_fsdp, parsed.mixed_precision) == (True, "bf16")
+
+
+def blocks(language: str) -> list[str]:
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme, flags=re.M | re.S)
+
+
+def test_every_command_of_the_readme_names_a_launch_file_a_script_and_a_recipe_that_go_together():
+    """They want GPUs, so none is run; Slurm's own is tried above."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) >= 3
+    runs = {load_recipe(path).training["output_dir"] for path in RECIPES.glob("*.yaml")}
+    for line in lines:
+        program, *words = shlex.split(line)
+        if program == "python":  # of what a recipe left
+            assert (ROOT / words[0]).is_file()
+            assert words[1] in runs
+            continue
+        if program == "sbatch":
+            script, recipe, *overrides = words
+            assert (ROOT / script).is_file()
+        else:
+            assert (program, words[0]) == ("accelerate", "launch")
+            parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[1:]))
+            assert parsed.training_script == "hf_qie/train.py"
+            recipe, *overrides = parsed.training_script_args
+            launch = Path(parsed.config_file).name
+            assert (Path(recipe).name, launch) in {(name, launch) for name, launch, _ in OFFERED}
+        assert load_recipe(ROOT / recipe, overrides).training
+
+
+def test_the_python_of_the_readme_imports_what_is_there():
+    for code in blocks("python"):
+        for node in ast.parse(code).body:
+            if isinstance(node, ast.ImportFrom) and node.module != "torchao.quantization":  # which is optional
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names)

@@ -191,6 +191,18 @@ def test_a_saved_dataset_of_several_splits_gives_the_tasks(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
+def test_a_split_of_data_that_has_none_is_refused(tmp_path, rows, kind):
+    data = Dataset.from_dict({"target_image": ["a.png"]})
+    if kind == "saved":
+        data.save_to_disk(tmp_path / "a.saved")
+    else:
+        {"jsonl": data.to_json, "csv": data.to_csv, "parquet": data.to_parquet}[kind](str(tmp_path / f"a.{kind}"))
+    why = f"{tmp_path}/a.saved holds one dataset without splits" if kind == "saved" else "files have no splits"
+    assert message(task_of(tmp_path / f"a.{kind}", split="test")).startswith(f"tasks.a.split: test: {why}")
+    assert len(read(task_of(tmp_path / f"a.{kind}"))) == 1
+
+
 def test_a_csv_field_may_have_line_breaks_commas_and_quotes(tmp_path):
     text = 'Make it "red",\n\nthen 红.'
     write_csv(tmp_path / "a.csv", [{"source_image": None, "target_image": "a.png", "instruction": text}])

@@ -245,6 +245,7 @@ def test_what_was_trained_moves_the_picture_as_in_the_official_pipeline(runs, ti
 def test_every_way_to_name_what_was_trained_finds_it(runs, tmp_path, kind):
     recipe, run = load_recipe(runs / kind / "recipe.yaml", SMALL), runs / kind / "run"
     shutil.copytree(run / "checkpoint-2", tmp_path / "interrupted" / "checkpoint-2")
+    shutil.copy(run / "recipe.yaml", tmp_path / "interrupted")
     own = run / (LORA_FILE if kind == "lora" else "transformer")
     names = [run, run / "checkpoint-2", own, tmp_path / "interrupted"]
     made = {Sampler(recipe, checkpoint=name)("A red boat", **QUICK).tobytes() for name in names}
@@ -298,7 +299,7 @@ def test_a_picture_that_cannot_be_read_is_named(tiny, recipe_of, tmp_path):
 
 
 def test_a_folder_in_which_nothing_was_trained_is_refused(tiny, recipe_of, tmp_path):
-    with pytest.raises(InputError, match=r"--checkpoint: \S+/run has no pytorch_lora_weights.safetensors, no folder"):
+    with pytest.raises(InputError, match=r"\S+/run has no pytorch_lora_weights.safetensors and no folder"):
         Sampler(recipe_of(tiny()))
 
 

@@ -97,7 +97,7 @@ def quantised(model: Path, folder: Path) -> Path:
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("transformer"))
     how = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
     transformer = QwenImageTransformer2DModel.from_pretrained(
-        model, subfolder="transformer", quantization_config=how, torch_dtype=torch.bfloat16
+        model, subfolder="transformer", quantization_config=how, dtype=torch.bfloat16
     )
     transformer.save_pretrained(folder / "transformer")
     return folder

@@ -1,0 +1,203 @@
+"""Embeddings that FireRed-Image-Edit extracted to embedding sets; no model is run.
+
+    python hf_qie/convert.py recipe.yaml [key.of.the.recipe=value ...] [--empty_text null_text_embedding.pt]
+
+tasks.<name>.data names the JSONL files that its extraction wrote, whose rows name `.pt` files, and
+tasks.<name>.columns.target their target, `edit_image`. Leaves one set a task under extract.output_dir, as
+hf_qie/extract.py does. Such files hold no latents: training reads the pictures, in the sizes of this recipe, and
+encodes them. Nor do they say how they were computed: training takes them with a warning.
+--empty_text: the states of the empty text, for rows without pictures, which name none.
+Started again, it goes on where it stopped.
+Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else).
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_qie.extract import TOO_MANY_BAD, check_disk, make_plan, own_tasks, push, start
+from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from hf_qie.chunks import Account
+    from hf_qie.foreign import Foreign
+
+WINDOW_ROWS = 16  # held before they are written: a row has megabytes
+
+
+def main(argv: list[str]) -> int:
+    """Convert every task of the recipe that has data; returns the exit code."""
+    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--empty_text", type=Path, metavar="FILE")
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = replace(recipe, extract=replace(recipe.extract, latents=False))
+    if arguments.empty_text and not arguments.empty_text.is_file():
+        raise InputError(f"--empty_text: no file {arguments.empty_text}")
+    with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
+        sources = open_tasks(recipe, Path(folder), empty_text=arguments.empty_text)
+    code = convert(recipe, sources)
+    if recipe.extract.push_to_hub:
+        push(recipe, list(sources), code)
+    return code
+
+
+def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict[str, "Foreign"]:
+    """Rows and files of every task that has data, checked; raises InputError."""
+    from hf_qie.estimate import encoder_width
+    from hf_qie.family import read_family
+    from hf_qie.foreign import has_inverse_files, open_foreign
+
+    family, sources = read_family(recipe.model, revision=recipe.revision), {}
+    width = encoder_width(recipe.model, revision=recipe.revision)
+    for name, task in own_tasks(recipe).items():
+        plan = make_plan(recipe, task, family, folder)
+        foreign = open_foreign(plan, folder, width=width, empty_text=empty_text)
+        if not has_inverse_files(foreign):  # rows have inverse captions all the same
+            foreign = replace(foreign, plan=replace(plan, extract=replace(plan.extract, inverse=False)))
+        sources[name] = foreign
+    return sources
+
+
+def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
+    """Write the sets of all tasks; returns the exit code."""
+    from accelerate.logging import get_logger
+
+    from hf_qie.embeddings import read_provenance
+
+    if start(recipe).num_processes > 1:
+        raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
+    plans = {name: foreign.plan for name, foreign in sources.items()}
+    check_disk(recipe, next(iter(plans.values())).family, plans)
+    logger, code = get_logger("hf_qie.convert"), 0
+    for name, foreign in sources.items():
+        started, folder = time.monotonic(), Path(recipe.extract.output_dir, name)
+        if not make_set(foreign, folder, recipe):
+            logger.info("%s: chunks are left to other launches; the one that does the last ends the set", name)
+            continue
+        counts = read_provenance(folder)["record"]["counts"]
+        logger.info(
+            "%s: %s rows in, %s out, %s bad%s; %s MB in %.1f minutes; left in %s",
+            name,
+            *(f"{counts[key]:,}" for key in ("rows_in", "rows_out", "bad")),
+            f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "",
+            f"{counts['num_bytes'] / 1e6:,.1f}",
+            (time.monotonic() - started) / 60,
+            folder,
+        )
+        if counts["bad"] > max(1, recipe.extract.max_bad_share * counts["rows_in"]):
+            logger.error("%s: more bad rows than extract.max_bad_share allows", name)
+            code = TOO_MANY_BAD
+    return code
+
+
+def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
+    """Make one set; whether it is whole now."""
+    from tqdm import tqdm
+
+    from hf_qie.embeddings import PROVENANCE
+    from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, request_of
+
+    plan = foreign.plan
+    recipe = replace(recipe, extract=plan.extract)
+    request = request_of(plan, compat_of(), recipe)
+    open_folder(folder, request, recipe=recipe)
+    if (folder / PROVENANCE).exists():
+        return True
+    with (
+        ThreadPoolExecutor(plan.extract.num_workers, "reader") as readers,
+        tqdm(desc=plan.task.name, unit="row", total=len(foreign.table)) as bar,
+    ):
+        for path, rows in claim_chunks(plan, folder, recipe):
+            write_chunk(foreign, path, rows, recipe=recipe, readers=readers)
+            bar.update(len(rows))
+    if not is_done(plan, folder):
+        return False
+    features = plan.features(foreign.width)
+    finish(plan, folder, recipe=recipe, request=request, features=features, record=record_of(foreign, recipe))
+    return True
+
+
+def compat_of() -> dict[str, Any]:
+    """What is known of how the states were computed: nothing; and of the VAE: that there was none."""
+    from hf_qie.embeddings import FORMAT_VERSION, UNKNOWN
+
+    unknown = ("encoder", "processor", "templates", "vlm_area_px", "resampling", "positions", "drop_caption")
+    return {"format": FORMAT_VERSION, "vae": {}} | dict.fromkeys(unknown, UNKNOWN)
+
+
+def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
+    """What a set was made with, for the reader; never compared."""
+    from importlib.metadata import version
+
+    from hf_qie.embeddings import UNKNOWN
+    from hf_qie.foreign import dtype_in
+    from hf_qie.recipe import as_dict
+
+    return {
+        "model": UNKNOWN,
+        "revision": None,
+        "versions": {name: version(name) for name in ("torch", "datasets", "pillow")},
+        "processor": UNKNOWN,
+        "dtype": dtype_in(foreign),
+        "device": UNKNOWN,
+        "threads": UNKNOWN,
+        "converted_from": ".pt files of another trainer",
+        "recipe": as_dict(recipe),
+    }
+
+
+def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, readers: "Executor") -> None:
+    """Write rows into the Arrow file `path`, which appears when it is whole and its account is on disk."""
+    from datasets.arrow_writer import ArrowWriter
+
+    from hf_qie.chunks import Account
+    from hf_qie.embeddings import move_durably, to_table, write_durably
+    from hf_qie.unfinished import account_path, writing
+
+    features, account = foreign.plan.features(foreign.width), Account(rows_in=len(rows))
+    aside = writing(path.parent, recipe) / path.name
+    with ArrowWriter(features=features, path=str(aside)) as writer:
+        for first in range(rows.start, rows.stop, WINDOW_ROWS):
+            window = foreign.plan.rows.table.select(range(first, min(first + WINDOW_ROWS, rows.stop)))
+            good = list(
+                filter(None, map(partial(keep, foreign, account), window, readers.map(foreign.columns, window)))
+            )
+            if good:
+                writer.write_table(to_table(good, features))
+        writer.finalize()
+    write_durably(account_path(path), json.dumps(vars(account), ensure_ascii=False))
+    move_durably(aside, path)
+
+
+def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:
+    """The columns of a good row; a bad one is listed, or stops the run where the recipe says so."""
+    from hf_qie.rows import BadRow
+
+    if not isinstance(columns, BadRow):
+        account.rows_out += 1
+        account.rows_without_caption += not any(row["texts"][name] for name in foreign.plan.task.columns.captions)
+        return columns
+    if foreign.plan.extract.on_bad_row == "fail":
+        raise InputError(
+            f"{foreign.table[row['row']]['where']}: {columns.column}: {f'{columns.path}: ' if columns.path else ''}"
+            f"{columns.reason}; mend it, or set extract.on_bad_row: skip to list such rows and go on"
+        ) from columns
+    bad = {"row": row["row"], "column": columns.column, "path": columns.path, "reason": columns.reason}
+    account.bad.append(bad)
+    return None
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,63 @@
+"""What a run writes down of itself as it starts, for its model card: `run.json`, beside the recipe."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from hf_qie.embeddings import write_durably
+from hf_qie.family import checkpoint_file
+from hf_qie.mix import Group
+from hf_qie.recipe import Recipe
+
+RECORD = "run.json"
+STATE = "trainer_state.json"  # Trainer's name; in the output folder it says that the run there has ended
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "peft", "datasets")
+
+
+def run_record(
+    recipe: Recipe, arguments: TrainingArguments, groups: Sequence[Group], shares: np.ndarray
+) -> dict[str, Any]:
+    """What neither the recipe nor Trainer's state says: the mix as it came out, defaults, machine and versions."""
+    device = arguments.device
+    return {
+        "commit": base_commit(recipe),
+        "mix": [
+            {
+                "task": group.task,
+                "sources": group.num_sources,
+                "rows": group.num_rows,
+                "weight": group.weight,
+                "share": float(share),
+            }
+            for group, share in zip(groups, shares, strict=True)
+        ],
+        "steps": arguments.max_steps,
+        "ranks": arguments.world_size,
+        "rows_a_rank": arguments.per_device_train_batch_size,
+        "accumulated": arguments.gradient_accumulation_steps,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "sharded": bool(arguments.fsdp),
+        "arithmetic": {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[arguments.mixed_precision],
+        "learning_rate": arguments.learning_rate,
+        "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def base_commit(recipe: Recipe) -> str | None:
+    """The commit of a base that comes from the Hub; its cache has a folder for each."""
+    if Path(recipe.model).is_dir():
+        return None
+    return checkpoint_file(recipe.model, "model_index.json", revision=recipe.revision).parent.name
+
+
+def write_record(output_dir: str | Path, record: dict[str, Any]) -> None:
+    """Leave it where export.py looks."""
+    write_durably(Path(output_dir, RECORD), json.dumps(record, indent=2, allow_nan=False))

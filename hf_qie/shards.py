@@ -1,0 +1,113 @@
+"""Sharded checkpoints of torch.distributed.checkpoint, read without running anything that their files could hold.
+
+torch's own reader unpickles `.metadata`, which says how the tensors are cut, and whoever made that file can have it
+run any code. Here only the types that torch itself writes there may come out of it.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import metadata as kinds
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from hf_qie.recipe import InputError
+
+MODEL_FOLDER = "pytorch_model_fsdp_0"  # accelerate's name for it
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+    "pathlib": {"PosixPath", "WindowsPath"},  # where it was written, which nobody opens
+    "pathlib._local": {"PosixPath", "WindowsPath"},  # the same, of Python 3.13
+}
+
+
+class Restricted(pickle.Unpickler):
+    """Finds nothing but what `ALLOWED` names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError for any other name, before it is imported."""
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no checkpoint of torch does")
+        return super().find_class(module, name)
+
+
+class ShardReader(dcp.FileSystemReader):
+    """torch's reader of sharded tensors, with metadata that was read once and checked.
+
+    Tensors it reads with `weights_only=True`; what is no tensor, which it would unpickle, is refused here.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises InputError where the metadata are not what torch writes."""
+        super().__init__(folder)
+        self.metadata = read_metadata(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What was read and checked."""
+        return self.metadata
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What `.metadata` says; raises InputError unless it speaks of tensors in files of `folder` alone."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = Restricted(file).load()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the checkpoint is not whole") from error
+    except Exception as error:  # a pickle that was tampered with can raise anything
+        raise InputError(f"{path}: is refused, {error}; take a checkpoint of a run of your own") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_meta, StorageMeta):
+        raise InputError(f"{path}: is refused, it is no metadata of a checkpoint; take one of a run of your own")
+    for name, described in metadata.state_dict_metadata.items():
+        if not isinstance(described, TensorStorageMetadata):
+            raise InputError(f"{path}: is refused, {name} is no tensor; take a checkpoint of a run of your own")
+    for index, stored in metadata.storage_data.items():
+        inside = Path(stored.relative_path).name == stored.relative_path
+        if not isinstance(index, kinds.MetadataIndex) or not inside or stored.transform_descriptors:
+            raise InputError(f"{path}: is refused, it leads to {stored.relative_path}; take one of a run of your own")
+    return metadata
+
+
+def sharded_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The model's tensors in a sharded checkpoint by name, each read whole when it is called for."""
+    reader = ShardReader(folder / MODEL_FOLDER)
+    return {
+        name.removeprefix("model.").replace("_checkpoint_wrapped_module.", ""): partial(read_tensor, reader, name)
+        for name in reader.metadata.state_dict_metadata
+    }
+
+
+def read_tensor(reader: ShardReader, name: str) -> Tensor:
+    """One tensor, put together from its shards; raises InputError where their files hold anything else."""
+    described = reader.metadata.state_dict_metadata[name]
+    tensor = torch.empty(described.size, dtype=described.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is told
+        try:
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+        except dcp.CheckpointException as error:
+            (cause,) = (failure[0] for failure in error.failures.values())  # torch's words advise to load it unsafely
+            raise InputError(
+                f"{reader.path}: {name} is refused, its shards are damaged or hold more than numbers "
+                f"({type(cause).__name__}); take a checkpoint of a run of your own"
+            ) from error
+    return tensor

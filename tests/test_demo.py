@@ -1,0 +1,91 @@
+"""The demo: what it edits, how it scores, what it draws. That the tiny model learns is what `make soak` waits for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hf_qie.demo import CELL, HEADS, PICTURES, grid, held_out, psnr_db, score
+from hf_qie.recipe import load_recipe
+from hf_qie.shapes import LESSON_PX, LESSONS, draw, synthetic_edits
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny):
+    return replace(load_recipe(ROOT / "recipes" / "demo.yaml"), model=str(tiny("learner")))
+
+
+@pytest.fixture(scope="module")
+def edits():
+    return held_out(LESSON_PX)
+
+
+def test_the_recipe_trains_at_the_size_of_its_pictures(recipe):
+    assert recipe.extract.image_sample_size == recipe.extract.source_sample_size == LESSON_PX
+    assert set(recipe.tasks) == set(LESSONS)
+
+
+def test_each_picture_is_held_out_with_three_instructions(edits):
+    assert len(edits) == 3 * PICTURES >= 32
+    for first in range(0, len(edits), 3):
+        of_one = edits[first : first + 3]
+        assert len({edit.sources for edit in of_one}) == 1
+        assert len({edit.words["instruction"] for edit in of_one}) == 3
+
+
+def test_no_picture_to_learn_from_is_held_out(edits, tmp_path):
+    synthetic_edits(tmp_path, rows=60, size_px=LESSON_PX, tasks=LESSONS)
+    learned = {path.read_bytes() for path in (tmp_path / "images").glob("*_source_1.png")}
+    for edit in edits:
+        draw(edit.sources[0]).save(tmp_path / "held_out.png")
+        assert (tmp_path / "held_out.png").read_bytes() not in learned
+
+
+def test_copying_the_source_is_far_from_the_target(edits):
+    nearness = [psnr_db(draw(edit.sources[0]), draw(edit.target)) for edit in edits]
+    assert sum(nearness) / len(nearness) <= 16
+
+
+def test_the_score_is_best_for_the_targets_and_says_whose_instruction_was_followed(recipe, edits):
+    targets, sources = [draw(edit.target) for edit in edits], [draw(edit.sources[0]) for edit in edits]
+    scores = score(recipe, edits, before=sources, after=targets)
+    assert scores["psnr_after"] > 70 > scores["psnr_vae"] > scores["psnr_before"] == scores["psnr_copy_source"]
+    assert scores["share_own_instruction"] == 1
+    others = [targets[i - i % 3 + (i + 1) % 3] for i in range(len(targets))]  # what the next instruction asks for
+    assert score(recipe, edits, before=sources, after=others)["share_own_instruction"] == 0
+
+
+def test_the_grid_has_a_line_an_edit_and_shows_the_targets(edits):
+    shown = edits[:3]
+    targets = [draw(edit.target) for edit in shown]
+    sheet = grid(shown, before=targets, after=targets)
+    assert sheet.width // CELL == len(HEADS)
+    for edit in shown:  # the ground of the target, somewhere in the last column
+        ground = draw(edit.target).getpixel((1, 1))
+        column = sheet.crop((sheet.width - CELL, 0, sheet.width, sheet.height))
+        assert any(near(colour, ground) for _, colour in column.getcolors(maxcolors=10**6))
+
+
+def near(one, other):
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 2
+
+
+@pytest.mark.soak
+def test_the_demo_learns(tmp_path):
+    for name in ("hf_qie", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, "hf_qie/demo.py", "recipes/demo.yaml"], cwd=tmp_path, env=environment, check=True)
+    told = json.loads((tmp_path / "outputs" / "demo" / "demo.json").read_text())
+    assert told["psnr_copy_source"] <= 16
+    assert told["psnr_after"] >= told["psnr_copy_source"] + 5
+    assert told["psnr_after"] - told["psnr_before"] > told["psnr_after"] - told["psnr_copy_source"]
+    assert told["share_own_instruction"] > 0.9
+    assert (tmp_path / "outputs" / "demo" / "edits.png").is_file()

@@ -200,10 +200,11 @@ def test_text_that_is_no_recipe_is_named_by_file_and_line(write, text, told):
         (GOOD + f"training: {{learning_rate: 1{'0' * 400}}}", "training.learning_rate: got 1000"),
         (GOOD + f"seed: 0x{'f' * 5000}", "a number of 5002 digits"),
         ("tasks: " + "[" * 3000 + "]" * 3000, "nested too deeply; a recipe has five levels at most"),
+        (GOOD + "training: {fsdp_config: {0.5: 1}}", "training.fsdp_config.0.5: unknown key"),
         ("- " * 3000, "nested too deeply; a recipe has five levels at most"),
     ],
 )
-def test_what_is_too_large_or_too_deep_for_python_is_refused(write, text, told):
+def test_what_is_too_large_too_deep_or_no_name_is_refused(write, text, told):
     with pytest.raises(InputError, match=re.escape(told)):
         load_recipe(write(text))
 

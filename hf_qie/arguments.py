@@ -137,9 +137,10 @@ def _check_fsdp(config: Any) -> None:
     if not isinstance(config, dict):
         raise Misfit("training.fsdp_config", f"got {show(config)}, wanted a mapping; write the keys of the file here")
     for key, value in config.items():
-        at, wanted = f"training.fsdp_config.{key}", FSDP_CONFIG.get(key.removeprefix("fsdp_"))
+        at, name = f"training.fsdp_config.{key}", str(key).removeprefix("fsdp_")  # YAML's keys may be numbers
+        wanted = FSDP_CONFIG.get(name)
         if wanted is None:
-            raise Misfit(at, unknown(key.removeprefix("fsdp_"), FSDP_CONFIG))
+            raise Misfit(at, unknown(name, FSDP_CONFIG))
         if isinstance(wanted, tuple):
             if value not in wanted or isinstance(value, bool):
                 raise Misfit(at, f"got {show(value)}, wanted {' | '.join(map(show, wanted))}")

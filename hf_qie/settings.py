@@ -18,6 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 import yaml
 
+MAX_DIGITS = 1000  # of an integer; Python writes no more than 4300 in a message
+
 
 class InputError(ValueError):
     """Something the user wrote is wrong: says where, what came, what was wanted and what to do."""
@@ -122,7 +124,14 @@ def fits(value: Any, kind: Any) -> bool:
         return any(fits(value, option) for option in inner)
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, _shape(kind)[0]) and not (isinstance(value, float) and not math.isfinite(value))
+    return isinstance(value, _shape(kind)[0]) and (kind is int or not isinstance(value, int | float) or _finite(value))
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond 1.8e308
+        return False
 
 
 def words(kind: Any) -> str:
@@ -183,6 +192,8 @@ def read_yaml(text: bytes | str, where: str) -> Any:
         raise InputError(f"{where}, line {mark.line + 1}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; a recipe has five levels at most") from None
 
 
 def write_yaml(value: Any) -> str:
@@ -218,10 +229,16 @@ def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
     return [loader.construct_object(item, deep=True) for item in node.value]
 
 
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text, 0 if text[1:2] in ("o", "x") else 10)
+
+
 _SCALARS = {  # tag: (what a plain scalar of that kind looks like, how it is read)
     "null": ("~|null|Null|NULL|", lambda text: None),
     "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10)),
+    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _integer),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),

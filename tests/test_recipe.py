@@ -1,6 +1,7 @@
 """The recipe: what it accepts, what each mistake is told, and that all of it shows before torch is imported."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -189,6 +190,23 @@ def test_a_bad_value_is_named_by_file_and_address(write, text):
 )
 def test_text_that_is_no_recipe_is_named_by_file_and_line(write, text, told):
     assert message(write(text)) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (GOOD + f"loss: {{shift: 1{'0' * 400}}}", "loss.shift: got 1000"),
+        (GOOD + f"loss: {{logit_std: 1{'0' * 400}}}", "loss.logit_std: got 1000"),
+        (GOOD + f"training: {{learning_rate: 1{'0' * 400}}}", "training.learning_rate: got 1000"),
+        (GOOD + f"seed: 0x{'f' * 5000}", "a number of 5002 digits"),
+        ("tasks: " + "[" * 3000 + "]" * 3000, "nested too deeply; a recipe has five levels at most"),
+        (GOOD + "training: {fsdp_config: {0.5: 1}}", "training.fsdp_config.0.5: unknown key"),
+        ("- " * 3000, "nested too deeply; a recipe has five levels at most"),
+    ],
+)
+def test_what_is_too_large_too_deep_or_no_name_is_refused(write, text, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        load_recipe(write(text))
 
 
 def test_a_file_that_is_not_utf8_is_refused(write):

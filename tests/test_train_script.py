@@ -65,6 +65,7 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
     assert "8 draws\ntask" in done.stderr
     run = tmp_path / "run"
     left = {"checkpoint-2", "pytorch_lora_weights.safetensors", "recipe.yaml", "run.json", "trainer_state.json"}
+    left |= {"loss.png"}
     assert {p.name for p in run.iterdir()} == left
     assert load_recipe(run / "recipe.yaml") == load_recipe(path, ["training.max_steps=2"])
 

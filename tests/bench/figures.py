@@ -48,7 +48,9 @@ def table(figures: list[Figure]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = {0, 1, 5, 6}
     return "\n".join(
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
+        ).rstrip()
         for line in lines
     )
 

@@ -7,6 +7,7 @@ a batch when one is full.
 import resource
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def measure(folder: Path) -> list[Figure]:
     results = {}
     for way in ("ours", "usual"):
         for millions in (1, 10):
-            with get_context("spawn").Pool(1) as process:
-                results[way, millions] = process.apply(measured, (way, millions * MILLION))
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                results[way, millions] = process.submit(measured, way, millions * MILLION).result()
     figures = []
     for millions in (1, 10):
         for what, unit, place in (("seconds", "s", 0), ("memory, rows included", "GB", 1)):
@@ -90,5 +91,7 @@ def measure(folder: Path) -> list[Figure]:
             figures.append(Figure(point="6", what=name, ours=mine, usual=theirs, unit=unit))
     growth = {way: results[way, 10][0] / results[way, 1][0] for way in ("ours", "usual")}
     what = "growth of the seconds from 1 to 10 million"
-    figures.append(at_most(12, ratio=False, point="6", what=what, ours=growth["ours"], usual=growth["usual"], unit="x"))
+    figures.append(
+        at_most(12, ratio=False, point="6", what=what, ours=growth["ours"], usual=growth["usual"], unit="x")
+    )
     return figures

@@ -17,7 +17,7 @@ from datasets import Dataset
 from figures import Figure, at_most
 from storage import save_latents, save_prompts
 from torch.utils.data import DataLoader
-from wide_rows import LATENTS, open_chunks, wide_rows, write_chunk
+from wide_rows import open_chunks, wide_rows, write_chunk
 
 from hf_qie.collate import collate
 from hf_qie.loader import Draws, RankBatches, open_loader
@@ -92,7 +92,9 @@ def random_rows(folder: Path) -> Iterator[Figure]:
     draws = draws_of(open_chunks(folder), SAMPLE)
     numbers = [int(draws.plan[number // BATCH]["rows"][number % BATCH]) for number in range(SAMPLE)]
     write_files(folder, set(numbers))
-    assert torch.equal(collate([draws[0]])["prompt_embeds"].bfloat16(), load_files(folder, numbers[0])["prompt_embeds"])
+    assert torch.equal(
+        collate([draws[0]])["prompt_embeds"].bfloat16(), load_files(folder, numbers[0])["prompt_embeds"]
+    )
     del draws
     forget(folder)
     before = disk_bytes()
@@ -144,7 +146,9 @@ def loader_of(data: Dataset, num_steps: int, workers: int, *, batch_size: int) -
         rank=0,
         world_size=1,
     )
-    return open_loader(draws_of(data, max(BATCH, num_steps * batch_size)), batches, collate=collate, num_workers=workers)
+    return open_loader(
+        draws_of(data, max(BATCH, num_steps * batch_size)), batches, collate=collate, num_workers=workers
+    )
 
 
 def waiting(batches: Iterator[dict]) -> float:

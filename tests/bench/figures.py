@@ -46,13 +46,9 @@ def table(figures: list[Figure]) -> str:
     head = ("", "what", "ours", "the usual way", "ratio", "target", "met")
     lines = [head, *(cells(figure) for figure in figures)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = {0, 1, 5, 6}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )
+    align = ("<", "<", ">", ">", ">", "<", "<")
+    lines = [[f"{cell:{a}{w}}" for cell, a, w in zip(line, align, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def cells(figure: Figure) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Points 3 and 5: a row at random from a set of more than 2 GB, and what the loader gives.
 
-Ours is what training does: a draw of the plan, collated. The usual way is `torch.load` of a file with the states of one
-prompt and one with the latents, written for the rows that are read. Cold: the kernel was told to forget the files, and
-what was then read from the disk is counted to see that it did.
+Ours is what training does: a draw of the plan, collated. The usual way is `torch.load` of a file with the states of
+one prompt and one with the latents, written for the rows that are read. Cold: the kernel was told to forget the files,
+and what was then read from the disk is counted to see that it did.
 """
 
 import gc

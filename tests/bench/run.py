@@ -28,6 +28,7 @@ def measured(subject: str) -> list[Figure]:
     """The figures of one subject; what it writes is removed."""
     import torch
 
+    sys.stdout = sys.stderr  # the table alone goes to the other
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="hf_qie-bench-") as folder:

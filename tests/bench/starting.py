@@ -22,6 +22,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--learning_rate", type=float)
 parser.parse_args()
 """
+ALLOWED = {"hf_qie", "yaml", "_yaml", "cython_runtime"}  # the last, and `_cython_` of a version, come with yaml
 LOADED = """
 import json, runpy, sys
 script, sys.argv = sys.argv[1], sys.argv[1:]
@@ -52,6 +53,11 @@ def imported(arguments: list[str]) -> list[str]:
     return json.loads(done.stderr.splitlines()[-1])
 
 
+def unwanted(found: list[str]) -> list[str]:
+    """Those that neither the recipe nor its reader needs."""
+    return [name for name in found if name not in ALLOWED and not name.startswith("_cython_")]
+
+
 def measure(folder: Path) -> list[Figure]:
     """`--help` and a recipe with a wrong key."""
     bad = folder / "bad.yaml"
@@ -61,5 +67,5 @@ def measure(folder: Path) -> list[Figure]:
         took, found = seconds([str(SCRIPT), *arguments]), imported(arguments)
         name = f"train.py: {what}; imports {', '.join(found)}"
         figure = at_most(2, ratio=False, point="9", what=name, ours=took, usual=usual, unit="s")
-        figures.append(Figure(**{**vars(figure), "met": figure.met and set(found) <= {"hf_qie", "yaml", "_yaml"}}))
+        figures.append(Figure(**{**vars(figure), "met": figure.met and not unwanted(found)}))
     return figures

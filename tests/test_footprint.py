@@ -7,25 +7,13 @@ import pytest
 from accelerate import PartialState
 from diffusers import QwenImageTransformer2DModel
 from embedding_sets import write_recipe
+from released import NUM_PARAMETERS, write_released
 
 from hf_qie.footprint import footprint
 from hf_qie.model import build_model, model_on_paper
 from hf_qie.recipe import InputError, load_recipe
 from hf_qie.train import make_model, training_arguments
 
-RELEASED = {  # transformer/config.json of Qwen-Image-Edit-2509
-    "_class_name": "QwenImageTransformer2DModel",
-    "attention_head_dim": 128,
-    "axes_dims_rope": [16, 56, 56],
-    "guidance_embeds": False,
-    "in_channels": 64,
-    "joint_attention_dim": 3584,
-    "num_attention_heads": 24,
-    "num_layers": 60,
-    "out_channels": 16,
-    "patch_size": 2,
-}
-NUM_PARAMETERS = 20_430_401_088  # as the sum over the released safetensors
 RANK = 32
 HIDDEN, MLP = 3072, 4 * 3072
 
@@ -37,8 +25,7 @@ def one_process():
 
 def released(tmp_path, **sections):
     """A recipe over a checkpoint of the released shape, of which there is nothing but the config."""
-    (tmp_path / "model" / "transformer").mkdir(parents=True)
-    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(RELEASED))
+    write_released(tmp_path / "model")
     tasks = {"edit": {"embeddings": "nowhere"}}
     recipe = {"model": str(tmp_path / "model"), "tasks": tasks, **sections}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))

@@ -1,0 +1,37 @@
+"""What the page on performance says of a roofline follows from the code."""
+
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def roofline(root):
+    sys.path.insert(0, str(root / "tests" / "bench"))
+    import roofline
+
+    yield roofline
+    sys.path.remove(str(root / "tests" / "bench"))
+
+
+@pytest.fixture(scope="module")
+def page(root) -> str:
+    return (root / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_training_on_paper_is_what_the_flop_counter_counts(roofline, page):
+    assert roofline.training_table() in page
+
+
+def test_extraction_on_paper_is_what_the_flop_counter_counts(roofline, page):
+    assert roofline.extraction_table() in page
+
+
+def test_full_training_is_six_operations_for_each_weight_that_a_token_meets(roofline):
+    from released import TRANSFORMER
+
+    latents, width, blocks = 32 * 32 + 64 * 64, 3072, TRANSFORMER["num_layers"]
+    stream = 4 * width**2 + 2 * 4 * width**2  # attention's four matrices and the MLP's two, of either stream
+    attention = 2 * 2 * (latents + roofline.PROMPT) ** 2 * width
+    by_hand = 3 * blocks * (2 * (latents + roofline.PROMPT) * stream + attention)
+    assert roofline.row_flops(lora=False, target_px=512, checkpointing=False) == pytest.approx(by_hand, rel=0.02)

@@ -143,7 +143,7 @@ class PictureGrid(TrainerCallback):
 
     def _keep(self, *, up_to: int) -> None:
         """Take over the pictures of steps that the run has done; those of another run, or of lost steps, go."""
-        for folder in self.folder.glob("step-*"):
+        for folder in self.folder.glob("step-[0-9]*[0-9]"):
             step = int(folder.name.removeprefix("step-"))
             if up_to == 0 or step > up_to:
                 shutil.rmtree(folder)

@@ -145,7 +145,8 @@ def reconstructed(recipe: "Recipe", images: Sequence["Image.Image"]) -> list["Im
     from diffusers import AutoencoderKLQwenImage
     from diffusers.image_processor import VaeImageProcessor
 
-    vae, processor = AutoencoderKLQwenImage.from_pretrained(recipe.model, subfolder="vae"), VaeImageProcessor()
+    vae = AutoencoderKLQwenImage.from_pretrained(recipe.model, subfolder="vae", use_safetensors=True)
+    processor = VaeImageProcessor()
     with torch.inference_mode():
         pixels = processor.preprocess(list(images))
         decoded = vae.decode(vae.encode(pixels[:, :, None]).latent_dist.mode()).sample[:, :, 0]

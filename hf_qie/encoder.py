@@ -53,7 +53,12 @@ class Encoder:
 
     def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
         full = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            model, subfolder="text_encoder", revision=revision, dtype=dtype, attn_implementation="sdpa"
+            model,
+            subfolder="text_encoder",
+            revision=revision,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
         )
         self.model = full.model.to(device).eval().requires_grad_(False)
         self.width: int = full.config.text_config.hidden_size

@@ -125,7 +125,9 @@ def push(folder: Path, repo: str, *, message: str) -> str:
 
     remedy = f"what was exported is in {folder}; send it with: hf upload {repo} {folder}"
     with hub_errors(repo, at="--push_to_hub", remedy=remedy):
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        # shards that an earlier export left would be loaded in place of these
+        stale = [f"{part}diffusion_pytorch_model*" for part in ("", "transformer/")]
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=stale)
     return f"{HfApi().endpoint}/{repo}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_qie.family import read_config
 from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
 from hf_qie.recipe import InputError
-from hf_qie.trained import WEIGHTS_FILE, Adapters, Tensors, Trained, base_folder, read_adapters, saved_tensors
+from hf_qie.trained import PLAIN, WEIGHTS_FILE, Adapters, Tensors, Trained, base_folder, read_adapters, saved_tensors
 
 logger = logging.getLogger("hf_qie.export")
 
@@ -193,7 +193,7 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     others = [name for name in parts if name != TRANSFORMER_FOLDER]
     checked = export_merged(trained, folder / TRANSFORMER_FOLDER, dtype=dtype)
     base = base_folder(recipe, others)
-    copied = [path for part in others for path in sorted((base / part).rglob("*")) if path.is_file()]
+    copied = [path for part in others for path in sorted((base / part).rglob("*")) if path.suffix in PLAIN]
     for path in copied:
         link_or_copy(path, folder / path.relative_to(base))
     index = {key: value for key, value in index.items() if key != "_name_or_path"}

@@ -36,7 +36,9 @@ class LatentEncoder:
     """The checkpoint's VAE, between pixels and packed, normalised latents."""
 
     def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
-        self.vae = AutoencoderKLQwenImage.from_pretrained(model, subfolder="vae", revision=revision, dtype=dtype)
+        self.vae = AutoencoderKLQwenImage.from_pretrained(
+            model, subfolder="vae", revision=revision, dtype=dtype, use_safetensors=True
+        )
         self.vae.to(device).eval().requires_grad_(False)
         channels = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, dtype=dtype, device=device).view(channels)

@@ -38,7 +38,7 @@ def loss_chart(log_history: Sequence[Mapping[str, Any]]) -> Image.Image:
     if not points:
         pen.text((MARGIN, MARGIN), "no loss was logged", fill=INK)
         return chart
-    last = max(step for step, _ in points)
+    last = max(1, *(step for step, _ in points))
     low, high = (math.log10(edge(value for _, value in points)) for edge in (min, max))
     low, high = low - 0.02, high + 0.02  # a level line stands in the middle
     left, right, top, bottom = MARGIN, WIDTH - MARGIN, MARGIN + 14 * ((len(drawn) + 2) // 3), HEIGHT - MARGIN

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from hf_qie.encoder import Encoder, PromptStates
@@ -85,9 +84,8 @@ class Sampler:
         recipe: Recipe | str | Path,
         *,
         checkpoint: str | Path | None = None,
-        transformer: "torch.nn.Module | None" = None,
     ):
-        """`checkpoint`: as on the command line; a `transformer` that is there already takes its place.
+        """`checkpoint`: as on the command line.
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
@@ -99,8 +97,8 @@ class Sampler:
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.family = read_family(recipe.model, revision=recipe.revision)
         self.source_area_px = source_area(self.family, recipe.extract.source_sample_size)
-        self.transformer, self.weights = transformer, None
-        if transformer is None and checkpoint != BASE:
+        self.weights = None
+        if checkpoint != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))
         self.dtype = getattr(torch, recipe.extract.dtype)
         self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -222,15 +220,14 @@ class Sampler:
 
         model, named = self.recipe.model, {"revision": self.recipe.revision}
         trained = self.weights if self.weights and self.weights.is_dir() else None
-        of_dtype = named | {"dtype": self.dtype}
-        transformer = self.transformer
-        if transformer is None:
-            where = {} if trained else {"revision": self.recipe.revision, "subfolder": "transformer"}
-            transformer = diffusers.QwenImageTransformer2DModel.from_pretrained(
-                trained or model, use_safetensors=True, dtype=self.dtype, **where
-            )
+        where = {} if trained else {"revision": self.recipe.revision, "subfolder": "transformer"}
+        transformer = diffusers.QwenImageTransformer2DModel.from_pretrained(
+            trained or model, use_safetensors=True, dtype=self.dtype, **where
+        )
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler", **named)
-        vae = diffusers.AutoencoderKLQwenImage.from_pretrained(model, subfolder="vae", **of_dtype)
+        vae = diffusers.AutoencoderKLQwenImage.from_pretrained(
+            model, subfolder="vae", use_safetensors=True, dtype=self.dtype, **named
+        )
         absent = ("text_encoder", "tokenizer", "processor") if self.family.edit else ("text_encoder", "tokenizer")
         pipeline = getattr(diffusers, self.family.pipeline)(
             transformer=transformer, vae=vae, scheduler=scheduler, **dict.fromkeys(absent)
@@ -239,7 +236,6 @@ class Sampler:
             load_lora(pipeline, self.weights)
         pipeline.set_progress_bar_config(disable=None)
         what = f"with {self.weights}" if self.weights else "as it was before training"
-        what = "with the transformer given" if self.transformer is not None else what
         logger.info("%s of %s, %s", self.family.pipeline, model, what)
         if self.source_area_px != self.family.vae_area_px:
             told = "sources of %s pixels, as in training; the stock pipeline shows its VAE %s"
@@ -267,6 +263,11 @@ def find_weights(checkpoint: Path) -> Path:
     from hf_qie.trained import find_trained
 
     PartialState()  # without it, what finds checkpoints cannot log
+    if not checkpoint.exists():
+        raise InputError(
+            f"--checkpoint: there is no {checkpoint}; train first, name what was trained, or `{BASE}` for the model "
+            "before training"
+        )
     if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
         return checkpoint
     if (checkpoint / "recipe.yaml").is_file():  # a run, which may have ended, been stopped, or gone on since
@@ -277,9 +278,8 @@ def find_weights(checkpoint: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise InputError(
-        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/ (what is sharded becomes "
-        f"one by python hf_qie/export.py {checkpoint}); train first, name what was trained, or `{BASE}` for the model "
-        "before training"
+        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/; what is sharded becomes "
+        f"one by python hf_qie/export.py {checkpoint}"
     )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as kinds
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hf_qie.recipe import InputError
 
@@ -75,15 +76,18 @@ def read_metadata(folder: Path) -> Metadata:
         raise InputError(f"{path}: {error.strerror}; the checkpoint is not whole") from error
     except Exception as error:  # a pickle that was tampered with can raise anything
         raise InputError(f"{path}: is refused, {error}; take a checkpoint of a run of your own") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_meta, StorageMeta):
+    parts = [getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data")]
+    if not isinstance(metadata, Metadata) or not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{path}: is refused, it is no metadata of a checkpoint; take one of a run of your own")
     for name, described in metadata.state_dict_metadata.items():
         if not isinstance(described, TensorStorageMetadata):
             raise InputError(f"{path}: is refused, {name} is no tensor; take a checkpoint of a run of your own")
     for index, stored in metadata.storage_data.items():
-        inside = Path(stored.relative_path).name == stored.relative_path
-        if not isinstance(index, kinds.MetadataIndex) or not inside or stored.transform_descriptors:
-            raise InputError(f"{path}: is refused, it leads to {stored.relative_path}; take one of a run of your own")
+        known = isinstance(index, kinds.MetadataIndex) and isinstance(stored, _StorageInfo)
+        name = stored.relative_path if known else None
+        inside = isinstance(name, str) and Path(name).name == name and name not in (".", "..")
+        if not inside or stored.transform_descriptors:
+            raise InputError(f"{path}: is refused, it leads to {name!r}; take one of a run of your own")
     return metadata
 
 

@@ -105,7 +105,6 @@ def train(*, steps: int, batch_size: int, learning_rate: float, seed: int) -> Au
         if (step + 1) % 500 == 0 or step + 1 == steps:
             with torch.no_grad():
                 bar.set_postfix(held_out_db=f"{psnr_db(model(held_out, torch.zeros(()))[1], held_out):.2f}")
-            save(model.vae, made_by={"steps so far": str(step + 1)})
     return model.vae
 
 

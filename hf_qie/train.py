@@ -85,9 +85,9 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
         Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
+    trainer.save_state()  # after the weights: says that the run has ended
     if trainer.args.should_save:
         loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
-    trainer.save_state()  # last of all: says that it has ended
     return trainer
 
 

@@ -5,7 +5,7 @@ Letters: r rank, I width of a layer's input, O of its output.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hf_qie.recorded import RECORD, STATE
 from hf_qie.shards import MODEL_FOLDER, sharded_tensors
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
+PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # what of a base is fetched and copied: runs no code
 Tensors = Mapping[str, Callable[[], Tensor]]  # by name; read when called, so that a model never lies in memory whole
 
 
@@ -124,16 +125,18 @@ def find_trained(path: Path) -> Trained:
     if one and (reason := misfit(folder)) not in (None, WEIGHTS_ALONE):
         raise InputError(f"{folder}: the checkpoint is not whole, {reason}; export {output_dir}, or another one of it")
     recipe = load_recipe(output_dir / "recipe.yaml")
+    record = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
+    if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
+        recipe = replace(recipe, revision=record["commit"])
     wanted = [LORA_FILE] if recipe.trainable.lora else [TRANSFORMER_FOLDER, MODEL_FOLDER]
     if not any((folder / name).exists() for name in wanted):
         raise InputError(f"{folder}: holds no weights; wanted {' or '.join(wanted)}, as the recipe beside it trains")
-    state, record = ((at / name) for at, name in ((folder, STATE), (output_dir, RECORD)))
     return Trained(
         output_dir=output_dir,
         folder=folder,
         recipe=recipe,
-        state=read_json(state),
-        record=read_json(record) if record.exists() else {},
+        state=read_json(folder / STATE),
+        record=record,
     )
 
 
@@ -163,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def base_folder(recipe: Recipe, parts: list[str]) -> Path:
     """A folder with these parts of the checkpoint `recipe.model`, from here or from the Hub (cached)."""
     if not Path(recipe.model).is_dir():
-        patterns = [f"{part}/*" for part in parts]
+        patterns = [f"{part}/*{kind}" for part in parts for kind in PLAIN]
         with from_hub(recipe.model):
             return Path(snapshot_download(recipe.model, revision=recipe.revision, allow_patterns=patterns))
     for part in parts:
@@ -187,7 +190,7 @@ def saved_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def read_adapters(path: Path) -> Adapters:
-    """A LoRA file as train.py leaves it, or as diffusers converts one; raises InputError where it is none."""
+    """A LoRA file as train.py leaves it; raises InputError where it is none."""
     try:
         tensors, metadata = QwenImageLoraLoaderMixin.lora_state_dict(
             str(path), use_safetensors=True, return_lora_metadata=True
@@ -198,6 +201,10 @@ def read_adapters(path: Path) -> Adapters:
     for key in tensors:
         if key.endswith(".lora_A.weight"):
             layer = key.removesuffix(".lora_A.weight")
+            if f"{layer}.lora_B.weight" not in tensors:
+                raise InputError(f"{path}: {layer} has half an adapter; take another checkpoint")
             layers[layer.removeprefix(prefix)] = tensors[key], tensors[f"{layer}.lora_B.weight"]
     settings = {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
+    if not layers or "lora_alpha" not in settings:
+        raise InputError(f"{path}: is no LoRA as train.py leaves it, with its rank and alpha; train again")
     return Adapters(layers=layers, settings=settings)

@@ -56,7 +56,7 @@ class Official:
 
     def __init__(self, model: str, family: Family, *, revision: str | None, dtype: torch.dtype, device: torch.device):
         loaded = getattr(diffusers, family.pipeline).from_pretrained(
-            model, revision=revision, transformer=None, dtype=dtype
+            model, revision=revision, transformer=None, dtype=dtype, use_safetensors=True
         )
         names = ("scheduler", "vae", "text_encoder", "tokenizer")
         parts = {name: getattr(loaded.to(device), name) for name in names} | {"transformer": None}

@@ -42,3 +42,15 @@ def test_files_and_functions_stay_readable(name):
     assert text.count("\n") <= 320
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(ast.parse(text)) if f.end_lineno - f.lineno >= 45}
     assert not long
+
+
+LOADS_WEIGHTS = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "Qwen2_5_VLForConditionalGeneration")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_are_never_loaded_from_a_pickle(name):
+    for call in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".from_pretrained"):
+            loader = ast.unparse(call.func)
+            if loader.split(".")[-2] in LOADS_WEIGHTS or "getattr" in loader:
+                assert "use_safetensors" in {word.arg for word in call.keywords}, loader

@@ -14,8 +14,9 @@ from datasets import Dataset
 from test_layout import LAYERS, PACKAGE
 from transformers import TrainingArguments
 
+from hf_qie.demo import ROWS
 from hf_qie.mix import group_shares, mix_table, read_groups
-from hf_qie.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable
+from hf_qie.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,6 +111,14 @@ def test_the_example_of_weights_is_what_the_mix_makes_of_it():
     for mix, table in zip((Mix(), Mix(source_count_weights={0: 1, 1: 1, 2: 1, 3: 0})), shown, strict=True):
         groups = read_groups(sets, weights, mix)
         assert mix_table(groups, group_shares(groups, mix), num_draws=int(num_draws.replace(",", ""))) == table
+
+
+def test_the_mix_of_the_demo_is_what_the_recipe_draws():
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    weights = {name: task.weight for name, task in recipe.tasks.items()}
+    groups = read_groups({task: rows_with({1: ROWS}) for task in recipe.tasks}, weights, recipe.mix)
+    num_draws = recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"]
+    assert mix_table(groups, group_shares(groups, recipe.mix), num_draws=num_draws) in README
 
 
 def messages() -> str:

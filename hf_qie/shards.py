@@ -87,7 +87,7 @@ def read_metadata(folder: Path) -> Metadata:
         name = stored.relative_path if known else None
         inside = isinstance(name, str) and Path(name).name == name and name not in (".", "..")
         if not inside or stored.transform_descriptors:
-            raise InputError(f"{path}: is refused, it leads to {name!r}; take one of a run of your own")
+            raise InputError(f"{path}: is refused, it leads to {name}; take one of a run of your own")
     return metadata
 
 

@@ -24,7 +24,7 @@ from hf_qie.checkpoints import COMPLETE, mark_complete
 from hf_qie.model import LORA_FILE, build_model, load_weights
 from hf_qie.recipe import InputError, load_recipe
 from hf_qie.shards import sharded_tensors
-from hf_qie.trained import saved_tensors
+from hf_qie.trained import find_trained, saved_tensors
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}  # alpha is not the rank: the scale is 2
 SHARDED = [
@@ -234,6 +234,21 @@ class Hostile:
         return os.system, (self.command,)
 
 
+def test_the_base_is_of_the_commit_that_the_run_recorded(done, tmp_path):
+    run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
+    record = json.loads((run / "run.json").read_text()) | {"commit": "0123abcd"}
+    (run / "run.json").write_text(json.dumps(record))
+    assert find_trained(run).recipe.revision == "0123abcd"
+    assert find_trained(done / "lora" / "alone").recipe.revision is None  # a base that is a folder has no commit
+
+
+def test_a_lora_without_its_alpha_is_refused(done, tmp_path):
+    run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
+    save_file(load_file(run / LORA_FILE), run / LORA_FILE)
+    with pytest.raises(InputError, match=r"is no LoRA as train\.py leaves it"):
+        exported(run, tmp_path / "to")
+
+
 def tampered(done: Path, tmp_path: Path, change) -> Path:
     """A copy of a sharded checkpoint whose metadata went through `change`; its complete.json says that it is whole."""
     run = shutil.copytree(done / "full" / "sharded", tmp_path / "run")
@@ -267,6 +282,16 @@ def leads_out(metadata):
     return metadata
 
 
+def of_no_file(metadata):
+    next(iter(metadata.storage_data.values())).relative_path = ".."
+    return metadata
+
+
+def of_another_kind(metadata):
+    metadata.storage_data[next(iter(metadata.storage_data))] = "__0_0.distcp"
+    return metadata
+
+
 def no_tensor(metadata):
     metadata.state_dict_metadata[next(iter(metadata.state_dict_metadata))] = BytesStorageMetadata()
     return metadata
@@ -276,6 +301,8 @@ def no_tensor(metadata):
     ("change", "message"),
     [
         (leads_out, r"it leads to \.\./optimizer_0/__0_0\.distcp"),
+        (of_no_file, r"it leads to \.\."),
+        (of_another_kind, "it leads to None"),
         (no_tensor, "linear_1.weight is no tensor"),
         (lambda metadata: metadata.storage_data, "it is no metadata of a checkpoint"),
     ],

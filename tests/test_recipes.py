@@ -17,7 +17,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from test_footprint import RELEASED
+from released import TRANSFORMER
 
 from hf_qie.footprint import Footprint, footprint
 from hf_qie.launcher import fsdp_settings, refuse_launcher
@@ -51,7 +51,7 @@ def released(tmp_path_factory) -> Path:
     """A checkpoint of the released shape, of which there is nothing but the transformer's config."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text(json.dumps(RELEASED))
+    (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
     return folder
 
 

@@ -37,6 +37,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "filelock>=3.20",
+            "tensorboard>=2.20",  # pictures and figures in a tracker are read back from its files
             "hypothesis>=6.140",
             "dashscope>=1.25",  # ships the real Qwen vocabulary: template and drop count are tested against it
         ],

@@ -40,11 +40,20 @@ ALLOWED = {
 }
 
 
+def memory_format(kind: Any, name: str) -> Any:
+    """The member `name` of torch's enum of memory formats; raises UnpicklingError for that of anything else."""
+    if kind is not kinds._MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise pickle.UnpicklingError("it wants builtins.getattr, which no checkpoint of torch does")
+    return kind[name]
+
+
 class Restricted(pickle.Unpickler):
     """Finds nothing but what `ALLOWED` names."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Raise UnpicklingError for any other name, before it is imported."""
+        if (module, name) == ("builtins", "getattr"):  # how Python up to 3.11.3 writes the member of an enum
+            return memory_format
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it wants {module}.{name}, which no checkpoint of torch does")
         return super().find_class(module, name)

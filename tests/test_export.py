@@ -17,13 +17,13 @@ from embedding_sets import write_recipe
 from ranks import in_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from hf_qie import export, formats
 from hf_qie.checkpoints import COMPLETE, mark_complete
 from hf_qie.model import LORA_FILE, build_model, load_weights
 from hf_qie.recipe import InputError, load_recipe
-from hf_qie.shards import sharded_tensors
+from hf_qie.shards import Restricted, sharded_tensors
 from hf_qie.trained import find_trained, saved_tensors
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}  # alpha is not the rank: the scale is 2
@@ -232,6 +232,24 @@ class Hostile:
 
     def __reduce__(self):
         return os.system, (self.command,)
+
+
+class ByName:
+    """Pickled as Python up to 3.11.3 pickles the member of an enum: by `getattr`."""
+
+    def __init__(self, kind, name):
+        self.kind, self.name = kind, name
+
+    def __reduce__(self):
+        return getattr, (self.kind, self.name)
+
+
+def test_a_member_of_torchs_enum_may_come_by_name_and_nothing_else():
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert Restricted(io.BytesIO(pickle.dumps(ByName(_MEM_FORMAT_ENCODING, member.name)))).load() is member
+    for kind, name in ((_MEM_FORMAT_ENCODING, "__init__"), (torch.Size, "__class__")):
+        with pytest.raises(pickle.UnpicklingError, match=r"it wants builtins\.getattr"):
+            Restricted(io.BytesIO(pickle.dumps(ByName(kind, name)))).load()
 
 
 def test_the_base_is_of_the_commit_that_the_run_recorded(done, tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_qie.embeddings import write_durably
+from hf_qie.durable import flush, write_durably
 from hf_qie.recipe import InputError
 
 logger = get_logger(__name__)
@@ -25,9 +24,7 @@ def mark_complete(folder: Path, *, step: int, ranks: int, identity: Mapping[str,
     """Wait until every file of a checkpoint is on the disk, then say so in its `complete.json`."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)
         if path.is_file():
             files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     complete = {"step": step, "ranks": ranks, "identity": identity, "files": files}

@@ -6,11 +6,10 @@ under its name only when it is complete, beside an account of what happened to e
 """
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,8 +19,10 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
+from hf_qie.accounts import Account, keep_chunk
+from hf_qie.alive import at
 from hf_qie.batches import Pass, like_length, same_size, shared_passes
-from hf_qie.embeddings import LATENT_CHANNELS, move_durably, to_table, write_durably
+from hf_qie.embeddings import LATENT_CHANNELS, to_table
 from hf_qie.encoder import Encoder, PromptStates
 from hf_qie.images import to_pixels
 from hf_qie.latents import LatentEncoder
@@ -43,24 +44,6 @@ class Models:
     processor: Any
     encoder: Encoder
     latents: LatentEncoder | None  # None: `extract.latents` is false
-
-
-@dataclass(kw_only=True)
-class Account:
-    """What became of the rows of a chunk."""
-
-    rows_in: int = 0
-    rows_out: int = 0
-    rows_without_caption: int = 0
-    num_tokens: int = 0  # that the encoder ran
-    num_tokens_padded: int = 0  # with the padding of its batches
-    num_tokens_apart: int = 0  # of one pass per caption
-    bad: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, other: "Account") -> None:
-        """Take in another one."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 class Chunk:
@@ -104,9 +87,7 @@ class ChunkWriter:
         chunk.reads = {row["row"]: self.readers.submit(self.read, row, chunk) for row in chunk.table.select(first)}
         return chunk
 
-    def write(
-        self, path: Path, chunk: Chunk, *, account_path: Path, aside: Path, near_end: Callable[[], object]
-    ) -> None:
+    def write(self, path: Path, chunk: Chunk, *, aside: Path, near_end: Callable[[], object]) -> None:
         """Encode a chunk into the Arrow file `path`, written `aside` until it is whole and its account is on disk.
 
         `near_end` is called once, when the last window alone is under way: the time to open the next chunk.
@@ -144,8 +125,7 @@ class ChunkWriter:
         )
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
-        write_durably(account_path, json.dumps(vars(chunk.account), ensure_ascii=False))
-        move_durably(aside, path)
+        keep_chunk(aside, path, chunk.account)
 
     def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow:
         """Read the pictures of a row and make its prompts. Runs in many threads."""
@@ -223,9 +203,15 @@ class ChunkWriter:
         for batch in batches:
             waiting.append(self.runner.submit(model, batch))
             if len(waiting) == AHEAD:
-                yield waiting.popleft().result()
+                yield self.done(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield self.done(waiting.popleft())
+
+    def done(self, batch: Future[list]) -> list:
+        """What a model made of a batch; a sign of life."""
+        made = batch.result()
+        at(f"a batch of {self.plan.task.name}")
+        return made
 
     def to_table(
         self,

@@ -12,7 +12,6 @@ Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are ke
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from hf_qie.chunks import Account
+    from hf_qie.accounts import Account
     from hf_qie.foreign import Foreign
 
 WINDOW_ROWS = 16  # held before they are written: a row has megabytes
@@ -162,9 +161,9 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
     """Write rows into the Arrow file `path`, which appears when it is whole and its account is on disk."""
     from datasets.arrow_writer import ArrowWriter
 
-    from hf_qie.chunks import Account
-    from hf_qie.embeddings import move_durably, to_table, write_durably
-    from hf_qie.unfinished import account_path, writing
+    from hf_qie.accounts import Account, keep_chunk
+    from hf_qie.embeddings import to_table
+    from hf_qie.unfinished import writing
 
     features, account = foreign.plan.features(foreign.width), Account(rows_in=len(rows))
     aside = writing(path.parent, recipe) / path.name
@@ -177,8 +176,7 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
             if good:
                 writer.write_table(to_table(good, features))
         writer.finalize()
-    write_durably(account_path(path), json.dumps(vars(account), ensure_ascii=False))
-    move_durably(aside, path)
+    keep_chunk(aside, path, account)
 
 
 def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:

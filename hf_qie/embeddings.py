@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from datasets import Dataset, Features, List, Value, load_dataset, load_from_dis
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from hf_qie.durable import check_files
 from hf_qie.family import Family, from_hub
 from hf_qie.recipe import InputError
 from hf_qie.records import HUB_ID
@@ -90,33 +90,21 @@ def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArra
     )
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old one or the new one, whole."""
-    beside = path.with_name(f"{path.name}.{uuid4().hex}")  # several launches may write the same file
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-    move_durably(beside, path)
+def open_set(folder: Path, *, anew: bool = False) -> Dataset:
+    """The embedding set in `folder`; raises InputError where there is none, or it is not finished, or damaged.
 
-
-def move_durably(source: Path, target: Path) -> None:
-    """Rename a finished file and wait until file and name are on the disk."""
-    flush(source)
-    os.replace(source, target)
-    flush(target.parent)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def open_set(folder: Path) -> Dataset:
-    """The embedding set in `folder`; raises InputError where there is none or it is not finished."""
+    `anew`: its files are read though they have been found whole before.
+    """
     if not (folder / PROVENANCE).is_file():
         raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine one process, for it reads the whole set
+        check_files(folder, files_of(read_provenance(folder)), anew=anew)
     return load_from_disk(str(folder))
+
+
+def files_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """`bytes` and `sha256` of each file of a set on disk; {} of a set that was written before they were recorded."""
+    return provenance["record"].get("files", {})
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -37,15 +37,24 @@ def main(argv: list[str]) -> int:
     """Extract every task of the recipe that has data; returns the exit code."""
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
+    from hf_qie.alive import Alive
     from hf_qie.family import read_family
 
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
-    code = extract(recipe, family, plans)  # the rows stay mapped without a name, and a killed run leaves none behind
+    # the rows stay mapped without a name, and a killed run leaves none behind
+    with Alive(signs_folder(recipe)):
+        code = extract(recipe, family, plans)
     if recipe.extract.push_to_hub:
         push(recipe, list(plans), code)
     return code
+
+
+def signs_folder(recipe: Recipe) -> Path:
+    """Where the ranks of this launch tell each other that they are alive."""
+    i, n = recipe.extract.shard or (0, 1)
+    return Path(recipe.extract.output_dir, f"signs-of-life-{i}-of-{n}")  # no task can have this name
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -115,22 +124,27 @@ def make_set(
     """Make one set; rank 0 opens and closes it, every rank does chunks."""
     from accelerate.logging import get_logger
 
+    from hf_qie.alive import at_any_length
     from hf_qie.embeddings import PROVENANCE
     from hf_qie.unfinished import finish, is_done, open_folder, record_of, request_of
 
     request = request_of(plan, compat, recipe)
-    if state.is_main_process:
-        open_folder(folder, request, recipe=recipe)
-    state.wait_for_everyone()
+    with at_any_length("the opening of a set"):
+        if state.is_main_process:
+            open_folder(folder, request, recipe=recipe)
+        state.wait_for_everyone()
     if (folder / PROVENANCE).exists():
         get_logger("hf_qie.extract").info(
             "%s: finished before, nothing to do; delete %s to extract it again", plan.task.name, folder
         )
-    else:
-        write_chunks(plan, models(), folder, recipe=recipe, rank=state.process_index)
+        return
+    with at_any_length("the loading of models"):
+        loaded = models()
+    write_chunks(plan, loaded, folder, recipe=recipe, rank=state.process_index)
+    with at_any_length("the end of its chunks, waiting for those of others"):
         state.wait_for_everyone()
         if state.is_main_process and is_done(plan, folder):
-            made = {"features": plan.features(models().encoder.width), "record": record_of(recipe, models())}
+            made = {"features": plan.features(loaded.encoder.width), "record": record_of(recipe, loaded)}
             finish(plan, folder, recipe=recipe, request=request, **made)
         state.wait_for_everyone()
 
@@ -186,7 +200,7 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
     from tqdm import tqdm
 
     from hf_qie.chunks import ChunkWriter
-    from hf_qie.unfinished import account_path, chunk_files, claim_chunks, rows_done, writing
+    from hf_qie.unfinished import chunk_files, claim_chunks, rows_done, writing
 
     claims = claim_chunks(plan, folder, recipe)
     total, done = sum(map(len, chunk_files(plan, folder).values())), rows_done(plan, folder)
@@ -200,7 +214,6 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
             writer.write(
                 path,
                 chunk,
-                account_path=account_path(path),
                 aside=writing(folder, recipe) / path.name,
                 near_end=lambda: waiting.extend((path, writer.open(rows)) for path, rows in islice(claims, 1)),
             )

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Features
 from PIL import Image
 
+from hf_qie.alive import at_any_length
 from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
@@ -195,7 +196,8 @@ def open_picture(file: File, *, plan: Plan) -> Path | BytesIO:
     """The file of a picture, or its bytes where it comes by a URL or lies in the data itself; raises BadUrl."""
     root, path = file
     if is_url(path):
-        return BytesIO(fetch(path, allow_private=plan.extract.allow_private_urls))
+        with at_any_length("the fetch of a picture"):
+            return BytesIO(fetch(path, allow_private=plan.extract.allow_private_urls))
     stored = plan.rows.stored and plan.rows.stored.read(path)
     return Path(root, path) if stored is None else BytesIO(stored)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, SplitInfo, load_from_disk
+from datasets import Dataset, DatasetInfo, Features, SplitInfo
 from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, hf_hub_download
@@ -28,7 +28,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
-from hf_qie.embeddings import matrix_width, move_durably, published_shards, read_provenance
+from hf_qie.durable import move_durably
+from hf_qie.embeddings import matrix_width, open_set, published_shards, read_provenance
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.recipe import Extract, InputError, Task
 
@@ -117,7 +118,8 @@ class Publication:
         lines = (self.folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
         skipped = Counter(reason_of(json.loads(line)) for line in lines)
         more = {"skipped": dict(skipped.most_common()), "set": self.data._fingerprint}
-        return provenance | {"record": public(provenance["record"]) | more}
+        record = {key: value for key, value in provenance["record"].items() if key != "files"}  # of this folder alone
+        return provenance | {"record": public(record) | more}
 
     @cached_property
     def pattern(self) -> str:
@@ -127,7 +129,7 @@ class Publication:
     @cached_property
     def data(self) -> Dataset:
         """The rows."""
-        return load_from_disk(str(self.folder))
+        return open_set(self.folder)
 
     @property
     def num_bytes(self) -> int:

@@ -28,6 +28,7 @@ from hf_qie.settings import (
     unknown,
     write_yaml,
 )
+from hf_qie.storage import disk_trouble
 
 # A rule of one value: the type, what is wanted in words, and the test.
 Name = Annotated[str, "a string that is not blank", str.strip]
@@ -242,7 +243,8 @@ SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one t
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a script's `main` on the command line; an InputError ends it with its message alone and exit status 1.
+    """Run a script's `main` on the command line; an InputError, or a disk that does not take what is written, ends it
+    with its message alone and exit status 1.
 
     Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
     processes on this machine, only the first one speaks, until they have each their own work.
@@ -258,12 +260,15 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.exit(0 if argv else 2)
     try:
         sys.exit(main(argv))
-    except InputError as error:
+    except Exception as error:
+        words = str(error) if isinstance(error, InputError) else disk_trouble(error)
+        if words is None:
+            raise
         torch = sys.modules.get("torch")
         if speaks:
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(f"{words}\n")
         elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
-            sys.stderr.write(f"rank {rank}: {error}\n")
+            sys.stderr.write(f"rank {rank}: {words}\n")
         else:  # the launcher ends all ranks when one ends, and the first has to speak before
             time.sleep(SPEAK_FIRST_S)
         sys.exit(1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from hf_qie.embeddings import write_durably
+from hf_qie.durable import write_durably
 from hf_qie.family import checkpoint_file
 from hf_qie.mix import Group
 from hf_qie.recipe import Recipe

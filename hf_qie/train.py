@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
 from hf_qie.settings import leaves
+from hf_qie.storage import prove_writable
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(argv[0], argv[1:])
     refuse_launcher(os.environ)
     fsdp_settings(recipe, os.environ)  # what does not fit shows before anything is imported
+    prove_writable(Path(recipe.training["output_dir"]))
     train(recipe, open_sets(recipe))
 
 
@@ -74,18 +76,23 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    from hf_qie.alive import STUCK_S, Alive, at_any_length
     from hf_qie.loss_chart import loss_chart
     from hf_qie.recorded import STATE, write_record
 
-    trainer, checkpoint = build_trainer(recipe, sets)
-    log_start(trainer, checkpoint)
-    if trainer.args.should_save:
-        save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
-        write_record(trainer.args.output_dir, trainer.record)
-        Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    trainer.save_model()
-    trainer.save_state()  # after the weights: says that the run has ended
+    # with another shape a compiler takes minutes
+    stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
+    with Alive(Path(recipe.training["output_dir"], "signs-of-life"), stuck_s=stuck_s):
+        trainer, checkpoint = build_trainer(recipe, sets)
+        log_start(trainer, checkpoint)
+        if trainer.args.should_save:
+            save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+            write_record(trainer.args.output_dir, trainer.record)
+            Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        with at_any_length("the saving of what trained"):
+            trainer.save_model()
+            trainer.save_state()  # after the weights: says that the run has ended
     if trainer.args.should_save:
         loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
     return trainer

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hf_qie.alive import at, at_any_length
 from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
@@ -149,6 +150,7 @@ class EditTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
+        at(f"step {self.state.global_step + 1}")
         per_row, prediction = self.objective.of_draws(model, inputs)
         self.losses.note(inputs, per_row)
         self._drawn.update((task, len(inputs["grids"]) - 1) for task in inputs["task"])
@@ -220,7 +222,8 @@ class EditTrainer(Trainer):
             due = self.control.should_log or self.control.should_evaluate or self.control.should_save
             self.losses.check(last=due or self.control.should_training_stop)
             self.pace.end_step()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        with at_any_length("logging, evaluation or saving"):
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the mean loss of the steps since the last log, add that of each task's draws and the pace.

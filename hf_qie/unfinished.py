@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import DatasetInfo, Features
-from datasets.config import DATASET_INFO_FILENAME
+from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 
-from hf_qie.chunks import Account, Models
-from hf_qie.embeddings import PROVENANCE, fingerprint, move_durably, write_durably
+from hf_qie.accounts import UNFINISHED, Account, damage, read_account
+from hf_qie.alive import at_any_length
+from hf_qie.chunks import Models
+from hf_qie.durable import check_files, move_durably, write_durably, written
+from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance
 from hf_qie.prepare import Plan
 from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
 
-UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
+logger = get_logger(__name__)
+
 REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
 
 
@@ -69,6 +74,7 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        check_files(folder, files_of(read_provenance(folder)))
         return
     shutil.rmtree(writing(folder, recipe), ignore_errors=True)  # of a launch that was killed
     writing(folder, recipe).mkdir(parents=True)
@@ -107,21 +113,24 @@ def is_done(plan: Plan, folder: Path) -> bool:
 
 
 def claim_chunks(plan: Plan, folder: Path, recipe: Recipe) -> Iterator[tuple[Path, range]]:
-    """The chunks that are not there yet, each to the rank that asks first: a slow one holds up no other."""
+    """The chunks to write, each to the rank that asks first: a slow one holds up no other.
+
+    Of those of an earlier launch the ranks share out the reading: what is not as it was written is written again.
+    """
     i, n = recipe.extract.shard or (0, 1)
     for path, rows in list(chunk_files(plan, folder).items())[i::n]:
-        if path.exists():
-            continue
         try:
             os.close(os.open(writing(folder, recipe) / f"{path.stem}.claim", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
+        if path.exists():
+            with at_any_length("the reading of chunks of an earlier launch"):
+                why = damage(path)
+            if why is None:
+                continue
+            logger.warning("%s %s; it is written again", path, why, main_process_only=False)
+            path.unlink()
         yield path, rows
-
-
-def account_path(path: Path) -> Path:
-    """Where it says what became of the rows of a chunk file."""
-    return path.parent / UNFINISHED / f"{path.stem}.json"
 
 
 def finish(
@@ -155,13 +164,14 @@ def write_rest(
     record: Mapping[str, Any],
 ) -> None:
     """Write what stands beside the chunk files; `provenance.json`, the last, says that the set is whole."""
-    files, total, aside = chunk_files(plan, folder), Account(), writing(folder, recipe)
-    for path in files:
-        total.add(Account(**json.loads(account_path(path).read_text(encoding="utf-8"))))
+    total, aside, files = Account(), writing(folder, recipe), {}
+    for path in chunk_files(plan, folder):
+        account, files[path.name] = read_account(path)
+        total.add(account)
     assert total.rows_in == total.rows_out + len(total.bad) == len(plan.rows.table)
     compat = request["compat"]
     state = {
-        "_data_files": [{"filename": path.name} for path in files],
+        "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint(request)[:16],
         "_format_columns": None,
         "_format_kwargs": {},
@@ -169,15 +179,17 @@ def write_rest(
         "_output_all_columns": False,
         "_split": "train",
     }
-    write_durably(folder / "state.json", json.dumps(state, indent=2))
+    write_durably(folder / DATASET_STATE_JSON_FILENAME, json.dumps(state, indent=2))
     DatasetInfo(features=features).write_to_directory(str(aside), pretty_print=True)
     save_recipe(recipe, aside / "recipe.yaml")
     for name in (DATASET_INFO_FILENAME, "recipe.yaml"):
         move_durably(aside / name, folder / name)
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
     write_durably(folder / "bad_rows.jsonl", "".join(lines))
-    counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(path.stat().st_size for path in files)}
-    record = {"request": request, "counts": counts, **record}
+    counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(file["bytes"] for file in files.values())}
+    for name in (DATASET_STATE_JSON_FILENAME, DATASET_INFO_FILENAME):
+        files[name] = written(folder / name)
+    record = {"request": request, "counts": counts, "files": files, **record}
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
     write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
 

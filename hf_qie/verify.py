@@ -116,7 +116,7 @@ def verify_set(
 
     Raises InputError where the set was made from other pictures, or one cannot be read any more.
     """
-    data = open_set(folder)
+    data = open_set(folder, anew=True)
     chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
     numbers = [name for name, feature in data.features.items() if matrix_width(feature) or name.endswith(GRIDS)]
     texts, numbers = (

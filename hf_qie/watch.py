@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_qie.alive import at, at_any_length
 from hf_qie.collate import Batch
 
 NAMED = 16  # rows of an error message
@@ -101,6 +102,7 @@ class Pace:
     @contextmanager
     def fetching(self) -> Iterator[None]:
         """Around the fetch of a step's batches, with which the step begins."""
+        at("the rows of a step")
         self.started = time.perf_counter()
         yield
         self.waited += time.perf_counter() - self.started
@@ -109,7 +111,8 @@ class Pace:
     def paused(self) -> Iterator[None]:
         """Around what is no part of a step, though it happens in one."""
         began = time.perf_counter()
-        yield
+        with at_any_length("evaluation, pictures or saving"):
+            yield
         self.started += time.perf_counter() - began
 
     def note(self, batches: Sequence[Batch]) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from functools import cache
 from pathlib import Path
 
@@ -27,14 +28,28 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 
 class Launch:
-    """`ranks` processes at work on one recipe; `notes` is a file that gets a line for each row encoded."""
+    """`ranks` processes at work on one recipe; `notes` is a file that gets a line for each row encoded.
 
-    def __init__(self, recipe: Path, *overrides: str, notes: Path, ranks: int = 1):
+    The last rank can come to a stop after some rows: `stops` is (rows, a signal that it sends itself, or None to sleep
+    for ever). Beside `notes`, a file .log has what ranks say, and there is one .stopped once that rank has.
+    """
+
+    def __init__(
+        self,
+        recipe: Path,
+        *overrides: str,
+        notes: Path,
+        ranks: int = 1,
+        stops: tuple[int, signal.Signals | None] | None = None,
+    ):
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         where |= {"LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
         who = [where | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)] if ranks > 1 else [{}]
         arguments = [str(recipe), *overrides]
-        self.ranks = [server().Process(target=run_rank, args=(arguments, environment, notes)) for environment in who]
+        self.ranks = [
+            server().Process(target=run_rank, args=(arguments, one, notes, stops if one is who[-1] else None))
+            for one in who
+        ]
         for rank in self.ranks:
             rank.start()
 
@@ -58,18 +73,34 @@ class Launch:
         return [rank.exitcode for rank in self.ranks]
 
 
-def run_rank(argv: list[str], environment: dict[str, str], notes: Path) -> None:
+def run_rank(
+    argv: list[str], environment: dict[str, str], notes: Path, stops: tuple[int, signal.Signals | None] | None
+) -> None:
     """What one rank does."""
     os.environ.update(environment)
-    encode_prompts = ChunkWriter.encode_prompts
+    with notes.with_suffix(".log").open("ab") as log:
+        os.dup2(log.fileno(), 2)
+    encode_prompts, done = ChunkWriter.encode_prompts, []
 
     def noted(self: ChunkWriter, rows: list[Prepared], *rest: object) -> dict:
         with notes.open("a") as file:
             file.write("".join(f"{row.columns['row']}\n" for row in rows))
+        done.extend(rows)
+        if stops and len(done) >= stops[0]:
+            notes.with_suffix(".stopped").touch()
+            stop(stops[1])
         return encode_prompts(self, rows, *rest)
 
     ChunkWriter.encode_prompts = noted
     raise SystemExit(main(argv))
+
+
+def stop(sent: signal.Signals | None) -> None:
+    """Go no further."""
+    if sent:
+        os.kill(os.getpid(), sent)
+    while True:
+        time.sleep(60)
 
 
 def free_port() -> int:

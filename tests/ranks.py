@@ -25,11 +25,13 @@ import torch
 import transformers.trainer
 from accelerate import DistributedType
 from accelerate.state import PartialState
+from launches import stop
 
 import hf_qie.checkpoints
 import hf_qie.trainer
 from hf_qie.recipe import InputError, load_recipe
 from hf_qie.train import open_sets, train
+from hf_qie.trainer import EditTrainer
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["hf_qie.trainer", "hf_qie.train", "peft", "torch.distributed.checkpoint"])
@@ -45,12 +47,13 @@ KILLS = {
 }
 
 
-def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path) -> list[int]:
-    """The exit codes of `ranks` processes that do the `runs`; when one fails, the others are killed.
+def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_s: float = 0) -> list[int]:
+    """The exit codes of `ranks` processes that do the `runs`; `alone_s` after one failed, the others are killed.
 
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
-    which the rank is killed}}.
+    which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
+    ever}}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,10 +61,13 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path) -> lis
     processes = [context.Process(target=rank_of, args=(rank, ranks, port, runs, log)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    failed_at = None
     while any(process.is_alive() for process in processes):
         if any(process.exitcode for process in processes):
-            for process in processes:
-                process.kill()
+            failed_at = failed_at or time.monotonic()
+            if time.monotonic() >= failed_at + alone_s:
+                for process in processes:
+                    process.kill()
         time.sleep(0.02)
     return [process.exitcode for process in processes]
 
@@ -107,6 +113,8 @@ def do(run: Mapping[str, Any], rank: int) -> None:
         shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
     if run.get("kill", {}).get("rank") == rank:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
+    if run.get("stops", {}).get("rank") == rank:
+        stop_at(run["stops"]["step"], run["stops"]["sends"])
     try:
         report = report_of(train(recipe, open_sets(recipe)))
     except InputError as error:
@@ -135,6 +143,18 @@ def kill_at(folder: Path, point: str, call: int) -> None:
         return calls[-1]
 
     setattr(module, name, write_and_die)
+
+
+def stop_at(step: int, sends: signal.Signals | None) -> None:
+    """Go no further than the loss of a step."""
+    compute_loss = EditTrainer.compute_loss
+
+    def compute_and_stop(self, *args, **kwargs):
+        if self.state.global_step + 1 == step:
+            stop(sends)
+        return compute_loss(self, *args, **kwargs)
+
+    EditTrainer.compute_loss = compute_and_stop
 
 
 def report_of(trainer) -> dict[str, Any]:

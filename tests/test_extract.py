@@ -21,6 +21,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
+from hf_qie.accounts import read_account
 from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.embeddings import read_provenance
 from hf_qie.encoder import Encoder, load_processor
@@ -303,9 +304,10 @@ def chunk(tmp_path, tiny, edits):
         watch(models)
         with ChunkWriter(plan, models, progress=progress) as writer:
             (tmp_path / "aside").mkdir()
-            places = {"account_path": tmp_path / "account.json", "aside": tmp_path / "aside" / "chunk.arrow"}
-            writer.write(tmp_path / "chunk.arrow", writer.open(range(len(rows))), near_end=lambda: None, **places)
-        return json.loads((tmp_path / "account.json").read_text())
+            (tmp_path / "unfinished").mkdir()
+            aside = tmp_path / "aside" / "chunk.arrow"
+            writer.write(tmp_path / "chunk.arrow", writer.open(range(len(rows))), aside=aside, near_end=lambda: None)
+        return vars(read_account(tmp_path / "chunk.arrow")[0])
 
     return write
 

@@ -1,5 +1,6 @@
 """A finished set against the official pipeline: what passes, and what does not."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from datasets import load_from_disk
 from small_recipes import extract_edits
 
 from hf_qie import check
-from hf_qie.embeddings import PROVENANCE
+from hf_qie.durable import written
+from hf_qie.embeddings import PROVENANCE, read_provenance
 from hf_qie.recipe import InputError
 from hf_qie.verify import Difference, bound, compare
 
@@ -36,7 +38,9 @@ def altered(extracted: Path, folder: Path, change) -> Path:
     rows = [change(row) for row in data.to_list()]
     shutil.rmtree(folder / "edit")
     type(data).from_list(rows, features=data.features).save_to_disk(folder / "edit")
-    shutil.copy(extracted.parent / "sets" / "edit" / PROVENANCE, folder / "edit" / PROVENANCE)
+    provenance = read_provenance(extracted.parent / "sets" / "edit")
+    provenance["record"]["files"] = {path.name: written(path) for path in (folder / "edit").iterdir()}
+    (folder / "edit" / PROVENANCE).write_text(json.dumps(provenance), encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,61 @@
+"""The account of a chunk: what became of its rows, and what its file was when it was written.
+
+It is on the disk before the chunk appears under its name, and so whoever finds a chunk can tell whether it is whole.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_qie.durable import misfit, move_durably, remember, write_durably, written
+
+UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What became of the rows of a chunk."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    rows_without_caption: int = 0
+    num_tokens: int = 0  # that the encoder ran
+    num_tokens_padded: int = 0  # with the padding of its batches
+    num_tokens_apart: int = 0  # of one pass per caption
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, other: "Account") -> None:
+        """Take in another one."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def account_path(path: Path) -> Path:
+    """Where the account of a chunk file lies."""
+    return path.parent / UNFINISHED / f"{path.stem}.json"
+
+
+def keep_chunk(aside: Path, path: Path, account: Account) -> None:
+    """Let the finished file `aside` appear under the chunk's name."""
+    file = written(aside)
+    write_durably(account_path(path), json.dumps({"rows": vars(account), "file": file}, ensure_ascii=False))
+    move_durably(aside, path)
+    remember(path, file)
+
+
+def read_account(path: Path) -> tuple[Account, dict[str, Any]]:
+    """The account of a chunk file, and its `bytes` and `sha256` as written; raises ValueError where it is damaged."""
+    try:
+        noted = json.loads(account_path(path).read_text(encoding="utf-8"))
+        return Account(**noted["rows"]), {name: noted["file"][name] for name in ("bytes", "sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{account_path(path)} cannot be read ({error})") from error
+
+
+def damage(path: Path) -> str | None:
+    """Why a chunk file is not to be used; None where it is what was written."""
+    try:
+        return misfit(path, read_account(path)[1])
+    except ValueError as error:
+        return f"has no account: {error}"

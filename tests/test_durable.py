@@ -1,0 +1,282 @@
+"""What is on a disk is what was written, or is not used: damaged files, full disks, folders that take nothing."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import embedding_sets
+import pytest
+import small_recipes
+
+from hf_qie import extract, train
+from hf_qie.accounts import account_path
+from hf_qie.chunks import ChunkWriter
+from hf_qie.durable import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
+from hf_qie.embeddings import open_set, read_provenance
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.storage import disk_trouble
+
+
+def flip(path: Path, *, place: float = 0.5) -> None:
+    """Turn over one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Take a file's last byte."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_unseen(path: Path) -> None:
+    """Turn over one bit, and set the time of writing back."""
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGES = {cut: "bytes, but", flip: "is not what was written", flip_unseen: "is not what was written"}
+DAMAGES[Path.unlink] = "is missing"
+
+
+# --- files
+
+
+def test_what_is_written_is_known_again(tmp_path):
+    file = tmp_path / "file"
+    write_durably(file, "Bild")
+    assert written(file) == {"bytes": 4, "sha256": hashlib.sha256(b"Bild").hexdigest()}
+    assert misfit(file, written(file)) is None
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_file_is_named_also_where_it_was_found_whole_before(tmp_path, damage):
+    files = {}
+    for name in ("one", "other"):
+        (tmp_path / name).write_bytes(os.urandom(3000))
+        files[name] = written(tmp_path / name)
+    check_files(tmp_path, files)
+    check_files(tmp_path, files)
+    damage(tmp_path / "other")
+    for anew in (False, True):
+        with pytest.raises(InputError, match=f": other .*{DAMAGES[damage]}") as told:
+            check_files(tmp_path, files, anew=anew)
+        assert "one" not in str(told.value).replace(str(tmp_path), "")
+        assert f"delete {tmp_path} and extract it again" in str(told.value)
+
+
+def test_what_was_found_whole_is_not_read_again_until_it_changes(tmp_path, monkeypatch):
+    file, read = tmp_path / "file", []
+    file.write_bytes(bytes(1000))
+    was = written(file)
+
+    def noted(path):
+        read.append(path)
+        return written(path)
+
+    monkeypatch.setattr("hf_qie.durable.written", noted)
+    for times, anew in ((1, False), (1, False), (2, True)):
+        check_files(tmp_path, {"file": was}, anew=anew)
+        assert len(read) == times
+    assert mark_of(file, was).parent == CHECKED
+    os.utime(file)
+    check_files(tmp_path, {"file": was})
+    assert len(read) == 3
+
+
+def test_a_file_that_cannot_be_flushed_leaves_no_handle_open(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="Input"):
+        flush(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- chunks and sets
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny, edits) -> Path:
+    """Seven rows in chunks of two."""
+    rows = [json.loads(line) for line in (edits / "edit.jsonl").read_text(encoding="utf-8").splitlines()[:7]]
+    rows = [row | {name: str(edits / row[name]) for name in ("source_image", "target_image")} for row in rows]
+    return small_recipes.write_recipe(tmp_path, tiny(), {"task": rows}, extract={"chunk_rows": 2})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
+
+
+@pytest.mark.parametrize("damage", [cut, flip, flip_unseen, "account"])
+def test_a_damaged_chunk_of_a_launch_before_is_named_and_written_again(recipe, tmp_path, damage, monkeypatch, caplog):
+    assert extract.main([str(recipe)]) == 0
+    folder = tmp_path / "sets" / "task"
+    whole = content(folder)
+    again = tmp_path / "again"
+    write, chunks = ChunkWriter.write, []
+
+    def killed_at_the_third(self, path, chunk, **places):
+        if len(chunks) == 2:
+            raise KeyboardInterrupt
+        chunks.append(path)
+        write(self, path, chunk, **places)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ChunkWriter, "write", killed_at_the_third)
+        extract.main([str(recipe), f"extract.output_dir={again}"])
+    victim = chunks[1]
+    if damage == "account":
+        flip(account_path(victim), place=0)
+    else:
+        damage(victim)
+    chunks.clear()
+
+    def counted(self, path, chunk, **places):
+        chunks.append(path.name)
+        write(self, path, chunk, **places)
+
+    monkeypatch.setattr(ChunkWriter, "write", counted)
+    assert extract.main([str(recipe), f"extract.output_dir={again}"]) == 0
+    assert f"{victim} " in caplog.text
+    assert "; it is written again" in caplog.text
+    assert len(chunks) == 3  # of four, as one was whole
+    assert content(again / "task") == whole
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", ["data-00002-of-00004.arrow", "dataset_info.json", "state.json"])
+def test_a_set_with_a_damaged_file_is_neither_trained_on_nor_taken_for_finished(recipe, tmp_path, name, damage):
+    assert extract.main([str(recipe)]) == 0
+    loaded = load_recipe(recipe, [f"training.output_dir={tmp_path / 'run'}"])
+    assert len(train.open_sets(loaded)["task"]) == 7
+    damage(tmp_path / "sets" / "task" / name)
+    words = rf"sets/task: {name} .*{DAMAGES[damage]}.* or delete .*/sets/task and extract it again"
+    with pytest.raises(InputError, match=words):
+        train.open_sets(loaded)
+    with pytest.raises(InputError, match=words):
+        extract.main([str(recipe)])
+
+
+def test_the_record_of_a_set_has_the_digest_of_each_of_its_files(recipe, tmp_path):
+    assert extract.main([str(recipe)]) == 0
+    folder = tmp_path / "sets" / "task"
+    files = read_provenance(folder)["record"]["files"]
+    assert set(files) == {*content(folder), "state.json", "dataset_info.json"}
+    assert all(written(folder / name) == was for name, was in files.items())
+
+
+# --- disks that take nothing
+
+
+def test_trouble_with_a_disk_is_told_from_other_trouble():
+    full = OSError(errno.ENOSPC, "No space left on device", "chunk.arrow")
+    assert disk_trouble(full).startswith("chunk.arrow: no space is left on the disk")
+    hidden = RuntimeError("it broke")
+    hidden.__cause__ = full
+    assert disk_trouble(hidden) == disk_trouble(full)
+    assert disk_trouble(FileNotFoundError(errno.ENOENT, "No such file", "rows.jsonl")) is None
+    assert disk_trouble(ValueError("7")) is None
+
+
+SCRIPT = """
+set -u
+mount -t tmpfs -o size={size} tmpfs {disk}
+echo "$$" > {ready}
+{commands}
+"""
+
+
+def on_a_small_disk(folder: Path, root: Path, *, size: str, commands: str) -> subprocess.CompletedProcess:
+    """Run shell commands in a namespace of their own, where `folder`/disk is a file system in memory."""
+    disk = folder / "disk"
+    disk.mkdir()
+    script = SCRIPT.format(size=size, disk=disk, ready=folder / "ready", commands=commands)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "PYTHON": sys.executable}
+    as_root = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    done = subprocess.run(
+        [*as_root, "sh", "-c", script], capture_output=True, text=True, env=environment, cwd=root, timeout=300
+    )
+    if not (folder / "ready").exists():
+        pytest.skip(f"this machine lets nobody mount a disk: {done.stderr}")
+    return done
+
+
+def test_extraction_onto_a_disk_that_fills_up_says_so_and_goes_on_once_there_is_room(recipe, tmp_path, root):
+    assert extract.main([str(recipe)]) == 0
+    whole = content(tmp_path / "sets" / "task")
+    run = f"$PYTHON hf_qie/extract.py {recipe} extract.output_dir={tmp_path}/disk/sets"
+    chunks = f"{tmp_path}/disk/sets/task/*.arrow"
+    commands = f"""
+    {run} & running=$!
+    while ! ls {chunks} > {tmp_path}/ls 2>&1; do sleep 0.01; done
+    cat /dev/zero > {tmp_path}/disk/filler
+    wait $running; echo "exit $?"
+    rm {tmp_path}/disk/filler
+    {run}; echo "exit $?"
+    cp -r {tmp_path}/disk/sets {tmp_path}/copied
+    """
+    done = on_a_small_disk(tmp_path, root, size="40m", commands=commands)
+    assert done.stdout.split() == ["exit", "1", "exit", "0"], done.stderr
+    assert "no space is left on the disk; free some, then start again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert content(tmp_path / "copied" / "task") == whole
+
+
+def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_once_there_is_room(tmp_path, tiny, root):
+    training = {"max_steps": 6, "save_total_limit": None}
+    recipe = embedding_sets.write_recipe(tmp_path, tiny(), training=training)
+    straight = load_recipe(recipe)
+    train.train(straight, train.open_sets(straight))
+    checkpoint = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-2").rglob("*"))
+    run = f"$PYTHON hf_qie/train.py {recipe} training.output_dir={tmp_path}/disk/run"
+    commands = f"""
+    {run}; echo "exit $?"
+    ls {tmp_path}/disk/run/checkpoint-*/complete.json
+    mount -o remount,size={8 * checkpoint} {tmp_path}/disk
+    {run}; echo "exit $?"
+    cp -r {tmp_path}/disk/run {tmp_path}/copied
+    """
+    done = on_a_small_disk(tmp_path, root, size=str(int(1.6 * checkpoint)), commands=commands)
+    first, *complete, last = [line for line in done.stdout.splitlines() if line.startswith(("exit", "/"))]
+    assert (first, last) == ("exit 1", "exit 0"), done.stderr
+    assert [Path(path).parent.name for path in complete] == ["checkpoint-2"]
+    assert "no space is left on the disk; free some, then start again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"going on from {tmp_path}/disk/run/checkpoint-2" in done.stderr
+    for path in (tmp_path / "run").rglob("transformer/*.safetensors"):
+        other = tmp_path / "copied" / path.relative_to(tmp_path / "run")
+        assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("script", ["extract", "train"])
+def test_a_disk_that_is_read_only_is_named_before_a_model_is_loaded(tmp_path, tiny, edits, root, script):
+    recipes = {
+        "extract": lambda: small_recipes.write_recipe(tmp_path, tiny(), {"task": edits / "edit.jsonl"}),
+        "train": lambda: embedding_sets.write_recipe(tmp_path, tiny()),
+    }
+    recipe, key = recipes[script](), {"extract": "extract", "train": "training"}[script] + ".output_dir"
+    weightless = small_recipes.weightless(tiny(), tmp_path / "model")
+    commands = f"""
+    mount -o remount,ro {tmp_path}/disk
+    $PYTHON hf_qie/{script}.py {recipe} {key}={tmp_path}/disk/out model={weightless}; echo "exit $?"
+    """
+    done = on_a_small_disk(tmp_path, root, size="4m", commands=commands)
+    assert done.stdout.split() == ["exit", "1"]
+    assert f"{tmp_path}/disk/out" in done.stderr
+    assert "the disk is read-only; write elsewhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sets_of_before_digests_were_recorded_are_read_as_they_are(tmp_path, tiny):
+    folder = embedding_sets.write_set(tmp_path / "set", tiny())
+    assert "files" not in read_provenance(folder)["record"]
+    assert len(open_set(folder)) == 8

@@ -164,7 +164,7 @@ def _matrix(value: pa.ListScalar) -> np.ndarray:
 
 
 class RankBatches:
-    """The micro-batches of one rank, as lists of draw numbers: a batch sampler that knows its place by arithmetic.
+    """The micro-batches of one rank, as ranges of draw numbers: a batch sampler that knows its place by arithmetic.
 
     Step k is the draws k * G onward, however ranks and accumulation cut it.
     """
@@ -179,25 +179,22 @@ class RankBatches:
         rank: int,
         world_size: int,
     ):
-        self.steps = range(first_step, num_steps)
-        self.global_batch_size, self.batch_size = global_batch_size, per_device_batch_size
-        self.rank, self.world_size = rank, world_size
-        self.accumulation, rest = divmod(global_batch_size, per_device_batch_size * world_size)
-        assert rest == 0, "a global batch is ranks x micro-batch x accumulation"
+        at_once = per_device_batch_size * world_size
+        assert global_batch_size % at_once == 0, "a global batch is ranks x micro-batch x accumulation"
+        self.batch_size, first = per_device_batch_size, first_step * global_batch_size + rank * per_device_batch_size
+        self.starts = range(first, num_steps * global_batch_size, at_once)
 
     def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
+        return len(self.starts)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            for turn in range(self.accumulation):
-                first = step * self.global_batch_size + (turn * self.world_size + self.rank) * self.batch_size
-                yield list(range(first, first + self.batch_size))
+    def __iter__(self) -> Iterator[range]:
+        stops = range(self.starts.start + self.batch_size, self.starts.stop + self.batch_size, self.starts.step)
+        return map(range, self.starts, stops)  # no line of Python a batch: a resumed run steps over millions of them
 
 
 def open_loader(
     rows: Dataset,
-    batches: Iterable[list[int]],
+    batches: Iterable[Sequence[int]],
     *,
     collate: Callable[[list[dict[str, Any]]], Any],
     num_workers: int = 0,

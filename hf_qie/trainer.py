@@ -5,7 +5,8 @@ Letters: B rows, S target tokens.
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ from hf_qie.alive import at, at_any_length
 from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
+from hf_qie.flops import utilisation
 from hf_qie.fsdp import check_sharded
 from hf_qie.latents import LatentEncoder
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.mix import realised_shares
-from hf_qie.model import enable_activation_checkpointing, load_weights, low_lr_parameters, save_weights
+from hf_qie.model import (
+    enable_activation_checkpointing,
+    load_weights,
+    low_lr_parameters,
+    model_on_paper,
+    save_weights,
+)
 from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
 from hf_qie.recipe import InputError, Recipe
@@ -90,15 +98,17 @@ class EditTrainer(Trainer):
         self.recipe, self.identity, self.encoder = recipe, identity, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
-        self.losses, self.pace = Losses(self.accelerator, list(recipe.tasks)), Pace(self.accelerator)
+        on_paper, precision = partial(model_on_paper, recipe), args.mixed_precision
+        self.losses = Losses(self.accelerator, list(recipe.tasks))
+        self.pace = Pace(self.accelerator, utilisation(on_paper, args.device, precision=precision))
         self._drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
         self._drawn_in_all: Counter[tuple[str, int]] = Counter()
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on.
 
-        After a resume Trainer steps over the lists of draw numbers before its place (accelerate's `SkipBatchSampler`
-        over ours): microseconds each, no row is read.
+        After a resume Trainer steps over the batches before its place, of which no row is read (accelerate's
+        `SkipBatchSampler`): a tenth of a microsecond each.
         """
         args = self.args
         batches = RankBatches(
@@ -119,7 +129,7 @@ class EditTrainer(Trainer):
         )
         return self._open_loader(held_out, batches)
 
-    def _open_loader(self, rows: Dataset, batches: Iterable[list[int]]) -> DataLoader:
+    def _open_loader(self, rows: Dataset, batches: Iterable[Sequence[int]]) -> DataLoader:
         args = self.args
         return open_loader(
             rows,

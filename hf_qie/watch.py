@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_qie.alive import at, at_any_length
 from hf_qie.collate import Batch
+from hf_qie.flops import Utilisation
 
 NAMED = 16  # rows of an error message
 
@@ -93,11 +94,16 @@ class Losses:
 class Pace:
     """Rows, tokens and seconds of this rank's steps since the last log, without evaluation, pictures and saving."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.rows = self.tokens = 0
-        self.seconds = self.waited = 0.0
+    def __init__(self, accelerator: Accelerator, utilisation: Utilisation | None):
+        """`utilisation`: how operations are counted, where the device's peak is known."""
+        self.accelerator, self.utilisation = accelerator, utilisation
         self.started = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here on."""
+        self.rows = self.tokens = 0
+        self.flops = self.seconds = self.waited = 0.0
 
     @contextmanager
     def fetching(self) -> Iterator[None]:
@@ -111,7 +117,7 @@ class Pace:
     def paused(self) -> Iterator[None]:
         """Around what is no part of a step, though it happens in one."""
         began = time.perf_counter()
-        with at_any_length("evaluation, pictures or saving"):
+        with at_any_length("pictures"):
             yield
         self.started += time.perf_counter() - began
 
@@ -120,26 +126,35 @@ class Pace:
         for batch in batches:
             self.rows += len(batch["row"])
             num_latents = sum(height * width for height, width in batch["grids"])
-            self.tokens += len(batch["row"]) * num_latents + int(batch["prompt_mask"].sum())
+            num_tokens = batch["prompt_mask"].sum(dim=1).numpy()
+            self.tokens += len(batch["row"]) * num_latents + int(num_tokens.sum())
+            if self.utilisation:
+                self.flops += self.utilisation.row_flops(num_latents, num_tokens)
 
     def end_step(self) -> None:
         """Take in the end of a step."""
         self.seconds += time.perf_counter() - self.started
 
     def read(self) -> dict[str, float]:
-        """Rows and tokens a second over all ranks; of the slowest rank the wait, of the fullest the memory."""
+        """Rows and tokens a second over all ranks; of the slowest rank the wait, of the fullest the memory.
+
+        Where the device's peak is known, also the model's operations a second in parts of it.
+        """
         device = self.accelerator.device
-        mine = [self.rows, self.tokens, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
+        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
         ranks = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device))
-        rows, tokens, *_ = ranks.sum(dim=0).tolist()
+        rows, tokens, flops, *_ = ranks.sum(dim=0).tolist()
         *_, seconds, waited, memory = ranks.amax(dim=0).tolist()
-        self.__init__(self.accelerator)
-        return {
+        self.begin()
+        pace = {
             "rows_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
             "seconds_waiting_for_data": waited,
             "peak_memory_gb": memory,
         }
+        if self.utilisation:
+            pace["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.utilisation.peak)
+        return pace
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -125,7 +125,11 @@ def do(run: Mapping[str, Any], rank: int) -> None:
 
 def without_pace(entry: Mapping[str, float]) -> dict[str, float]:
     """A log entry but for what no two runs share."""
-    return {key: value for key, value in entry.items() if not key.endswith(("_per_second", "_for_data", "_memory_gb"))}
+    return {
+        key: value
+        for key, value in entry.items()
+        if not key.endswith(("_per_second", "_for_data", "_memory_gb", "_utilisation"))
+    }
 
 
 def kill_at(folder: Path, point: str, call: int) -> None:

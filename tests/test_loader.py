@@ -193,7 +193,7 @@ def test_a_step_is_the_same_draws_however_ranks_and_accumulation_cut_it(world_si
 
 def test_ranks_take_turns_within_a_step():
     second = list(rank_batches(rank=1, world_size=2, micro_batch=2, num_steps=2))
-    assert second == [[2, 3], [6, 7], [10, 11], [14, 15]]
+    assert list(map(list, second)) == [[2, 3], [6, 7], [10, 11], [14, 15]]
 
 
 def test_a_resumed_run_goes_on_with_the_draws_that_the_whole_one_had_there():

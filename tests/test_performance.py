@@ -1,7 +1,9 @@
 """What the page on performance says of a roofline follows from the code."""
 
+import json
 import sys
 
+import numpy as np
 import pytest
 
 
@@ -35,3 +37,21 @@ def test_full_training_is_six_operations_for_each_weight_that_a_token_meets(roof
     attention = 2 * 2 * (latents + roofline.PROMPT) ** 2 * width
     by_hand = 3 * blocks * (2 * (latents + roofline.PROMPT) * stream + attention)
     assert roofline.row_flops(lora=False, target_px=512, checkpointing=False) == pytest.approx(by_hand, rel=0.02)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_log_counts_what_the_roofline_counts(roofline, tmp_path, lora):
+    from released import write_released
+
+    from hf_qie.flops import RowFlops
+    from hf_qie.model import model_on_paper
+    from hf_qie.recipe import load_recipe
+
+    trainable = {"lora": {"rank": 32, "target_modules": "attention"} if lora else None}
+    recipe = {"model": str(write_released(tmp_path / "model")), "tasks": {"edit": {"embeddings": "nowhere"}}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"trainable": trainable}))
+    row_flops = RowFlops(model_on_paper(load_recipe(tmp_path / "recipe.yaml")))
+    for target_px, (height, width) in roofline.TARGETS.items():
+        num_latents = height * width + roofline.SOURCE[0] * roofline.SOURCE[1]
+        expected = roofline.row_flops(lora=lora, target_px=target_px, checkpointing=False)
+        assert row_flops(num_latents, np.array([roofline.PROMPT])) == pytest.approx(expected, rel=1e-9)

@@ -145,7 +145,7 @@ def test_seconds_are_those_of_the_steps_alone(tiny, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("hf_qie.watch.time.perf_counter", lambda: now[0])
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA))
-    pace = Pace(trainer.accelerator)
+    pace = Pace(trainer.accelerator, None)
     batch = next(iter(trainer.get_train_dataloader()))
     for _ in range(3):
         with pace.fetching():

@@ -1,0 +1,110 @@
+"""Floating-point operations of training a row, counted on paper, and what of a device's peak a run reaches.
+
+Letters: S latent tokens of target and sources, L prompt tokens.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense bfloat16 and float16 with sums in float32, TFLOP/s, by a word of the name that torch gives a device; from
+# NVIDIA's data sheets, whose larger figures are with sparsity. The first that occurs counts.
+PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 NVL": 835,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H20": 148,
+    "A100": 312,
+    "L40S": 362,
+}
+POINTS = ((16, 16), (32, 16), (16, 32), (48, 48))  # (S, L) at which operations are counted: one for each unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utilisation:
+    """What it takes to say which part of its peak a device reaches."""
+
+    row_flops: "RowFlops"
+    peak: float  # operations a second of one device
+
+
+def utilisation(model: Callable[[], nn.Module], device: torch.device, *, precision: str) -> Utilisation | None:
+    """For training of `model`, made on the meta device when called, in `precision` (no, bf16, fp16) on `device`.
+
+    None where the peak of such a device in that precision is not known here.
+    """
+    if device.type != "cuda" or precision == "no":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((1e12 * peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
+    return None if peak is None else Utilisation(row_flops=RowFlops(model()), peak=peak)
+
+
+class RowFlops:
+    """Operations to train on one row, forward and backward, without what activation checkpointing runs once more.
+
+    Linear layers take a number for each token of their stream and for each row, attention one for each pair of
+    tokens; which of these go backward depends on what trains. So operations are a + b S + c L + d (S + L)^2, of which
+    torch's counter tells the four numbers from as many passes of the model itself.
+    """
+
+    def __init__(self, model: nn.Module):
+        """`model` lies on the meta device, where it is left as it was."""
+        counted = [count_by_blocks(model, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
+        terms = [self.terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
+        self.numbers = np.linalg.solve(terms, counted)
+
+    @staticmethod
+    def terms(num_latents: int, num_tokens: np.ndarray) -> list[float]:
+        """What the four numbers are multiplied by, summed over rows of S latent tokens and L[rows] prompt tokens."""
+        rows = len(num_tokens)
+        return [rows, rows * num_latents, num_tokens.sum(), np.square(num_latents + num_tokens, dtype=float).sum()]
+
+    def __call__(self, num_latents: int, num_tokens: np.ndarray) -> float:
+        """Operations of rows with that many latent tokens, target and sources, and `num_tokens[rows]` of prompt."""
+        return float(self.numbers @ self.terms(num_latents, num_tokens))
+
+
+def count_by_blocks(model: nn.Module, num_latents: int, num_tokens: int) -> int:
+    """Operations of a step on one row; of blocks that are alike one is counted for all, which saves most of the time.
+
+    The first one passes no gradient on, and of the last one a part has none: neither is like the others.
+    """
+    (owner,) = (module for module in model.modules() if isinstance(module, QwenImageTransformer2DModel))
+    blocks = owner.transformer_blocks
+    trains = [[parameter.requires_grad for parameter in block.parameters()] for block in blocks]
+    if len(blocks) < 4 or any(one != trains[1] for one in trains[1:-1]):
+        return count(model, num_latents, num_tokens)
+    few = []
+    try:
+        for kept in (2, 3):
+            owner.transformer_blocks = nn.ModuleList([*blocks[: kept - 1], blocks[-1]])
+            few.append(count(model, num_latents, num_tokens))
+    finally:
+        owner.transformer_blocks = blocks
+    return few[0] + (len(blocks) - 2) * (few[1] - few[0])
+
+
+def count(model: nn.Module, num_latents: int, num_tokens: int) -> int:
+    """Operations of a step on one row."""
+    config, meta = model.config, {"device": "meta"}
+    with FlopCounterMode(display=False) as counter:
+        (output,) = model(
+            hidden_states=torch.empty(1, num_latents, config.in_channels, **meta),
+            encoder_hidden_states=torch.empty(1, num_tokens, config.joint_attention_dim, **meta),
+            timestep=torch.empty(1, **meta),
+            img_shapes=[[(1, 1, num_latents)]],
+            return_dict=False,
+        )
+        output.sum().backward()
+    return counter.get_total_flops()

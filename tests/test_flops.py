@@ -1,0 +1,106 @@
+"""Operations on paper are those that a step runs, and the log has its part of the peak where that is known."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from embedding_sets import write_recipe
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_qie.flops import POINTS, RowFlops, count, utilisation
+from hf_qie.model import freeze_unused, model_on_paper
+from hf_qie.recipe import load_recipe
+from hf_qie.train import build_trainer, open_sets
+from hf_qie.watch import Pace
+
+WAYS = {
+    "all": {},
+    "LoRA": {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}},
+    "a part": {"modules": ["transformer_blocks.1.attn"]},
+}
+DEVICES = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+def trainer_of(recipe):
+    loaded = load_recipe(recipe)
+    return build_trainer(loaded, open_sets(loaded))[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, way):
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=WAYS[way], training={"max_steps": 8}))
+    row_flops, shapes = RowFlops(model_on_paper(trainer.recipe)), set()
+    for batch in trainer.get_train_dataloader():
+        # the counter does not know the fused attention of CPUs
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            per_row, _ = trainer.objective.of_draws(trainer.model, batch)
+            per_row.sum().backward()
+        num_latents, num_tokens = (
+            sum(height * width for height, width in batch["grids"]),
+            batch["prompt_mask"].shape[1],
+        )
+        padded = np.full(len(batch["row"]), num_tokens)  # what is run, if not what counts
+        assert row_flops(num_latents, padded) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        shapes.add((num_latents, num_tokens))
+    assert len(shapes) > 1
+
+
+@pytest.mark.parametrize("trains", ["", "transformer_blocks.3"])
+def test_blocks_that_are_alike_are_counted_once_and_others_one_by_one(trains):
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(
+            num_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=96,
+            axes_dims_rope=(8, 12, 12),
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trains))
+    freeze_unused(model, num_layers=6)
+    row_flops, lengths = RowFlops(model), np.array([40])
+    assert row_flops(72, lengths) == pytest.approx(count(model, 72, 40), rel=1e-9)
+    assert len(model.transformer_blocks) == 6
+    assert (72, 40) not in POINTS
+
+
+def test_rows_of_a_batch_add_up(tiny, tmp_path):
+    row_flops = RowFlops(model_on_paper(load_recipe(write_recipe(tmp_path, tiny()))))
+    apart = [row_flops(24, np.array([length])) for length in (7, 9, 30)]
+    assert row_flops(24, np.array([7, 9, 30])) == pytest.approx(sum(apart))
+
+
+@pytest.mark.parametrize("name", [*DEVICES, "NVIDIA L40", "NVIDIA GeForce RTX 9090"])
+def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone(tiny, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    on_paper = partial(model_on_paper, load_recipe(write_recipe(tmp_path, tiny())))
+    found = utilisation(on_paper, torch.device("cuda"), precision="bf16")
+    assert (found and found.peak) == DEVICES.get(name)
+    assert utilisation(on_paper, torch.device("cuda"), precision="no") is None
+    assert utilisation(on_paper, torch.device("cpu"), precision="bf16") is None
+
+
+def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    trainer = trainer_of(write_recipe(tmp_path, tiny()))
+    on_paper = partial(model_on_paper, trainer.recipe)
+    known = utilisation(on_paper, torch.device("cuda"), precision="bf16")
+    pace, (batch, *_) = Pace(trainer.accelerator, known), trainer.get_train_dataloader()
+    with pace.fetching():
+        pass
+    pace.note([batch, batch])
+    pace.end_step()
+    seconds = pace.seconds
+    log = pace.read()
+    num_latents = sum(height * width for height, width in batch["grids"])
+    flops = 2 * known.row_flops(num_latents, batch["prompt_mask"].sum(dim=1).numpy())
+    assert log["model_flops_utilisation"] == pytest.approx(flops / seconds / 312e12)

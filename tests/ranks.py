@@ -44,6 +44,7 @@ KILLS = {
     "shards": (transformers.trainer, "save_fsdp_optimizer", "optimizer_0/*.distcp"),
     "complete": (hf_qie.checkpoints, "write_durably", "complete.json"),
     "rotation": (hf_qie.trainer, "rotate_checkpoints", None),
+    "loss": (EditTrainer, "compute_loss", None),
 }
 
 
@@ -53,7 +54,7 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
-    ever}}.
+    ever}, notes: a file for the steps that the first rank computes}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,6 +114,8 @@ def do(run: Mapping[str, Any], rank: int) -> None:
         shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
     if run.get("kill", {}).get("rank") == rank:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
+    if "notes" in run and rank == 0:
+        note_steps(Path(run["notes"]))
     if run.get("stops", {}).get("rank") == rank:
         stop_at(run["stops"]["step"], run["stops"]["sends"])
     try:
@@ -159,6 +162,18 @@ def stop_at(step: int, sends: signal.Signals | None) -> None:
         return compute_loss(self, *args, **kwargs)
 
     EditTrainer.compute_loss = compute_and_stop
+
+
+def note_steps(notes: Path) -> None:
+    """A line for each step that is computed."""
+    compute_loss = EditTrainer.compute_loss
+
+    def compute_and_note(self, *args, **kwargs):
+        with notes.open("a") as file:
+            file.write(f"{self.state.global_step + 1}\n")
+        return compute_loss(self, *args, **kwargs)
+
+    EditTrainer.compute_loss = compute_and_note
 
 
 def report_of(trainer) -> dict[str, Any]:

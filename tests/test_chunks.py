@@ -499,10 +499,14 @@ def test_a_set_that_is_overwritten_is_never_half_of_the_old_one(job, many, model
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills processes")
-@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    ("kills", "sizes"),
+    [(6, (1, 2, 3)), *(pytest.param(50, (ranks,), marks=pytest.mark.faults) for ranks in (1, 2))],
+)
 def test_a_run_killed_again_and_again_leaves_what_an_undisturbed_one_leaves(
-    tmp_path, tiny, edits, kills, record_property
+    tmp_path, tiny, edits, kills, sizes, record_property
 ):
+    """`sizes`: of how many ranks a launch is one."""
     rows = [row for _ in range(1 + kills // 5) for row in read_rows(edits, "edit")]
     for row in rows:
         row |= {name: str(edits / row[name]) for name in ("source_image", "target_image")}
@@ -513,7 +517,7 @@ def test_a_run_killed_again_and_again_leaves_what_an_undisturbed_one_leaves(
     rng, killed, most_redone = random.Random(kills), 0, 0
     notes.touch()
     while killed < kills:
-        ranks, before = rng.choice((1, 2, 3)), len(notes.read_bytes())
+        ranks, before = rng.choice(sizes), len(notes.read_bytes())
         launch = Launch(recipe, f"extract.output_dir={disturbed}", notes=notes, ranks=ranks)
         if rng.random() < 0.8:  # at work; else while it starts
             while len(notes.read_bytes()) == before and launch.alive():
@@ -523,7 +527,8 @@ def test_a_run_killed_again_and_again_leaves_what_an_undisturbed_one_leaves(
             break
         killed, most_redone = killed + 1, most_redone + ranks * settings["chunk_rows"]
     assert killed == kills
-    assert Launch(recipe, f"extract.output_dir={disturbed}", notes=notes, ranks=2).join(300) == [0, 0]
+    last = Launch(recipe, f"extract.output_dir={disturbed}", notes=notes, ranks=sizes[-1])
+    assert last.join(300) == [0] * sizes[-1]
     assert content(disturbed / "task") == content(calm / "task")
     counts = [read_provenance(folder / "task")["record"]["counts"] for folder in (calm, disturbed)]
     assert counts[0] == counts[1]

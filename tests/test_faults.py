@@ -1,7 +1,9 @@
 """A run that is killed again and again, also while it writes a checkpoint, ends as the run that never was."""
 
 import json
+import random
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,47 @@ def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_pa
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert f"{tmp_path / 'killed' / 'checkpoint'}-4 is passed over: it has no complete.json" in log.read_text()
+
+
+# What a kill may hit, and up to which call of it
+MOMENTS = {"weights": 2, "torch": 6, "complete": 2, "rotation": 2, "loss": 6}
+KILLS, SAVE_STEPS, STEPS = 20, 2, 60
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_twenty_times_is_one_that_never_was(tiny, tmp_path, ranks, record_property):
+    PartialState(cpu=True)
+    training = {"per_device_train_batch_size": 4 // ranks, "max_steps": STEPS, "save_total_limit": 2}
+    recipe = write_recipe(tmp_path, tiny(), trainable=LORA, training=training | {"save_steps": SAVE_STEPS})
+    killed, straight, log, notes = (tmp_path / name for name in ("killed", "straight", "log", "notes"))
+    rng, places = random.Random(ranks), []
+
+    def run(folder: Path, **more) -> dict:
+        return {"recipe": str(recipe), "overrides": [f"training.output_dir={folder}"], **more}
+
+    for _ in range(KILLS):
+        point = rng.choice(sorted(MOMENTS))
+        # the second rank writes nothing but its generators
+        rank = rng.randrange(ranks) if point in ("torch", "loss") else 0
+        kill = {"rank": rank, "point": point, "call": rng.randint(1, 2 if rank else MOMENTS[point])}
+        codes = in_ranks([run(killed, kill=kill, notes=str(notes))], ranks=ranks, log=log)
+        assert codes[rank] == -signal.SIGKILL, log.read_text()
+        places.append(last_checkpoint(killed))
+    for last in (run(killed, notes=str(notes)), run(straight)):
+        assert in_ranks([last], ranks=ranks, log=log) == [0] * ranks, log.read_text()
+    record_property("where the kills were", [place and place.name for place in places])
+    assert steps(killed) == steps(straight)  # losses, by task too, norms, rates
+    assert len(steps(killed)) == STEPS
+    (weights,) = (path.relative_to(straight) for path in straight.rglob("*.safetensors") if is_final(path, straight))
+    ours, theirs = load_file(killed / weights), load_file(straight / weights)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    computed = Counter(notes.read_text().split())
+    record_property("steps computed again", computed.total() - STEPS)
+    assert len(computed) == STEPS
+    # a step behind a checkpoint that was not finished is computed again, at most an interval and the step under way
+    assert computed.total() - STEPS <= KILLS * (SAVE_STEPS + 1)
 
 
 def is_final(path: Path, run: Path) -> bool:

@@ -19,7 +19,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-SUBJECTS = ("starting", "storage", "reading", "planning", "training", "resuming", "arithmetic")  # one file each
+SUBJECTS = (
+    "starting",
+    "storage",
+    "reading",
+    "keeping_busy",
+    "planning",
+    "training",
+    "resuming",
+    "arithmetic",
+)  # one file each
 
 from figures import Figure, table  # noqa: E402
 

@@ -25,11 +25,12 @@ demo: $(INSTALLED)  ## teach a tiny model to edit, and draw what it learned: out
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
-faults: $(INSTALLED)  ## kill extraction and training again and again, and compare what they leave with undisturbed runs
+faults: $(INSTALLED)  ## kill and stop extraction and training again and again, and compare what they leave; 20 minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m faults
 
-soak: $(INSTALLED)  ## run more of the same: every optimizer, every way to compile; some minutes
+soak: $(INSTALLED)  ## run what takes longer: every optimizer, every way to compile, then 30 minutes in which nothing may grow
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m soak
+	$(TEST_ENV) $(BIN)/python tests/soak.py
 
 bench: $(INSTALLED)  ## measure what docs/performance.md claims beside the usual way: one table, within 10 minutes
 	$(TEST_ENV) $(BIN)/python tests/bench/run.py

@@ -2,13 +2,13 @@
 
 Each size in a process of its own, the real scripts on the tiny checkpoint: rows of a small picture each, in chunks of
 one size, and then a number of training steps over the set that was made. Counted is anonymous memory, looked at twenty
-times a second: mapped files are the system's to drop. It is held against the memory at 100 rows.
+times a second: mapped files are the system's to drop. The usual way here is
+ours at 100 rows.
 """
 
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
@@ -86,18 +86,9 @@ def measure(folder: Path) -> list[Figure]:
         recipe = recipe_of(folder / str(num_rows), model, edits, num_rows)
         for run, found in peaks.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                started = time.perf_counter()
                 found.append(process.submit(run, recipe).result())
-                print(run.__name__, num_rows, time.perf_counter() - started, found[-1])
     return [
-        at_most(
-            1.1,
-            point="7",
-            what=f"peak memory of {run.__name__}, {num_rows:,} rows",
-            ours=mb,
-            usual=found[0],
-            unit="MB",
-        )
+        at_most(1.1, point="7", what=f"{run.__name__} {num_rows:,} rows", ours=mb, usual=found[0], unit="MB")
         for run, found in peaks.items()
         for num_rows, mb in zip(SIZES, found, strict=True)
     ]

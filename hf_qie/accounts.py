@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_qie.durable import misfit, move_durably, remember, write_durably, written
+from hf_qie.durable import misfit, move_durably, note, write_durably, written
 
 UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
 
@@ -41,7 +41,7 @@ def keep_chunk(aside: Path, path: Path, account: Account) -> None:
     file = written(aside)
     write_durably(account_path(path), json.dumps({"rows": vars(account), "file": file}, ensure_ascii=False))
     move_durably(aside, path)
-    remember(path, file)
+    note(path, file["sha256"])
 
 
 def read_account(path: Path) -> tuple[Account, dict[str, Any]]:

@@ -3,16 +3,21 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_qie.durable import flush, write_durably
 from hf_qie.recipe import InputError
 
 logger = get_logger(__name__)
+
+NEVER_LOADED = "training_args.bin"  # Trainer's notes of its own arguments
 
 COMPLETE = "complete.json"
 WEIGHTS_ALONE = "it holds weights alone (save_only_model)"
@@ -61,10 +66,10 @@ def step_of(checkpoint: Path) -> int:
 def misfit(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None where it can."""
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        files = read_complete(folder)["files"]
     except FileNotFoundError:
         return f"it has no {COMPLETE}, so it was not finished"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {COMPLETE} cannot be read"
     for name, was in files.items():
         path = folder / name
@@ -72,14 +77,37 @@ def misfit(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != was["bytes"] or file_digest(path) != was["sha256"]:
             return f"{name} is not what was written"
+    if not is_state_of(folder / TRAINER_STATE_NAME, step=step_of(folder)):
+        return f"its {TRAINER_STATE_NAME} is not that of step {step_of(folder)}"
     if "scheduler.pt" not in files:
         return WEIGHTS_ALONE
     return None
 
 
+def read_complete(folder: Path) -> dict[str, Any]:
+    """What says that a checkpoint is whole; raises what reading JSON does, and ValueError where it says nothing."""
+    complete = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+    files, identity = complete["files"], complete["identity"]
+    inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
+    if not inside or not isinstance(identity, dict):
+        raise ValueError("files that lie elsewhere, or no identity")
+    files = {name: {"bytes": was["bytes"], "sha256": was["sha256"]} for name, was in files.items()}
+    return {"files": files, "identity": identity}
+
+
+def is_state_of(path: Path, *, step: int) -> bool:
+    """Whether a file is what Trainer notes at `step`."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(TrainerState)}
+        return state["global_step"] == step and isinstance(state["log_history"], list) and state.keys() <= known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise InputError where a checkpoint belongs to another run than `identity`, naming the fields that differ."""
-    was = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["identity"]
+    was = read_complete(checkpoint)["identity"]
     identity = json.loads(json.dumps(identity))  # as JSON has it
     if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
         changes = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing)

@@ -70,10 +70,10 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, anew: b
 
     def reason(name: str) -> str | None:
         path, was = folder / name, files[name]
-        if not anew and path.is_file() and mark_of(path, was).exists():
+        if not anew and is_noted(path, was["sha256"]):
             return None
         if (why := misfit(path, was)) is None:
-            remember(path, was)
+            note(path, was["sha256"])
         return why and f"{name} {why}"
 
     with ThreadPoolExecutor(READERS) as readers:
@@ -86,16 +86,20 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, anew: b
         )
 
 
-def remember(path: Path, was: Mapping[str, Any]) -> None:
-    """Note that a file has been read and is what `was` tells."""
-    mark = mark_of(path, was)
+def note(path: Path, found: str) -> None:
+    """Note what was found of a file that has been read, to hold until the file changes."""
     with suppress(OSError):  # who cannot note it reads the file again
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        mark_of(path, found).parent.mkdir(parents=True, exist_ok=True)
+        mark_of(path, found).touch()
 
 
-def mark_of(path: Path, was: Mapping[str, Any]) -> Path:
+def is_noted(path: Path, found: str) -> bool:
+    """Whether this was found of a file, as it is now."""
+    return path.is_file() and mark_of(path, found).exists()
+
+
+def mark_of(path: Path, found: str) -> Path:
     """Where it is noted. Not beside the file, for a set may be another's to write."""
     seen = path.stat()  # the time of change, which nobody can set, as that of writing can be
-    key = repr((str(path.resolve()), seen.st_ctime_ns, was["bytes"], was["sha256"]))
+    key = repr((str(path.resolve()), seen.st_size, seen.st_ctime_ns, found))
     return CHECKED / hashlib.sha256(key.encode()).hexdigest()

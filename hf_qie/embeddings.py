@@ -5,8 +5,6 @@ Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +12,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value, load_dataset, load_from_disk
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from datasets import Features, List, Value
+from huggingface_hub import snapshot_download
 
-from hf_qie.durable import check_files
 from hf_qie.family import Family, from_hub
 from hf_qie.recipe import InputError
-from hf_qie.records import HUB_ID
 
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 64
 PROVENANCE = "provenance.json"
+# What is read of a provenance, and as what; the format comes first, as another one may have all else otherwise
+KINDS = {
+    "compat.format": int,
+    "record.model": str,
+    "record.dtype?": str,
+    "record.set?": str,
+    "record.request?": dict,
+    "record.request?.image_root?": list,
+    "record.request?.latents?": bool,
+    "record.recipe?": dict,
+    "record.skipped?": dict,
+    "record.counts?": dict,
+    "record.counts?.rows_in?": int,
+    "record.counts?.rows_out?": int,
+    "record.counts?.bad?": int,
+    "record.counts?.num_bytes?": int,
+    "record.files?": dict,
+    "record.files?.*.bytes": int,
+    "record.files?.*.sha256": str,
+}
 UNKNOWN = "unknown"  # of a field of `compat` in a set that others made: compared with nothing
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # 1 MB of a weight file at fixed offsets: 16 GB take seconds, not minutes
 
@@ -90,21 +105,10 @@ def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArra
     )
 
 
-def open_set(folder: Path, *, anew: bool = False) -> Dataset:
-    """The embedding set in `folder`; raises InputError where there is none, or it is not finished, or damaged.
-
-    `anew`: its files are read though they have been found whole before.
-    """
-    if not (folder / PROVENANCE).is_file():
-        raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # of a machine one process, for it reads the whole set
-        check_files(folder, files_of(read_provenance(folder)), anew=anew)
-    return load_from_disk(str(folder))
-
-
 def files_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """`bytes` and `sha256` of each file of a set on disk; {} of a set that was written before they were recorded."""
-    return provenance["record"].get("files", {})
+    files = provenance["record"].get("files", {})
+    return {Path(name).name: was for name, was in files.items()}  # nothing beyond the set's own folder
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -114,55 +118,31 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def parse_provenance(path: Path, *, where: str) -> dict[str, Any]:
     """The provenance in a file; raises InputError for a set of another format."""
-    provenance = json.loads(path.read_text(encoding="utf-8"))
-    if (version := provenance["compat"]["format"]) != FORMAT_VERSION:
-        raise InputError(f"{where}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {path.name} cannot be read ({error}); fetch or extract the set again") from error
+    for place, kind in KINDS.items():
+        if not has_kind(provenance, place.split("."), kind):
+            at = f"{where}: {path.name}: {place.replace('?', '')}"
+            raise InputError(f"{at} is missing, or not what extract.py writes; fetch or extract the set again")
+        if place == "compat.format" and (version := provenance["compat"]["format"]) != FORMAT_VERSION:
+            raise InputError(f"{where}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
     return provenance
 
 
-def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict[str, Any]]:
-    """A set and its provenance, from a folder, or from the Hub where a string names no folder.
-
-    `org/name` has the config `task`, `org/name:config` that one; `@revision` may follow: a branch, tag or commit.
-    Raises InputError where there is no such set.
-    """
-    if isinstance(embeddings, Path) or Path(embeddings).is_dir():
-        return open_set(Path(embeddings)), read_provenance(Path(embeddings))
-    at, found = f"tasks.{task}.embeddings: {embeddings}", HUB_ID.fullmatch(embeddings)
-    if not found:
-        raise InputError(f"{at}: no folder here, and no Hub id like org/name, org/name:config or org/name@revision")
-    repo, config, revision = found["repo"], found["config"] or task, found["revision"]
-    try:
-        return download_set(repo, config, revision=revision, where=at)
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{at}: no folder here, not in the local cache, and the Hub is out of reach") from error
-    except EntryNotFoundError as error:
-        files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
-        remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none at all"
-        raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{at}: no folder here, and the Hub refuses it ({error})") from error
-
-
-def download_set(repo: str, config: str, *, revision: str | None, where: str) -> tuple[Dataset, dict[str, Any]]:
-    """A published set and its provenance; raises what huggingface_hub does."""
-    path = Path(hf_hub_download(repo, f"provenance/{config}.json", repo_type="dataset", revision=revision))
-    provenance = parse_provenance(path, where=where)
-    shards = published_shards(config, provenance)
-    commit = path.parent.parent.name  # the cache has a folder for each
-    folder = snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=shards)
-    # by the content of the shards: load_dataset(repo) would make all Arrow files anew at each commit to the repository
-    files = [str(shard.resolve()) for shard in sorted(Path(folder).glob(shards))]
-    if not files:
-        raise InputError(f"{where}: nothing at {shards}, as its provenance wants; push the set again")
-    data = load_dataset("parquet", data_files=files, split="train")
-    return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
-
-
-def published_shards(config: str, provenance: Mapping[str, Any]) -> str:
-    """The pattern of a published set's Parquet files: they bear a digest of its provenance."""
-    return f"data/{config}/train-*-{fingerprint(provenance)[:12]}.parquet"
+def has_kind(value: Any, place: Sequence[str], kind: type) -> bool:
+    """Whether what lies at `place` in nested mappings is of a kind; `?` marks what may be missing, `*` each item."""
+    for name in place:
+        if not isinstance(value, dict):
+            return False
+        if name == "*":
+            rest = place[place.index(name) + 1 :]
+            return all(has_kind(item, rest, kind) for item in value.values())
+        if name.endswith("?") and name[:-1] not in value:
+            return True
+        value = value.get(name.removesuffix("?"))
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def checkpoint_compat(model: str, *, revision: str | None, family: Family, weights: bool = True) -> dict[str, Any]:

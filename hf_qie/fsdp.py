@@ -1,6 +1,7 @@
 """FSDP2: that it is active, that all that trains is trained, and whole tensors out of shards."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -9,10 +10,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from hf_qie.recipe import InputError
+from hf_qie.recipe import InputError, Recipe
 
 # accelerate's own policy would also add up gradients over the ranks in bfloat16
 BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What TrainingArguments are told of FSDP, by the `settings` of recipe and launcher."""
+    told = {"fsdp": True, "fsdp_config": {**settings, "version": 2}}
+    given = recipe.training.get("accelerator_config", {})
+    if isinstance(given, dict):  # gradients are sharded after every micro-batch: 20B whole ones fit on no device
+        told["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
+    return told
 
 
 def refuse_inactive(arguments: TrainingArguments) -> None:

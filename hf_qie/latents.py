@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 PIXELS_PER_TOKEN = 16  # 8 by the VAE, 2 by packing
+MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 
 Grid = tuple[int, int]  # packed height and width
 

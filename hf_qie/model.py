@@ -294,7 +294,8 @@ def load_lora(model: PeftModel, source: str | Path) -> None:
     wanted = adapters(model)
     config = model.peft_config["default"]
     misfits = sorted(wanted.keys() ^ tensors.keys())
-    misfits += [key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape]
+    both = sorted(wanted.keys() & tensors.keys())
+    misfits += [key for key in both if wanted[key].shape != tensors[key].shape or not tensors[key].is_floating_point()]
     if misfits:
         raise InputError(
             f"{where} is no LoRA of rank {config.r} on the layers that the recipe names: {len(misfits)} tensors "

@@ -20,12 +20,11 @@ from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
 from hf_qie.images import BadImage, area_size, read_image, resize
-from hf_qie.latents import Grid, grid_of
+from hf_qie.latents import MAX_POSITIONS, Grid, grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import BadRow, Rows, has_inverse
 
-MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
 
 File = tuple[str, str]  # folder that relative paths start from, and path, URL or name of a picture as given

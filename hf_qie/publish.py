@@ -29,9 +29,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
 from hf_qie.durable import move_durably
-from hf_qie.embeddings import matrix_width, open_set, published_shards, read_provenance
+from hf_qie.embeddings import matrix_width, read_provenance
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.recipe import Extract, InputError, Task
+from hf_qie.sets import open_set, published_shards
 
 logger = logging.getLogger("hf_qie.publish")
 

@@ -8,18 +8,24 @@ import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as kinds
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer_pt_utils import safe_globals
 
+from hf_qie.checkpoints import NEVER_LOADED
 from hf_qie.recipe import InputError
 
+OWN = "take a checkpoint of a run of your own"
 MODEL_FOLDER = "pytorch_model_fsdp_0"  # accelerate's name for it
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -75,8 +81,46 @@ class ShardReader(dcp.FileSystemReader):
         return self.metadata
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What `.metadata` says; raises InputError unless it speaks of tensors in files of `folder` alone."""
+def refuse_pickles(checkpoint: Path) -> None:
+    """Raise InputError where a file of a checkpoint that Trainer loads holds more than numbers, or is no safetensors.
+
+    Nothing is loaded for it: pickles are looked through for the names that they would import.
+    """
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path}: is refused, it is no safetensors file ({error}); {OWN}") from error
+        elif path.suffix in (".pt", ".pth", ".bin") and path.name != NEVER_LOADED:
+            refuse_names(path, where=str(path))
+        elif path.name == ".metadata":
+            refuse_shards(path.parent)
+
+
+def refuse_shards(folder: Path) -> None:
+    """Raise InputError where a sharded state holds more than numbers; what is no tensor is looked through."""
+    metadata = read_metadata(folder, tensors_alone=False)
+    for index, stored in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with (folder / stored.relative_path).open("rb") as file:
+                file.seek(stored.offset)
+                refuse_names(BytesIO(file.read(stored.length)), where=f"{folder}: {index.fqn}")
+
+
+def refuse_names(file: Path | BytesIO, *, where: str) -> None:
+    """Raise InputError where torch's file would import what `torch.load(weights_only=True)` does not allow."""
+    try:
+        with safe_globals():  # numpy's arrays, which Trainer's generators are
+            names = get_unsafe_globals_in_checkpoint(file)
+    except Exception as error:  # of a file that is none of torch's, or was tampered with
+        raise InputError(f"{where}: is refused, it is no file of torch's ({error}); {OWN}") from error
+    if names:
+        raise InputError(f"{where}: is refused, it wants {', '.join(names)}, which are no numbers; {OWN}")
+
+
+def read_metadata(folder: Path, *, tensors_alone: bool = True) -> Metadata:
+    """What `.metadata` says; raises InputError unless it speaks of files of `folder`, and of tensors alone if so."""
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
@@ -84,19 +128,20 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; the checkpoint is not whole") from error
     except Exception as error:  # a pickle that was tampered with can raise anything
-        raise InputError(f"{path}: is refused, {error}; take a checkpoint of a run of your own") from error
+        raise InputError(f"{path}: is refused, {error}; {OWN}") from error
     parts = [getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data")]
     if not isinstance(metadata, Metadata) or not all(isinstance(part, dict) for part in parts):
-        raise InputError(f"{path}: is refused, it is no metadata of a checkpoint; take one of a run of your own")
+        raise InputError(f"{path}: is refused, it is no metadata of a checkpoint; {OWN}")
+    kind = TensorStorageMetadata if tensors_alone else (TensorStorageMetadata, BytesStorageMetadata)
     for name, described in metadata.state_dict_metadata.items():
-        if not isinstance(described, TensorStorageMetadata):
-            raise InputError(f"{path}: is refused, {name} is no tensor; take a checkpoint of a run of your own")
+        if not isinstance(described, kind):
+            raise InputError(f"{path}: is refused, {name} is no tensor; {OWN}")
     for index, stored in metadata.storage_data.items():
         known = isinstance(index, kinds.MetadataIndex) and isinstance(stored, _StorageInfo)
         name = stored.relative_path if known else None
         inside = isinstance(name, str) and Path(name).name == name and name not in (".", "..")
         if not inside or stored.transform_descriptors:
-            raise InputError(f"{path}: is refused, it leads to {name}; take one of a run of your own")
+            raise InputError(f"{path}: is refused, it leads to {name}; {OWN}")
     return metadata
 
 

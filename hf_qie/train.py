@@ -49,8 +49,9 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
     Raises InputError where one is missing or does not fit.
     """
-    from hf_qie.embeddings import check_compat, checkpoint_compat, open_embeddings, unverified
-    from hf_qie.family import read_family
+    from hf_qie.embeddings import check_compat, checkpoint_compat, matrix_width, unverified
+    from hf_qie.family import read_config, read_family
+    from hf_qie.sets import open_embeddings
 
     opened = {
         name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
@@ -61,6 +62,10 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
     provenances = {name: provenance for name, (_, provenance) in opened.items()}
     check_compat(provenances, checkpoint, model=recipe.model)
+    takes = read_config(recipe.model, "transformer/config.json", revision=recipe.revision).get("joint_attention_dim")
+    for name, (data, _) in opened.items():
+        if (width := matrix_width(data.features["image_embeds"])) != takes:
+            raise InputError(f"tasks.{name}: its states have {width} numbers, but {recipe.model} takes {takes}")
     if os.environ.get("RANK", "0") == "0":
         for warning in unverified(provenances):
             logging.getLogger("hf_qie.train").warning(warning)
@@ -189,7 +194,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     from accelerate.logging import get_logger
     from transformers import TrainingArguments
 
-    from hf_qie.fsdp import BF16_POLICY
+    from hf_qie.fsdp import BF16_POLICY, fsdp_arguments
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
@@ -219,15 +224,6 @@ def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
     known = ["loss", *(f"loss/{task}" for task in held_out)]
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
-
-
-def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What TrainingArguments are told of FSDP."""
-    told = {"fsdp": True, "fsdp_config": {**settings, "version": 2}}
-    given = recipe.training.get("accelerator_config", {})
-    if isinstance(given, dict):  # gradients are sharded after every micro-batch: 20B whole ones fit on no device
-        told["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
-    return told
 
 
 def global_batch_size(arguments: "TrainingArguments") -> int:

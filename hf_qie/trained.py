@@ -135,7 +135,7 @@ def find_trained(path: Path) -> Trained:
         output_dir=output_dir,
         folder=folder,
         recipe=recipe,
-        state=read_json(folder / STATE),
+        state=read_state(folder),
         record=record,
     )
 
@@ -144,7 +144,7 @@ def newest(output_dir: Path) -> Path:
     """`output_dir` itself where its run has ended, and has not gone on since; else its last whole checkpoint."""
     last = last_checkpoint(output_dir)
     if (output_dir / STATE).is_file():
-        ended = read_json(output_dir / STATE)["global_step"]
+        ended = read_state(output_dir)["global_step"]
         if last is None or step_of(last) <= ended:
             return output_dir
     if last is None:
@@ -155,12 +155,23 @@ def newest(output_dir: Path) -> Path:
     return last
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What Trainer noted of a step; raises InputError where that cannot be."""
+    state = read_json(folder / STATE)
+    if not isinstance(state.get("global_step"), int) or not isinstance(state.get("log_history"), list):
+        raise InputError(f"{folder / STATE}: has no step and log, as train.py writes them; start it again")
+    return state
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; raises InputError where it is none."""
+    """A JSON file of names and values; raises InputError where it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); train.py writes it, start it again") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: holds no names and values; train.py writes it, start it again")
+    return read
 
 
 def base_folder(recipe: Recipe, parts: list[str]) -> Path:
@@ -178,7 +189,12 @@ def base_folder(recipe: Recipe, parts: list[str]) -> Path:
 def saved_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """The tensors of a model that diffusers saved in `folder`; raises InputError where files are missing."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS_FILE]
+    names = [WEIGHTS_FILE]
+    if index.exists():
+        mapped = read_json(index).get("weight_map")
+        names = sorted(set(mapped.values())) if isinstance(mapped, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(f"{index}: names no files of its own folder; fetch or write it again")
     tensors: dict[str, Callable[[], Tensor]] = {}
     for name in names:
         try:
@@ -203,8 +219,17 @@ def read_adapters(path: Path) -> Adapters:
             layer = key.removesuffix(".lora_A.weight")
             if f"{layer}.lora_B.weight" not in tensors:
                 raise InputError(f"{path}: {layer} has half an adapter; take another checkpoint")
-            layers[layer.removeprefix(prefix)] = tensors[key], tensors[f"{layer}.lora_B.weight"]
+            down, up = tensors[key], tensors[f"{layer}.lora_B.weight"]
+            fits = down.ndim == up.ndim == 2 and len(down) == up.shape[1] and down.is_floating_point()
+            if not fits or not up.is_floating_point():
+                raise InputError(f"{path}: {layer}: {describe(down)} and {describe(up)} are no adapter")
+            layers[layer.removeprefix(prefix)] = down, up
     settings = {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
-    if not layers or "lora_alpha" not in settings:
+    if not layers or not isinstance(settings.get("lora_alpha"), int | float):
         raise InputError(f"{path}: is no LoRA as train.py leaves it, with its rank and alpha; train again")
     return Adapters(layers=layers, settings=settings)
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape and type in words."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -37,6 +37,7 @@ from hf_qie.model import (
 from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
 from hf_qie.recipe import InputError, Recipe
+from hf_qie.shards import refuse_pickles
 from hf_qie.watch import Losses, Pace
 
 logger = get_logger(__name__)
@@ -278,11 +279,11 @@ class EditTrainer(Trainer):
         save_weights(self.model, output_dir or self.args.output_dir, writes=self.args.should_save, dtype=dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint; Trainer loads the rest.
+        """The weights of a checkpoint, once none of its files holds more than numbers; Trainer loads the rest.
 
-        Of sharded ones accelerate does; torch unpickles what says how they are cut, and so they are only ever those
-        of the run's own folder.
+        Of sharded ones accelerate does, whose reader would run what a file of them says.
         """
+        refuse_pickles(Path(resume_from_checkpoint))
         if self.args.fsdp:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

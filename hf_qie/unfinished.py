@@ -85,9 +85,14 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
 def read_request(folder: Path) -> dict[str, Any] | None:
     """What the set in `folder`, finished or not, is made from; None where there is none."""
     if (folder / PROVENANCE).exists():
-        return json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["record"]["request"]
+        return read_provenance(folder)["record"].get("request", {})
     if (folder / REQUEST).exists():
-        return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        try:
+            return {"compat": {}} | json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{folder / REQUEST}: cannot be read ({error}); delete {folder} and start again"
+            ) from error
     return None
 
 

@@ -16,8 +16,9 @@ from hf_qie import extract, train
 from hf_qie.accounts import account_path
 from hf_qie.chunks import ChunkWriter
 from hf_qie.durable import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
-from hf_qie.embeddings import open_set, read_provenance
+from hf_qie.embeddings import read_provenance
 from hf_qie.recipe import InputError, load_recipe
+from hf_qie.sets import open_set
 from hf_qie.storage import disk_trouble
 
 
@@ -84,7 +85,7 @@ def test_what_was_found_whole_is_not_read_again_until_it_changes(tmp_path, monke
     for times, anew in ((1, False), (1, False), (2, True)):
         check_files(tmp_path, {"file": was}, anew=anew)
         assert len(read) == times
-    assert mark_of(file, was).parent == CHECKED
+    assert mark_of(file, was["sha256"]).parent == CHECKED
     os.utime(file)
     check_files(tmp_path, {"file": was})
     assert len(read) == 3

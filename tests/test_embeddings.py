@@ -15,7 +15,6 @@ from hf_qie.embeddings import (
     check_compat,
     checkpoint_compat,
     fingerprint,
-    open_set,
     read_provenance,
     set_features,
     source_area,
@@ -23,6 +22,7 @@ from hf_qie.embeddings import (
 )
 from hf_qie.family import FAMILIES, read_family
 from hf_qie.recipe import InputError
+from hf_qie.sets import open_set
 
 STATES, LATENTS = List(List(Value("float16"), length=96)), List(List(Value("float16"), length=64))
 GRID, GRIDS = List(Value("int32"), length=2), List(List(Value("int32"), length=2))

@@ -20,12 +20,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from released import TRANSFORMER
 
 from hf_qie.footprint import Footprint, footprint
+from hf_qie.fsdp import fsdp_arguments
 from hf_qie.launcher import fsdp_settings, refuse_launcher
 from hf_qie.mix import resolve_same_shape
 from hf_qie.model import model_on_paper
 from hf_qie.recipe import Recipe, load_recipe
 from hf_qie.rows import read_rows
-from hf_qie.train import fsdp_arguments, training_arguments
+from hf_qie.train import training_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

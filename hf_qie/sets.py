@@ -1,0 +1,92 @@
+"""Finished embedding sets, opened: from a folder, or from the Hub; what is damaged or not of the format is refused."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, load_dataset, load_from_disk
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hf_qie.columns import DAMAGED, check_columns
+from hf_qie.durable import check_files, is_noted, note
+from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
+from hf_qie.recipe import InputError
+from hf_qie.records import HUB_ID
+
+COLUMNS = "its columns are those of a set"  # noted of a provenance, which has the digests of all that holds them
+
+
+def open_set(folder: Path, *, anew: bool = False) -> Dataset:
+    """The embedding set in `folder`; raises InputError where there is none, or it is not finished, or damaged.
+
+    `anew`: its files are read though they have been found whole before.
+    """
+    if not (folder / PROVENANCE).is_file():
+        raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
+    files = files_of(read_provenance(folder))
+    checks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine one process, for it may read the whole set
+    if checks:
+        check_files(folder, files, anew=anew)
+    try:
+        data = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise InputError(f"{folder}: does not open as a dataset ({first_line(error)}); {DAMAGED}") from error
+    if checks and not (files and is_noted(folder / PROVENANCE, COLUMNS)):
+        check_columns(data, where=str(folder))
+        note(folder / PROVENANCE, COLUMNS)
+    return data
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict[str, Any]]:
+    """A set and its provenance, from a folder, or from the Hub where a string names no folder.
+
+    `org/name` has the config `task`, `org/name:config` that one; `@revision` may follow: a branch, tag or commit.
+    Raises InputError where there is no such set.
+    """
+    if isinstance(embeddings, Path) or Path(embeddings).is_dir():
+        return open_set(Path(embeddings)), read_provenance(Path(embeddings))
+    at, found = f"tasks.{task}.embeddings: {embeddings}", HUB_ID.fullmatch(embeddings)
+    if not found:
+        raise InputError(f"{at}: no folder here, and no Hub id like org/name, org/name:config or org/name@revision")
+    repo, config, revision = found["repo"], found["config"] or task, found["revision"]
+    try:
+        return download_set(repo, config, revision=revision, where=at)
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{at}: no folder here, not in the local cache, and the Hub is out of reach") from error
+    except EntryNotFoundError as error:
+        files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
+        remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none at all"
+        raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"{at}: no folder here, and the Hub refuses it ({error})") from error
+
+
+def download_set(repo: str, config: str, *, revision: str | None, where: str) -> tuple[Dataset, dict[str, Any]]:
+    """A published set and its provenance; raises what huggingface_hub does."""
+    path = Path(hf_hub_download(repo, f"provenance/{config}.json", repo_type="dataset", revision=revision))
+    provenance = parse_provenance(path, where=where)
+    shards = published_shards(config, provenance)
+    commit = path.parent.parent.name  # the cache has a folder for each
+    folder = snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=shards)
+    # by the content of the shards: load_dataset(repo) would make all Arrow files anew at each commit to the repository
+    files = [str(shard.resolve()) for shard in sorted(Path(folder).glob(shards))]
+    if not files:
+        raise InputError(f"{where}: nothing at {shards}, as its provenance wants; push the set again")
+    data = load_dataset("parquet", data_files=files, split="train")
+    check_columns(data, where=where)
+    return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
+
+
+def published_shards(config: str, provenance: Mapping[str, Any]) -> str:
+    """The pattern of a published set's Parquet files: they bear a digest of its provenance."""
+    return f"data/{config}/train-*-{fingerprint(provenance)[:12]}.parquet"

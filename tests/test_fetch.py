@@ -1,6 +1,7 @@
 """Fetching a picture ends in time, in bounds, at the address that was checked; each trouble has its reason."""
 
 import http.client
+import json
 import socket
 import ssl
 import time
@@ -10,8 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import load_from_disk
 from picture_server import answer, drip, picture_server, raw
+from small_recipes import write_recipe
 
+from hf_qie import extract
 from hf_qie import fetch as module
 from hf_qie.fetch import BadUrl, fetch, is_public, is_url, retry_after_s
 
@@ -222,6 +226,17 @@ def test_redirects_are_followed_to_a_limit(server):
     assert len(server.asked) == 1 + module.MAX_REDIRECTS
 
 
+def test_redirects_in_a_circle_end_at_the_limit(server):
+    server.put("/a", answer(status=302, location="/b"))
+    server.put("/b", answer(status=301, location="/a"))
+    server.put("/c", answer(status=307, location="/c"))
+    for path in ("/a", "/c"):
+        server.asked.clear()
+        with pytest.raises(BadUrl, match="more than 5 redirects"):
+            get(server.url(path))
+        assert len(server.asked) == 1 + module.MAX_REDIRECTS
+
+
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://a/b.png", "data:image/png;base64,AAAA", "https://"])
 def test_a_redirect_leads_to_http_alone(server, location):
     with pytest.raises(BadUrl, match="only http and https URLs with a host are fetched"):
@@ -323,6 +338,52 @@ def test_a_web_page_is_named_as_such(server):
     with pytest.raises(BadUrl, match="a web page"):
         get(server.put("/a.png", page))
     assert server.asked == ["/a.png"]
+
+
+# --- a whole extraction
+
+
+def test_rows_whose_urls_fail_are_listed_with_the_reason_in_bounded_time_and_the_others_kept(
+    server, monkeypatch, tmp_path, tiny, edits
+):
+    monkeypatch.setattr(module, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(module, "MAX_BYTES", 1_000_000)
+    rows = [json.loads(line) for line in (edits / "edit.jsonl").read_text(encoding="utf-8").splitlines()]
+    picture = answer((edits / rows[0]["source_image"]).read_bytes())
+
+    def pour(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not handler.server.closing.is_set():
+            handler.wfile.write(bytes(100_000))
+
+    faults = {
+        "/slow.png": (drip(b"HTTP/1.1 200 OK\r\n\r\n", every_s=0.05), "the server is too slow"),
+        "/silent.png": (drip(b"", every_s=10), "the server is too slow"),
+        "/endless.png": (pour, "more than 1,000,000 bytes"),
+        "/circle.png": (answer(status=302, location="/circle.png"), "more than 5 redirects"),
+        "/page.png": (answer(b"<!doctype html>", content_type="text/html"), "a web page"),
+        "/broken.png": (answer(b"no picture", content_type="image/png"), "no picture"),
+        "/file.png": (answer(status=302, location="file:///etc/passwd"), "only http and https URLs"),
+        "/gone.png": (answer(status=404), "HTTP 404 Not Found"),
+    }
+    urls = [server.put(path, fault) for path, (fault, _) in faults.items()]
+    urls.append(server.put("/passing.png", answer(status=500), picture))  # 500, then 200
+    urls.append(server.put("/whole.png", picture))
+    targets = [str(edits / row["target_image"]) for row in rows]
+    given = [rows[i] | {"source_image": url, "target_image": targets[i]} for i, url in enumerate(urls)]
+    settings = {"allow_private_urls": True, "max_bad_share": 0.9, "chunk_rows": 4}
+    started = time.monotonic()
+    assert extract.main([str(write_recipe(tmp_path, tiny(), {"task": given}, extract=settings))]) == 0
+    assert time.monotonic() - started < 30
+    folder = tmp_path / "sets" / "task"
+    bad = [json.loads(line) for line in (folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["row"], row["path"], row["column"]) for row in bad] == [
+        (place, url, "source_image") for place, url in enumerate(urls[: len(faults)])
+    ]
+    for row, (_, reason) in zip(bad, faults.values(), strict=True):
+        assert reason in row["reason"]
+    assert load_from_disk(folder)["row"][:] == [len(faults), len(faults) + 1]
 
 
 # --- TLS

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_qie.durable import misfit, move_durably, note, write_durably, written
+from hf_qie.durable import is_noted, misfit, move_durably, note, write_durably, written
 
 UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
 
@@ -54,8 +54,9 @@ def read_account(path: Path) -> tuple[Account, dict[str, Any]]:
 
 
 def damage(path: Path) -> str | None:
-    """Why a chunk file is not to be used; None where it is what was written."""
+    """Why a chunk file is not to be used; None where it is what was written, and has not changed since."""
     try:
-        return misfit(path, read_account(path)[1])
+        _, was = read_account(path)
     except ValueError as error:
         return f"has no account: {error}"
+    return None if is_noted(path, was["sha256"]) else misfit(path, was)

@@ -85,15 +85,17 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
 def read_request(folder: Path) -> dict[str, Any] | None:
     """What the set in `folder`, finished or not, is made from; None where there is none."""
     if (folder / PROVENANCE).exists():
-        return read_provenance(folder)["record"].get("request", {})
-    if (folder / REQUEST).exists():
+        request = read_provenance(folder)["record"].get("request")
+    elif (folder / REQUEST).exists():
         try:
-            return {"compat": {}} | json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{folder / REQUEST}: cannot be read ({error}); delete {folder} and start again"
-            ) from error
-    return None
+            request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            request = None
+    else:
+        return None
+    if not isinstance(request, dict) or not isinstance(request.get("compat"), dict):
+        raise InputError(f"{folder}: does not say what it is made from, as extract.py does; delete it and start again")
+    return request
 
 
 def chunk_files(plan: Plan, folder: Path) -> dict[Path, range]:

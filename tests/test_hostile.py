@@ -9,6 +9,7 @@ from pathlib import Path
 import embedding_sets
 import numpy as np
 import pytest
+import small_recipes
 import torch
 from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
+from hf_qie import extract
 from hf_qie.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit
 from hf_qie.columns import check_columns
 from hf_qie.durable import written
@@ -97,6 +99,20 @@ def test_a_provenance_that_lists_files_elsewhere_has_none_of_them_read(tmp_path,
     (folder / PROVENANCE).write_text(json.dumps(provenance))
     with pytest.raises(InputError, match=r"sets/edit: recipe.yaml is missing"):
         open_sets(recipe)
+
+
+WITHOUT_REQUEST = [("unfinished/request.json", text) for text in ("[", "[]", "{}", '{"compat": 1}')]
+WITHOUT_REQUEST.append((PROVENANCE, json.dumps({"compat": {"format": 1}, "record": {"model": "m"}})))
+
+
+@pytest.mark.parametrize(("file", "text"), WITHOUT_REQUEST)
+def test_a_folder_that_does_not_say_what_it_is_made_from_is_not_gone_on_with(tmp_path, tiny, edits, file, text):
+    path = tmp_path / "sets" / "edit" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    recipe = small_recipes.write_recipe(tmp_path, tiny(), {"edit": edits / "edit.jsonl"})
+    with pytest.raises(InputError, match=r"sets/edit: does not say what it is made from, .*; delete it and start"):
+        extract.main([str(recipe)])
 
 
 # --- sets: their columns

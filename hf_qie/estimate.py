@@ -87,13 +87,13 @@ class Estimator:
     def __init__(self, plan: Plan, processor: Any, *, width: int, fetch: bool):
         self.plan, self.processor, self.width, self.fetch = plan, processor, width, fetch
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.readers = ThreadPoolExecutor(plan.extract.num_workers, "headers")
         self.count = functools.cache(lambda text: len(self.tokenizer(text)["input_ids"]))
 
     def __call__(self, rows: Sequence[Row]) -> list[Outlook | BadRow]:
         """The outlook of each row, or why extraction will list it as bad."""
         pictures = {(row["root"], path) for row in rows for path in (*row["sources"], row["target"])}
-        headers = dict(zip(pictures, self.readers.map(self.read_header, pictures), strict=True))
+        with ThreadPoolExecutor(self.plan.extract.num_workers, "headers") as readers:
+            headers = dict(zip(pictures, readers.map(self.read_header, pictures), strict=True))
         tokens = self.caption_tokens(rows)
         outlooks: list[Outlook | BadRow] = []
         for row in rows:

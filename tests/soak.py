@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
-FEW, MANY, CHUNK_ROWS = 64, 1_000, 64  # rows of a task: to train on, and of one extraction, done again and again
+FEW, MANY, CHUNK_ROWS = 64, 128, 32  # rows of a task: to train on, and of one extraction, done again and again
 TASKS = ("edit", "combine", "text_to_image")
 BEAT_S = 2.0  # between samples
 WARM_UP = 0.2  # of each half: until caches are full and the allocator has what it needs

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from threading import Lock
 
 import small_recipes
 import torch
@@ -38,7 +39,7 @@ class Clock:
     """Seconds that models took, and what preparing a row has to take to cost the same."""
 
     def __init__(self):
-        self.busy_s, self.prepared_s, self.rows = 0.0, 0.0, 0
+        self.busy_s, self.prepared_s, self.rows, self.rows_prepared, self.lock = 0.0, 0.0, 0, 0, Lock()
 
     def __call__(self, model: Callable, pause_s: float, batch: list) -> list:
         """A model at work."""
@@ -50,11 +51,15 @@ class Clock:
         return made
 
     def prepare(self, *args, **settings) -> Prepared:
-        """A row made ready."""
+        """A row made ready; what one row took too long, the next one makes up for."""
         started, made = time.perf_counter(), prepare(*args, **settings)
-        of_a_row = self.busy_s / self.rows if self.rows >= 8 * BATCH else ENCODE_S / BATCH
-        time.sleep(max(0.0, WORKERS * of_a_row - (time.perf_counter() - started)))
-        self.prepared_s += time.perf_counter() - started
+        with self.lock:
+            self.rows_prepared += 1
+            of_a_row = self.busy_s / self.rows if self.rows >= 8 * BATCH else ENCODE_S / BATCH
+            wanted_s = WORKERS * of_a_row * self.rows_prepared - self.prepared_s
+        time.sleep(min(max(0.0, wanted_s - (time.perf_counter() - started)), 2 * WORKERS * of_a_row))
+        with self.lock:
+            self.prepared_s += time.perf_counter() - started
         return made
 
 

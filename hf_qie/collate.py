@@ -31,9 +31,10 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     # diffusers places every row of a batch by the grids of the first, with no more than a log line
     assert all(row["grids"] == grids for row in rows), f"shapes differ: {[row['grids'] for row in rows]}"
     lengths = np.array([sum(map(len, row["prompt_parts"])) for row in rows])
-    prompts = np.zeros((len(rows), lengths.max(), rows[0]["prompt_parts"][0].shape[1]), np.float16)
+    prompts = np.empty((len(rows), lengths.max(), rows[0]["prompt_parts"][0].shape[1]), np.float16)
     for prompt, length, row in zip(prompts, lengths, rows, strict=True):
         np.concatenate(row["prompt_parts"], out=prompt[:length])
+        prompt[length:] = 0
     return Batch(
         **_pictures(rows),
         prompt_embeds=torch.from_numpy(prompts),

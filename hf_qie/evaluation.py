@@ -71,7 +71,7 @@ class HeldOut(Dataset):
         """The caption of a row in words; None for the drop caption."""
         task, index = self.places[number]
         caption = self[number]["caption"]
-        return None if caption == "drop" else self.tasks[task].data[index][caption][0].as_py()
+        return None if caption == "drop" else self.tasks[task].rows[index].value(caption).as_py()
 
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.

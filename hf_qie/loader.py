@@ -3,8 +3,10 @@
 Letters: S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the prompt encoder.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -21,17 +23,45 @@ from hf_qie.recipe import InputError, Mix
 TEXT = "text_embeds_"
 
 
+class Rows:
+    """The rows of a data set as Arrow has them: views of its files, without the time that `datasets` takes for a row.
+
+    A worker that is spawned opens the files again.
+    """
+
+    def __init__(self, data: datasets.Dataset):
+        self.data = data
+        self.columns = {name: data.data.column(name) for name in data.column_names}
+        self.places = None if data._indices is None else data._indices.column(0)  # where rows were reordered
+
+    def __reduce__(self) -> tuple[type, tuple[datasets.Dataset]]:
+        return Rows, (self.data,)
+
+    def __getitem__(self, index: int) -> "Row":
+        return Row(self.columns, index if self.places is None else self.places[index].as_py())
+
+
+class Row(NamedTuple):
+    """One row."""
+
+    columns: Mapping[str, pa.ChunkedArray]
+    place: int
+
+    def value(self, name: str) -> pa.Scalar:
+        """What it has in a column."""
+        return self.columns[name][self.place]
+
+
 class TaskRows:
     """The rows of one task's set, read without a copy, as float16 views of its Arrow files.
 
-    Of a set without latents the pictures are read. A worker that is spawned opens the files again. Raises InputError
-    where `mix.caption_weights` does not fit the set's captions.
+    Of a set without latents the pictures are read. Raises InputError where `mix.caption_weights` does not fit the
+    set's captions.
     """
 
     def __init__(self, task: str, data: datasets.Dataset, *, caption_weights: Mapping[str, float] | None):
         self.task, self.has_latents = task, has_latents(data)
-        # Integer keys on the arrow format: the torch format copies, and makes float32 of float16.
-        self.data = data.with_format("arrow")
+        self.rows = Rows(data)
         self.weights = text_weights(data.column_names, caption_weights, task)
 
     def read(self, index: int, *, inverse: bool, caption: float | None) -> dict[str, Any]:
@@ -45,37 +75,39 @@ class TaskRows:
         position in the task's data; caption, the name of its column, or "drop". Without latents, in their place
         pictures: [H, W, 3] uint8, in the order of grids.
         """
-        row = self.data[index]
+        row = self.rows[index]
         prefix = "inverse_" if inverse else ""
         text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
         grids = _grids(row, inverse=inverse)
         seen = _latents(row, inverse=inverse) if self.has_latents else self._pictures(row, grids, inverse=inverse)
         return seen | {
-            "prompt_parts": [_matrix(row[prefix + "image_embeds"][0]), _matrix(row[text][0])],
+            "prompt_parts": [_matrix(row.value(prefix + "image_embeds")), _matrix(row.value(text))],
             "grids": grids,
             "task": self.task,
-            "row": row["row"][0].as_py(),
+            "row": row.value("row").as_py(),
             "caption": text.removeprefix(prefix + TEXT),
         }
 
-    def _pictures(self, row: pa.Table, grids: Sequence[Grid], *, inverse: bool) -> dict[str, list[np.ndarray]]:
+    def _pictures(self, row: Row, grids: Sequence[Grid], *, inverse: bool) -> dict[str, list[np.ndarray]]:
         """What extraction would have encoded."""
-        files = [row["target_image"][0].as_py(), *row["source_image"][0].as_py()]
+        files = [row.value("target_image").as_py(), *row.value("source_image").as_py()]
         if inverse:
             files.reverse()
         try:
             return {"pictures": [read_pixels(file, grid) for file, grid in zip(files, grids, strict=True)]}
         except BadImage as error:
-            raise InputError(f"tasks.{self.task}: row {row['row'][0]}: {error}; it was whole at extraction") from error
+            raise InputError(
+                f"tasks.{self.task}: row {row.value('row')}: {error}; it was whole at extraction"
+            ) from error
 
     @staticmethod
-    def _text(row: pa.Table, weights: Mapping[str, float], caption: float | None) -> str | None:
+    def _text(row: Row, weights: Mapping[str, float], caption: float | None) -> str | None:
         """The text column that `caption` picks; None for the drop caption."""
-        present = [name for name in weights if row[name][0].is_valid]
+        present = [name for name in weights if row.value(name).is_valid]
         if caption is None or not present:
             return None
-        edges = np.cumsum([weights[name] for name in present])
-        return present[np.searchsorted(edges[:-1], caption * edges[-1], side="right")]
+        *edges, total = accumulate(weights[name] for name in present)
+        return present[bisect_right(edges, caption * total)]
 
 
 class Draws(Dataset):
@@ -86,21 +118,22 @@ class Draws(Dataset):
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, mix: Mix):
         self.tasks = {task: TaskRows(task, data, caption_weights=mix.caption_weights) for task, data in sets.items()}
-        self.plan = plan
+        self.plan = Rows(plan)
         self.same_shape = plan.features["rows"].length
         self.seed = seed
         self.caption_dropout = mix.caption_dropout
 
     def __len__(self) -> int:
-        return len(self.plan) * self.same_shape
+        return len(self.plan.data) * self.same_shape
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """A row as `TaskRows.read` gives it, and its draw."""
         cell = self.plan[draw // self.same_shape]
         dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
         caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
-        index = cell["rows"][draw % self.same_shape]
-        return self.tasks[cell["task"]].read(index, inverse=cell["inverse"], caption=caption) | {"draw": draw}
+        index = cell.value("rows")[draw % self.same_shape].as_py()
+        task, inverse = cell.value("task").as_py(), cell.value("inverse").as_py()
+        return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draw": draw}
 
 
 def text_weights(
@@ -128,9 +161,9 @@ def text_weights(
     )
 
 
-def _grids(row: pa.Table, *, inverse: bool) -> list[Grid]:
+def _grids(row: Row, *, inverse: bool) -> list[Grid]:
     """The target's grid, then each source's."""
-    target, sources = row["target_grid"][0].as_py(), row["source_grids"][0].as_py()
+    target, sources = row.value("target_grid").as_py(), row.value("source_grids").as_py()
     if inverse:
         own_target, own_sources = _own(row, "target_grid"), _own(row, "source_grids")
         target, sources = (
@@ -140,8 +173,8 @@ def _grids(row: pa.Table, *, inverse: bool) -> list[Grid]:
     return [tuple(grid) for grid in (target, *sources)]
 
 
-def _latents(row: pa.Table, *, inverse: bool) -> dict[str, np.ndarray]:
-    target, source = row["target_latents"][0], row["source_latents"][0]
+def _latents(row: Row, *, inverse: bool) -> dict[str, np.ndarray]:
+    target, source = row.value("target_latents"), row.value("source_latents")
     if inverse:
         own_target, own_source = _own(row, "target_latents"), _own(row, "source_latents")
         target, source = (
@@ -151,16 +184,18 @@ def _latents(row: pa.Table, *, inverse: bool) -> dict[str, np.ndarray]:
     return {"target_latents": _matrix(target), "source_latents": _matrix(source)}
 
 
-def _own(row: pa.Table, name: str) -> pa.Scalar | None:
+def _own(row: Row, name: str) -> pa.Scalar | None:
     """What the set stores of an inverse because areas differ; else an inverse has the forward row's, swapped."""
     name = f"inverse_{name}"
-    return row[name][0] if name in row.column_names and row[name][0].is_valid else None
+    return row.value(name) if name in row.columns and row.value(name).is_valid else None
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:
     """The view [length, width] of a list of vectors."""
-    vectors = value.values  # a slice of the file's; `flatten` keeps to it, and copies nothing
-    return vectors.flatten().to_numpy(zero_copy_only=True).reshape(-1, vectors.type.list_size)
+    vectors = value.values  # a slice of the file's, whose numbers are still all of the file's
+    width = vectors.type.list_size
+    first, end = width * vectors.offset, width * (vectors.offset + len(vectors))
+    return vectors.values.to_numpy(zero_copy_only=True)[first:end].reshape(-1, width)
 
 
 class RankBatches:

@@ -62,7 +62,7 @@ def assert_prompt(row, images, texts):
 def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
     draws = draws_of(sets, NEVER_DROP)
     for number in range(len(draws)):
-        row, cell = draws[number], draws.plan[number // 4]
+        row, cell = draws[number], draws.plan.data[number // 4]
         data, index = sets[cell["task"]], cell["rows"][number % 4]
         assert (row["task"], row["row"], row["draw"]) == (cell["task"], index, number)
         assert row["grids"] == [tuple(grid) for grid in (data[index]["target_grid"], *data[index]["source_grids"])]
@@ -100,14 +100,23 @@ def test_a_row_is_views_of_the_arrow_file(sets):
 def test_a_row_of_a_set_that_was_cut_is_the_row_of_the_whole_set(sets):
     cut = {"edits": sets["edits"].select(range(3, 9))}
     draws = draws_of(cut, NEVER_DROP)
-    row, index = draws[0], draws.plan[0]["rows"][0] + 3
+    row, index = draws[0], draws.plan.data[0]["rows"][0] + 3
     assert row["row"] == index
     np.testing.assert_array_equal(row["target_latents"], stored(sets["edits"], index, "target_latents"))
 
 
+def test_a_row_of_a_set_that_was_reordered_is_the_one_that_stands_there(sets):
+    reordered = {"edits": sets["edits"].select([7, 3, 5])}
+    draws = draws_of(reordered, NEVER_DROP)
+    for number in range(len(draws)):
+        index = [7, 3, 5][draws.plan.data[number // 4]["rows"][number % 4]]
+        assert draws[number]["row"] == index
+        np.testing.assert_array_equal(draws[number]["target_latents"], stored(sets["edits"], index, "target_latents"))
+
+
 def inverse_draws(data):
     draws = draws_of({"a": data}, Mix(inverse_share=1.0, caption_dropout=0.0))
-    numbers = [number for number in range(len(draws)) if draws.plan[number // 4]["inverse"]]
+    numbers = [number for number in range(len(draws)) if draws.plan.data[number // 4]["inverse"]]
     return [draws[number] for number in numbers]
 
 

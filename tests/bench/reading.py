@@ -90,7 +90,7 @@ def milliseconds(read: Callable[[int], object], places: list[int]) -> list[float
 def random_rows(folder: Path) -> Iterator[Figure]:
     """One row at random, cold and warm."""
     draws = draws_of(open_chunks(folder), SAMPLE)
-    numbers = [int(draws.plan[number // BATCH]["rows"][number % BATCH]) for number in range(SAMPLE)]
+    numbers = [int(draws.plan.data[number // BATCH]["rows"][number % BATCH]) for number in range(SAMPLE)]
     write_files(folder, set(numbers))
     assert torch.equal(
         collate([draws[0]])["prompt_embeds"].bfloat16(), load_files(folder, numbers[0])["prompt_embeds"]

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -115,3 +117,23 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             f"{checkpoint.parent}: holds a run with another {', '.join(differing)}, which cannot go on as this one "
             f"({changes}); set training.output_dir to another folder, or undo the change"
         )
+
+
+@contextmanager
+def states_of(checkpoint: str | None) -> Iterator[None]:
+    """Around the loading of a checkpoint's states: raise InputError where they are not what such a run saves."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint}: does not load ({type(error).__name__}: {error}); take another one, or delete it"
+        ) from error
+
+
+def check_shapes(optimizer: Optimizer) -> None:
+    """Raise ValueError where a state of a parameter has neither its shape nor that of a number: torch takes any."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper shows no states
+    for parameter, states in optimizer.state.items():
+        for name, state in states.items():
+            if name.startswith("exp_avg") and state.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} of shape {list(state.shape)} for a parameter of {list(parameter.shape)}")

@@ -134,9 +134,12 @@ def read_config(model: str, name: str, *, revision: str | None = None) -> dict[s
     """One JSON config of the checkpoint, as `transformer/config.json`."""
     path = checkpoint_file(model, name, revision=revision)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"model: {path} is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model: {path} holds no names and values")
+    return config
 
 
 def read_family(model: str, *, revision: str | None = None) -> Family:

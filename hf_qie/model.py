@@ -96,7 +96,7 @@ def load_transformer(recipe: Recipe, dtype: torch.dtype, *, empty: bool) -> Qwen
             return QwenImageTransformer2DModel.from_pretrained(
                 recipe.model, dtype=dtype, use_safetensors=True, **where
             )
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"model: cannot load the transformer of {recipe.model!r}: {error}") from error
     with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model
         return nn.Module.to(QwenImageTransformer2DModel.from_config(config), dtype)
@@ -261,16 +261,20 @@ def save_weights(
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read back, bit for bit, what `save_weights` wrote."""
+    """Read back, bit for bit, what `save_weights` wrote; raises InputError where it is for another model."""
     if isinstance(model, PeftModel):
         load_lora(model, Path(folder) / LORA_FILE)
         return
-    seen = set()
+    wanted, seen = {key: value.shape for key, value in model.state_dict().items()}, set()
     for path in sorted((Path(folder) / TRANSFORMER_FOLDER).glob("*.safetensors")):
         tensors = load_file(path)
+        for key, tensor in tensors.items():
+            if tensor.shape != wanted.get(key) or not tensor.is_floating_point():
+                raise InputError(f"{path}: {key} of shape {list(tensor.shape)} is not the model's; take another one")
         model.load_state_dict(tensors, strict=False)  # one shard at a time; together they are all of it
         seen |= tensors.keys()
-    assert seen == set(model.state_dict()), f"{folder} holds another model"
+    if missing := sorted(wanted.keys() - seen):
+        raise InputError(f"{folder}: has no {missing[0]}, which the model has; take another checkpoint")
 
 
 def adapters(model: PeftModel) -> dict[str, nn.Parameter]:

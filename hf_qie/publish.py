@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
 from hf_qie.durable import move_durably
-from hf_qie.embeddings import matrix_width, read_provenance
+from hf_qie.embeddings import matrix_width, parse_provenance, read_provenance
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.recipe import Extract, InputError, Task
 from hf_qie.sets import open_set, published_shards
@@ -171,9 +171,12 @@ class Repo:
 
     def read(self, path: str, *, revision: str | None = None) -> str:
         """The text of a file."""
+        return self.download(path, revision=revision).read_text(encoding="utf-8")
+
+    def download(self, path: str, *, revision: str | None) -> Path:
+        """A file, in the local cache."""
         with hub_errors(self.name):
-            there = hf_hub_download(self.name, path, repo_type="dataset", revision=revision)
-        return Path(there).read_text(encoding="utf-8")
+            return Path(hf_hub_download(self.name, path, repo_type="dataset", revision=revision))
 
     def card(self, files: Mapping[str, int], *, revision: str | None = None) -> DatasetCard | None:
         """The card, if there is one."""
@@ -182,7 +185,8 @@ class Repo:
     def provenances(self, files: Mapping[str, int], *, revision: str | None = None) -> dict[str, dict[str, Any]]:
         """What every embedding set in the repository was made from, by config."""
         paths = [Path(path) for path in files if re.fullmatch(r"provenance/\w+\.json", path)]
-        return {path.stem: json.loads(self.read(str(path), revision=revision)) for path in paths}
+        found = {path.stem: self.download(str(path), revision=revision) for path in paths}
+        return {name: parse_provenance(path, where=f"{self.name}: {name}") for name, path in found.items()}
 
     def refuse_others(self, sets: Sequence[Publication]) -> None:
         """Raise InputError where the repository has another set under the name of one of these."""

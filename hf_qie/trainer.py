@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.alive import at, at_any_length
-from hf_qie.checkpoints import WEIGHTS_ALONE, mark_complete, misfit
+from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, states_of
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flops import utilisation
@@ -64,6 +64,7 @@ class EditTrainer(Trainer):
         save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
         _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
         _load_from_checkpoint: Trainer does not know our files.
+        _load_optimizer_and_scheduler, _load_rng_state: what Trainer takes, or raises, of states that do not fit.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss gives the micro-batch's mean, Trainer divides by accumulation
@@ -288,6 +289,17 @@ class EditTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, in words where the states are not those of what trains."""
+        with states_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            check_shapes(self.optimizer)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's, in words where the generators' states are none."""
+        with states_of(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, then `complete.json`, then the older ones go."""

@@ -301,6 +301,53 @@ def test_a_checkpoint_with_a_bare_pickle_is_refused(run, sprung, file):
         train(recipe, open_sets(recipe))
 
 
+def shrink(optimizer: dict) -> dict:
+    for state in optimizer["state"].values():
+        state["exp_avg"] = state["exp_avg"].flatten()[:1]
+    return optimizer
+
+
+ABSURD_STATES = {
+    "moments of another shape": ("optimizer.pt", shrink),
+    "an optimizer without groups": ("optimizer.pt", lambda optimizer: {"state": {}}),
+    "an optimizer of one group too many": (
+        "optimizer.pt",
+        lambda optimizer: optimizer | {"param_groups": optimizer["param_groups"] * 2},
+    ),
+    "an optimizer that is a number": ("optimizer.pt", lambda optimizer: 7),
+    "a schedule that is a list": ("scheduler.pt", lambda schedule: [1]),
+    "generators without numpy's": ("rng_state.pth", lambda states: {"python": states["python"]}),
+    "a generator of another length": ("rng_state.pth", lambda states: states | {"cpu": torch.zeros(3).byte()}),
+}
+
+
+@pytest.mark.parametrize("absurd", ABSURD_STATES)
+def test_a_checkpoint_whose_states_do_not_fit_is_refused_in_words(run, absurd):
+    recipe, checkpoint = run
+    file, change = ABSURD_STATES[absurd]
+    torch.save(change(torch.load(checkpoint / file, weights_only=False)), checkpoint / file)
+    sign(checkpoint)
+    with pytest.raises(InputError, match=r"checkpoint-2: does not load .*; take another one, or delete it$"):
+        train(recipe, open_sets(recipe))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.int(), lambda t: t[:1], None])
+def test_a_checkpoint_with_the_weights_of_another_model_is_refused(tmp_path, tiny, change):
+    recipe = load_recipe(write_recipe(tmp_path, tiny(), training={"max_steps": 2}))
+    train(recipe, open_sets(recipe))
+    (file,) = (tmp_path / "run" / "checkpoint-2" / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    tensors = {key: tensor for key, tensor in tensors.items() if change or key != name}
+    save_file(
+        tensors | ({name: change(tensors[name]).contiguous()} if change else {}), file, metadata={"format": "pt"}
+    )
+    sign(tmp_path / "run" / "checkpoint-2")
+    longer = load_recipe(tmp_path / "recipe.yaml", ["training.max_steps=4"])
+    with pytest.raises(InputError, match=rf"{name}(,| of shape .* is not the model's)"):
+        train(longer, open_sets(longer))
+
+
 @pytest.fixture
 def sharded(tmp_path):
     """`sharded(values)` -> a checkpoint with the state of an optimizer, as torch writes it in shards."""
@@ -367,6 +414,28 @@ def test_adapters_of_absurd_shape_or_type_are_refused(run, change, tiny, tmp_pat
     )
     with pytest.raises(InputError, match=r"is no LoRA of rank 4 on the layers that the recipe names"):
         train(started, open_sets(started))
+
+
+def test_a_pickle_in_place_of_the_base_is_refused(tmp_path, tiny, sprung):
+    model = shutil.copytree(tiny(), tmp_path / "model")
+    recipe = load_recipe(write_recipe(tmp_path, model))
+    (file,) = (model / "transformer").glob("*.safetensors")
+    file.write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(InputError, match=r"model: cannot load the transformer of "):
+        train(recipe, open_sets(recipe))
+    (file.with_suffix(".bin")).write_bytes(file.read_bytes())
+    file.unlink()
+    with pytest.raises(InputError, match=r"model: cannot load the transformer of "):
+        train(recipe, open_sets(recipe))
+
+
+@pytest.mark.parametrize("text", ["[]", "7", "[" * 200_000])
+def test_a_config_that_is_no_config_is_refused(tmp_path, tiny, text):
+    model = shutil.copytree(tiny(), tmp_path / "model")
+    recipe = load_recipe(write_recipe(tmp_path, model))
+    (model / "transformer" / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"transformer/config.json (is no JSON|holds no names and values)"):
+        open_sets(recipe)
 
 
 @pytest.mark.parametrize("content", [{"weight_map": {"a": "../../secret.safetensors"}}, {"weight_map": []}, [], {}])

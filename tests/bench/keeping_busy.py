@@ -31,7 +31,7 @@ from hf_qie.shapes import synthetic_edits
 from hf_qie.tiny import tiny_checkpoint
 from hf_qie.unfinished import open_folder
 
-ROWS, CHUNK_ROWS, BATCH, WORKERS = 768, 256, 4, 4
+ROWS, CHUNK_ROWS, BATCH, WORKERS = 512, 256, 4, 4
 ENCODE_S = 0.2  # of a batch, at least
 
 
@@ -40,10 +40,12 @@ class Clock:
 
     def __init__(self):
         self.busy_s, self.prepared_s, self.rows, self.rows_prepared, self.lock = 0.0, 0.0, 0, 0, Lock()
+        self.first_at: float | None = None  # when a model first had work
 
     def __call__(self, model: Callable, pause_s: float, batch: list) -> list:
         """A model at work."""
         started = time.perf_counter()
+        self.first_at = self.first_at or started
         time.sleep(pause_s)
         made = model(batch)
         self.busy_s += time.perf_counter() - started
@@ -118,7 +120,8 @@ def measure(folder: Path) -> list[Figure]:
     open_folder(folder / "set", {"compat": {}}, recipe=recipe)
     started = time.perf_counter()
     write_chunks(plan, slowed(models, clock), folder / "set", recipe=recipe, rank=1)
-    ours = clock.busy_s / (time.perf_counter() - started)
+    ours = clock.busy_s / (time.perf_counter() - clock.first_at)
+    fill_s = clock.first_at - started
     cost = clock.prepared_s / WORKERS / clock.busy_s
     assert 0.9 < cost < 1.1, f"preparing costs {cost:.2f} of encoding"
     clock, rows = Clock(), plan.rows.table.select(range(ROWS // 4))
@@ -127,5 +130,8 @@ def measure(folder: Path) -> list[Figure]:
     started = time.perf_counter()
     one_after_the_other(rows, ready, slowed(models, clock))
     usual = clock.busy_s / (time.perf_counter() - started)
-    what = f"of extraction a model is at work; preparing costs {cost:.2f} of encoding"
-    return [at_least(90, point="4", what=what, ours=100 * ours, usual=100 * usual, unit="%")]
+    what = f"of extraction, after its first window, a model is at work; preparing costs {cost:.2f} of encoding"
+    return [
+        at_least(90, point="4", what=what, ours=100 * ours, usual=100 * usual, unit="%"),
+        Figure(point="4", what="until the first window is read, once a run", ours=fill_s, unit="s"),
+    ]

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from torch.optim import Optimizer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,6 +20,7 @@ from hf_qie.recipe import InputError
 
 logger = get_logger(__name__)
 
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # torch's names
 NEVER_LOADED = "training_args.bin"  # Trainer's notes of its own arguments
 
 COMPLETE = "complete.json"
@@ -124,6 +126,8 @@ def states_of(checkpoint: str | None) -> Iterator[None]:
     """Around the loading of a checkpoint's states: raise InputError where they are not what such a run saves."""
     try:
         yield
+    except torch.OutOfMemoryError:  # which says of the checkpoint nothing
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"{checkpoint}: does not load ({type(error).__name__}: {error}); take another one, or delete it"
@@ -131,9 +135,15 @@ def states_of(checkpoint: str | None) -> Iterator[None]:
 
 
 def check_shapes(optimizer: Optimizer) -> None:
-    """Raise ValueError where a state of a parameter has neither its shape nor that of a number: torch takes any."""
+    """Raise ValueError where a moment has not the shape of its parameter; torch's own optimizers would take any.
+
+    Of others nothing is asked: some keep moments of fewer numbers.
+    """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper shows no states
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
     for parameter, states in optimizer.state.items():
-        for name, state in states.items():
-            if name.startswith("exp_avg") and state.shape not in (parameter.shape, ()):
-                raise ValueError(f"{name} of shape {list(state.shape)} for a parameter of {list(parameter.shape)}")
+        for name in MOMENTS & states.keys():
+            if states[name].shape != parameter.shape:
+                got = list(states[name].shape)
+                raise ValueError(f"{name} of shape {got} for a parameter of {list(parameter.shape)}")

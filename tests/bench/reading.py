@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from datasets import Dataset
 from figures import Figure, at_most
@@ -111,13 +112,21 @@ def random_rows(folder: Path) -> Iterator[Figure]:
         usual=median(cold_files),
         unit="ms",
     )
-    warm, views, files = [], [], []
+
+    def copied(row: int) -> list[np.ndarray]:
+        views = draws.tasks["a"].read(row, inverse=False, caption=0.5)
+        return [np.array(part) for part in (*views["prompt_parts"], views["target_latents"], views["source_latents"])]
+
+    warm, views, copies, files = [], [], [], []
     for _ in range(5):
         warm += milliseconds(lambda draw: collate([draws[draw]]), list(range(SAMPLE)))
         views += milliseconds(lambda row: draws.tasks["a"].read(row, inverse=False, caption=0.5), numbers)
+        copies += milliseconds(copied, numbers)
         files += milliseconds(lambda row: load_files(folder, row), numbers)
     for what, ours in (("read, warm: views of the file", views), ("drawn and copied to a batch, warm", warm)):
         yield at_most(0.2, point="3", what=f"the same, {what}", ours=median(ours), usual=median(files), unit="ms")
+    what = "the same, read and its bytes copied, and nothing else, warm"
+    yield Figure(point="3", what=what, ours=median(copies), usual=median(files), unit="ms")
 
 
 def loaders(folder: Path) -> Iterator[Figure]:

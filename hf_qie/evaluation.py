@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,13 @@ def held_out_part(sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task
             raise InputError(f"tasks.{task}.eval_rows: {count}, but its set has {total} rows; hold out fewer")
         held_out[task] = sets[task].select(range(total - count, total))
     return held_out
+
+
+def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
+    """Raise InputError where evaluation of the `held_out` tasks gives no such metric."""
+    known = ["loss", *(f"loss/{task}" for task in held_out)]
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
 
 
 class HeldOut(Dataset):

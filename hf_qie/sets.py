@@ -28,17 +28,21 @@ def open_set(folder: Path, *, anew: bool = False) -> Dataset:
     if not (folder / PROVENANCE).is_file():
         raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
     files = files_of(read_provenance(folder))
-    checks = os.environ.get("LOCAL_RANK", "0") == "0"  # of a machine one process, for it may read the whole set
-    if checks:
+    if is_first_here():
         check_files(folder, files, anew=anew)
     try:
         data = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise InputError(f"{folder}: does not open as a dataset ({first_line(error)}); {DAMAGED}") from error
-    if checks and not (files and is_noted(folder / PROVENANCE, COLUMNS)):
+    if is_first_here() and not (files and is_noted(folder / PROVENANCE, COLUMNS)):
         check_columns(data, where=str(folder))
         note(folder / PROVENANCE, COLUMNS)
     return data
+
+
+def is_first_here() -> bool:
+    """Whether this process is the one of its machine that looks through sets: whole ones are read for it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def first_line(error: Exception) -> str:
@@ -83,7 +87,8 @@ def download_set(repo: str, config: str, *, revision: str | None, where: str) ->
     if not files:
         raise InputError(f"{where}: nothing at {shards}, as its provenance wants; push the set again")
     data = load_dataset("parquet", data_files=files, split="train")
-    check_columns(data, where=where)
+    if is_first_here():
+        check_columns(data, where=where)
     return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
 
 

@@ -11,7 +11,7 @@ recipe. Started again, it goes on from the last checkpoint that is whole.
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,17 @@ def main(argv: list[str]) -> None:
     refuse_launcher(os.environ)
     fsdp_settings(recipe, os.environ)  # what does not fit shows before anything is imported
     prove_writable(Path(recipe.training["output_dir"]))
-    train(recipe, open_sets(recipe))
+    run(recipe)
+
+
+def run(recipe: Recipe) -> "EditTrainer":
+    """Open the sets and train on them, in sight of the other ranks."""
+    from hf_qie.alive import STUCK_S, Alive
+
+    # with another shape a compiler takes minutes
+    stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
+    with Alive(Path(recipe.training["output_dir"], "signs-of-life"), stuck_s=stuck_s):
+        return train(recipe, open_sets(recipe))
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
@@ -81,23 +91,20 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
-    from hf_qie.alive import STUCK_S, Alive, at_any_length
+    from hf_qie.alive import at_any_length
     from hf_qie.loss_chart import loss_chart
     from hf_qie.recorded import STATE, write_record
 
-    # with another shape a compiler takes minutes
-    stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
-    with Alive(Path(recipe.training["output_dir"], "signs-of-life"), stuck_s=stuck_s):
-        trainer, checkpoint = build_trainer(recipe, sets)
-        log_start(trainer, checkpoint)
-        if trainer.args.should_save:
-            save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
-            write_record(trainer.args.output_dir, trainer.record)
-            Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        with at_any_length("the saving of what trained"):
-            trainer.save_model()
-            trainer.save_state()  # after the weights: says that the run has ended
+    trainer, checkpoint = build_trainer(recipe, sets)
+    log_start(trainer, checkpoint)
+    if trainer.args.should_save:
+        save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
+        write_record(trainer.args.output_dir, trainer.record)
+        Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with at_any_length("the saving of what trained"):
+        trainer.save_model()
+        trainer.save_state()  # after the weights: says that the run has ended
     if trainer.args.should_save:
         loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
     return trainer
@@ -113,7 +120,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
 
     from hf_qie.callbacks import PictureGrid
     from hf_qie.checkpoints import check_identity, last_checkpoint
-    from hf_qie.evaluation import HeldOut, held_out_part, training_part
+    from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
     from hf_qie.pictures import has_latents
@@ -217,13 +224,6 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     if epochs is not None:
         arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
-
-
-def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
-    """Raise InputError where evaluation of the `held_out` tasks gives no such metric."""
-    known = ["loss", *(f"loss/{task}" for task in held_out)]
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
 
 
 def global_batch_size(arguments: "TrainingArguments") -> int:

@@ -30,7 +30,7 @@ from launches import stop
 import hf_qie.checkpoints
 import hf_qie.trainer
 from hf_qie.recipe import InputError, load_recipe
-from hf_qie.train import open_sets, train
+from hf_qie.train import run as run_recipe
 from hf_qie.trainer import EditTrainer
 
 context = multiprocessing.get_context("forkserver")
@@ -119,7 +119,7 @@ def do(run: Mapping[str, Any], rank: int) -> None:
     if run.get("stops", {}).get("rank") == rank:
         stop_at(run["stops"]["step"], run["stops"]["sends"])
     try:
-        report = report_of(train(recipe, open_sets(recipe)))
+        report = report_of(run_recipe(recipe))
     except InputError as error:
         report = {"error": str(error)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,8 @@ def file_digest(path: Path) -> str:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that is whole; a warning names the newer ones that are not, and why."""
-    for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=step_of, reverse=True):
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name[11:].isdecimal()]
+    for folder in sorted(found, key=step_of, reverse=True):
         if (reason := misfit(folder)) is None:
             return folder
         logger.warning("%s is passed over: %s", folder, reason)

@@ -31,8 +31,8 @@ from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together
-WINDOWS = 2  # under way at a time: one is encoded while the next is read
-TABLES = 3  # windows that are under way or wait to be written: the next one begins while a table is written
+WINDOWS = 3  # under way at a time: one is encoded while the next is read, and the one after begun
+TABLES = 4  # windows that are under way or wait to be written: the next one begins while a table is written
 AHEAD = 2  # batches handed to the models' thread before it has done them
 WRITER_BATCH_SIZE = 16  # rows held before they are written: a row has megabytes
 

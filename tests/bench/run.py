@@ -24,6 +24,7 @@ SUBJECTS = (
     "storage",
     "reading",
     "keeping_busy",
+    "memory",
     "planning",
     "training",
     "resuming",

@@ -351,7 +351,7 @@ def test_the_account_counts_the_tokens_that_the_language_model_is_given(chunk, r
 
 
 def test_rows_under_way_do_not_grow_with_the_rows(chunk, rows):
-    alive, others = [], [thing for thing in gc.get_objects() if type(thing) is Prepared]  # what a failed test holds
+    alive, others = [], [thing for thing in gc.get_objects() if type(thing) is Prepared]  # what other tests hold
 
     def progress(_):
         alive.append(sum(type(thing) is Prepared for thing in gc.get_objects()) - len(others))

@@ -23,9 +23,12 @@ READERS = 8  # threads: a disk is asked for several files at a time, and hashing
 NAMED = 8  # files of an error message
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old one or the new one, whole."""
-    beside = path.with_name(f"{path.name}.{uuid4().hex}")  # several launches may write the same file
+def write_durably(path: Path, text: str, *, aside: Path | None = None) -> None:
+    """Write a small file so that a crash leaves the old one or the new one, whole.
+
+    `aside`: the folder on the same disk in which a crash may leave half of one; without it, that of the file.
+    """
+    beside = (aside or path.parent) / f"{path.name}.{uuid4().hex}"  # several launches may write the same file
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
     move_durably(beside, path)

@@ -186,19 +186,19 @@ def write_rest(
         "_output_all_columns": False,
         "_split": "train",
     }
-    write_durably(folder / DATASET_STATE_JSON_FILENAME, json.dumps(state, indent=2))
+    write_durably(folder / DATASET_STATE_JSON_FILENAME, json.dumps(state, indent=2), aside=aside)
     DatasetInfo(features=features).write_to_directory(str(aside), pretty_print=True)
     save_recipe(recipe, aside / "recipe.yaml")
     for name in (DATASET_INFO_FILENAME, "recipe.yaml"):
         move_durably(aside / name, folder / name)
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
-    write_durably(folder / "bad_rows.jsonl", "".join(lines))
+    write_durably(folder / "bad_rows.jsonl", "".join(lines), aside=aside)
     counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(file["bytes"] for file in files.values())}
     for name in (DATASET_STATE_JSON_FILENAME, DATASET_INFO_FILENAME):
         files[name] = written(folder / name)
     record = {"request": request, "counts": counts, "files": files, **record}
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}
-    write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False))
+    write_durably(folder / PROVENANCE, json.dumps(provenance, indent=2, ensure_ascii=False), aside=aside)
 
 
 def record_of(recipe: Recipe, models: Models) -> dict[str, Any]:

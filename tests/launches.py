@@ -61,7 +61,7 @@ class Launch:
         """SIGKILL all ranks at once, as a machine dies; False if one had ended before."""
         alive = self.alive()
         for rank in self.ranks:
-            os.kill(rank.pid, signal.SIGKILL)
+            rank.kill()
         for rank in self.ranks:
             rank.join()
         return alive

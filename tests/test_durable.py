@@ -56,6 +56,20 @@ def test_what_is_written_is_known_again(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_crash_leaves_nothing_beside_what_is_written_aside(tmp_path, monkeypatch):
+    aside = tmp_path / "aside"
+    aside.mkdir()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_qie.durable.move_durably", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_durably(tmp_path / "file", "Bild", aside=aside)
+    assert list(tmp_path.iterdir()) == [aside]
+    assert len(list(aside.iterdir())) == 1
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_file_is_named_also_where_it_was_found_whole_before(tmp_path, damage):
     files = {}

@@ -1,6 +1,6 @@
 """Whether a set holds what its format promises, before training reads a row of it: columns, types and lengths.
 
-Looked at are types and offsets alone, a second for a million rows: no state or latent is read.
+Looked at are types and offsets alone, a second for a million rows once they are in memory: no state or latent is read.
 """
 
 from collections.abc import Iterator

@@ -117,7 +117,7 @@ def do(run: Mapping[str, Any], rank: int) -> None:
     if "notes" in run and rank == 0:
         note_steps(Path(run["notes"]))
     if run.get("stops", {}).get("rank") == rank:
-        stop_at(run["stops"]["step"], run["stops"]["sends"])
+        stop_at(run["stops"]["step"], run["stops"]["sends"], folder / "stopped")
     try:
         report = report_of(run_recipe(recipe))
     except InputError as error:
@@ -152,12 +152,13 @@ def kill_at(folder: Path, point: str, call: int) -> None:
     setattr(module, name, write_and_die)
 
 
-def stop_at(step: int, sends: signal.Signals | None) -> None:
-    """Go no further than the loss of a step."""
+def stop_at(step: int, sends: signal.Signals | None, stopped: Path) -> None:
+    """Go no further than the loss of a step; the file `stopped` says when."""
     compute_loss = EditTrainer.compute_loss
 
     def compute_and_stop(self, *args, **kwargs):
         if self.state.global_step + 1 == step:
+            stopped.touch()
             stop(sends)
         return compute_loss(self, *args, **kwargs)
 

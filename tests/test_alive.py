@@ -195,6 +195,10 @@ def test_a_rank_of_training_that_stops_ends_the_others_within_a_minute(tmp_path,
     run = {"recipe": str(recipe), "overrides": [], "stops": {"rank": 1, "step": 25, "sends": sent}}
     codes = in_ranks([run], ranks=2, log=log, alone_s=MINUTE_S)
     assert codes == [1, -signal.SIGKILL if sent else 1], log.read_text()
+    last_sign, stopped = tmp_path / "run" / "signs-of-life" / "0.json", tmp_path / "run" / "stopped"
+    seconds = last_sign.stat().st_mtime - stopped.stat().st_mtime  # the last sign says why the rank ends
+    record_property("seconds to the end of the other rank", seconds)
+    assert 0 < seconds < MINUTE_S
     said = log.read_text()
     assert "rank 0 ends at step 25, as rank " in said
     assert "has given no sign of life" in said if sent else ": 2 of 2 ranks hang, or wait for one that does" in said

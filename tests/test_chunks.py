@@ -207,7 +207,7 @@ def test_reading_hides_behind_encoding(job, many, models, monkeypatch, chunk_row
     assert max(hidden) >= least_hidden
 
 
-def test_rows_under_way_are_those_of_two_windows_across_chunks_too(job, many, models, monkeypatch):
+def test_rows_under_way_are_those_of_its_windows_across_chunks_too(job, many, models, monkeypatch):
     alive, most, lock = Counter(), [], threading.Lock()
 
     def change(by: int) -> None:

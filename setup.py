@@ -28,17 +28,19 @@ setup(
         "safetensors>=0.8",
         "pyarrow>=21",
         "pyyaml>=6.0.2",
-        "pillow>=11",
+        "pillow>=11.3",  # AVIF in its wheels
         "numpy>=2.0",
         "tqdm>=4.67",
     ],
     extras_require={
+        "heif": ["pillow-heif>=1.0"],  # images as phones save them
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.8",
             "filelock>=3.20",
             "tensorboard>=2.20",  # pictures and figures in a tracker are read back from its files
             "hypothesis>=6.140",
+            "pillow-heif>=1.0",
             "dashscope>=1.25",  # ships the real Qwen vocabulary: template and drop count are tested against it
         ],
         "quality": ["ruff>=0.14"],

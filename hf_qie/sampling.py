@@ -115,9 +115,9 @@ class Sampler:
 
     def read(self, images: "Sequence[str | Path | Image.Image]") -> "list[Image.Image]":
         """The pictures to edit, upright and in RGB; raises InputError for too many, or one that cannot be read."""
-        from PIL import Image, ImageOps
+        from PIL import Image
 
-        from hf_qie.images import BadImage, read_image, to_rgb
+        from hf_qie.images import BadImage, read_image
 
         most = self.family.max_sources
         if most is not None and len(images) > most:
@@ -125,8 +125,7 @@ class Sampler:
         pictures = []
         for image in images:
             try:
-                is_open = isinstance(image, Image.Image)
-                pictures.append(to_rgb(ImageOps.exif_transpose(image)) if is_open else read_image(Path(image)))
+                pictures.append(read_image(image if isinstance(image, Image.Image) else Path(image)))
             except BadImage as error:
                 raise InputError(f"--image: {image}: {error}") from error
         return pictures

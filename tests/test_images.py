@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNDEFINED, UNIT, with_exif
 from PIL import Image
 
-from hf_qie.images import BadImage, area_size, read_image, to_pixels
-
-ORIENTATION = 0x0112  # EXIF tag
+from hf_qie.images import BadImage, area_size, header_size, read_image, to_pixels
 
 
 def quarters(width=40, height=20):
@@ -54,6 +53,64 @@ def test_a_picture_stands_upright_whatever_its_exif_says(read, orientation, name
     assert (image.mode, image.size) == ("RGB", upright.size)
     for place in ((10, 5), (30, 5), (10, 15), (30, 15)):  # the middle of each quarter
         np.testing.assert_allclose(image.getpixel(place), upright.getpixel(place), atol=9)  # JPEG
+
+
+SIDEWAYS = ORIENTATION, SHORT, b"\6\0"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("entries", "turned"),
+    [
+        ([SIDEWAYS], True),
+        ([SIDEWAYS, (RESOLUTION, TEXT, b"72 dpi\0"), (UNIT, SHORT, b"\2\0")], True),
+        ([SIDEWAYS, (RESOLUTION, UNDEFINED, b"7"), (UNIT, SHORT, b"\2\0")], True),
+        ([SIDEWAYS, (RESOLUTION, RATIONAL, b"\0" * 8)], True),
+        ([SIDEWAYS, (SOFTWARE, FLOAT, b"\0\0\x80?")], True),
+        ([SIDEWAYS, (0x8769, TEXT, b"nowhere\0"), (0x8825, SHORT, b"\xff\xff")], True),
+        ([(ORIENTATION, BYTE, b"\6")], True),
+        ([(ORIENTATION, FLOAT, b"\0\0\xc0@")], True),  # 6.0
+        ([(ORIENTATION, TEXT, b"6\0")], False),
+        ([(ORIENTATION, TEXT, b"Horizontal\0")], False),
+        ([(ORIENTATION, RATIONAL, b"\6\0\0\0\0\0\0\0")], False),  # 6 / 0
+        ([(ORIENTATION, SHORT, b"")], False),
+        ([(ORIENTATION, SHORT, b"\x09\0")], False),
+        ([(ORIENTATION, SHORT, b"\0\0")], False),
+    ],
+)
+def test_no_metadata_but_a_whole_orientation_say_anything_of_an_image(tmp_path, format, entries, turned):
+    path, upright = tmp_path / "photo", quarters()
+    stored = upright.transpose(Image.Transpose.ROTATE_90) if turned else upright
+    path.write_bytes(with_exif(stored, format, entries))
+    image = read_image(path)
+    assert header_size(path) == image.size == upright.size
+    for place in ((10, 5), (30, 5), (10, 15), (30, 15)):
+        np.testing.assert_allclose(image.getpixel(place), upright.getpixel(place), atol=9)  # JPEG
+    assert not image.getexif()
+
+
+def test_an_image_that_is_open_is_read_as_its_file_is_and_left_as_it_was():
+    file = io.BytesIO(with_exif(quarters(), "JPEG", [SIDEWAYS, (SOFTWARE, FLOAT, b"\0\0\x80?")]))
+    given = Image.open(file)
+    assert read_image(given).tobytes() == read_image(file).tobytes()
+    assert given.size == (40, 20) and given.getexif()[ORIENTATION] == 6
+
+
+def test_what_stands_behind_the_pixels_does_not_turn_them():
+    content = with_exif(quarters(), "PNG", [SIDEWAYS])
+    length = int.from_bytes(content[33:37], "big") + 12
+    file = io.BytesIO(content[:33] + content[33 + length : -12] + content[33 : 33 + length] + content[-12:])
+    assert header_size(file) == read_image(file).size == (40, 20)
+
+
+def test_a_photo_of_a_phone_is_read_or_says_what_to_install(tmp_path):
+    path, upright = tmp_path / "photo.heic", quarters()
+    path.write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 12)
+    with pytest.raises(BadImage, match="HEIF"):  # of a file that is none, whether or not it is installed
+        read_image(path)
+    pytest.importorskip("pillow_heif")
+    upright.resize((160, 80)).save(path, quality=90)
+    assert header_size(path) == read_image(path).size == (160, 80)
 
 
 def on_white(alpha):

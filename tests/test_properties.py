@@ -10,6 +10,7 @@ import yaml
 from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from metadata import ORIENTATION, RESOLUTION, SIZES, SOFTWARE, UNIT, with_exif
 from PIL import Image
 from small_recipes import write_recipe
 
@@ -248,6 +249,32 @@ def test_any_picture_is_read_whole_or_bad_with_a_reason(tmp_path, number):
                 assert read is header_size or (result.mode == "RGB" and result.tobytes())
 
     hold(law, broken(), number)
+
+
+@st.composite
+def entries(draw) -> list[tuple[int, int, bytes]]:
+    """EXIF entries whose values have any type, whatever their tags want."""
+    tags = st.sampled_from([ORIENTATION, RESOLUTION, UNIT, SOFTWARE, 0x8769, 0x8825, 0x02BC]) | st.integers(0, 65535)
+    found = []
+    for tag in draw(st.sets(tags, min_size=1, max_size=6)):
+        kind = draw(st.sampled_from(sorted(SIZES)))
+        size = SIZES[kind] * draw(st.integers(0, 3))
+        small = st.integers(0, 9).map(lambda number, size=size: number.to_bytes(size or 1, "little")[:size])
+        found.append((tag, kind, draw(small | st.binary(min_size=size, max_size=size))))
+    return found
+
+
+@examples(150, 4_000)
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on what it cannot read
+def test_no_metadata_make_an_image_bad_or_differ_from_its_header(number):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+
+    def law(given) -> None:
+        name, told = given
+        file = BytesIO(with_exif(image, name, told))
+        assert header_size(file) == read_image(file).size in ((32, 24), (24, 32))
+
+    hold(law, st.tuples(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF"]), entries()), number)
 
 
 @examples(24, 500)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_qie.collate import Batch, collate
+from hf_qie.device import compute_dtype
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flow import shift_mu
 from hf_qie.latents import LatentEncoder, pack_latents
@@ -61,8 +62,9 @@ class PictureGrid(TrainerCallback):
         """`trainer` is an EditTrainer with held-out rows; where it has no VAE, the first rank loads one to decode."""
         self.trainer, self.vae, recipe = trainer, trainer.encoder, trainer.recipe
         if self.vae is None and trainer.is_world_process_zero():
-            where = {"revision": recipe.revision, "dtype": getattr(torch, recipe.extract.dtype)}
-            self.vae = LatentEncoder(recipe.model, **where, device=trainer.args.device)
+            device = trainer.args.device
+            where = {"dtype": compute_dtype(recipe.extract.dtype, device), "device": device}
+            self.vae = LatentEncoder(recipe.model, revision=recipe.revision, **where)
         self.held_out: HeldOut = trainer.eval_dataset
         self.settings, self.seed = recipe.sampling, recipe.seed
         self.numbers = spread(self.held_out, self.settings.rows)

@@ -260,8 +260,11 @@ class ChunkWriter:
 
 
 def use_device(device: torch.device) -> None:
-    """A thread starts on the first device, whatever the others use."""
-    if device.type != "cpu":
+    """Set the thread's device: it starts on the first one, whatever the others use.
+
+    A device without an index is the current one of a process that runs alone.
+    """
+    if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device)
 
 

@@ -62,7 +62,7 @@ class Encoder:
         )
         self.model = full.model.to(device).eval().requires_grad_(False)
         self.width: int = full.config.text_config.hidden_size
-        self.device = device
+        self.device = self.model.device  # with its index, which a process that runs alone does not name
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[PromptStates]:

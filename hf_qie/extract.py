@@ -84,9 +84,12 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     """Write the sets of all plans; returns the exit code."""
     from accelerate.logging import get_logger
 
+    from hf_qie.device import compute_dtype
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
+    from hf_qie.unfinished import request_of
 
     state = start(recipe)
+    dtype = compute_dtype(recipe.extract.dtype, state.device)
     if state.is_main_process:
         check_disk(recipe, family, plans)
     logger = get_logger("hf_qie.extract")  # run by path, this module is __main__
@@ -97,11 +100,11 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
             *(side, side, f"{family.vae_area_px:,}"),
         )
     compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
-    models = cache(partial(load_models, recipe, family, device=state.device))
+    models = cache(partial(load_models, recipe, family, dtype=dtype, device=state.device))
     code = 0
     for name, plan in plans.items():
         started, folder = time.monotonic(), Path(recipe.extract.output_dir, name)
-        make_set(plan, folder, recipe, compat, models, state)
+        make_set(plan, folder, recipe, request_of(plan, compat, recipe, dtype=dtype), models, state)
         if not (folder / PROVENANCE).exists():
             logger.info("%s: chunks are left to other launches; the one that does the last ends the set", name)
             continue
@@ -117,7 +120,7 @@ def make_set(
     plan: "Plan",
     folder: Path,
     recipe: Recipe,
-    compat: Mapping[str, Any],
+    request: Mapping[str, Any],
     models: Callable[[], "Models"],
     state: "PartialState",
 ) -> None:
@@ -126,9 +129,8 @@ def make_set(
 
     from hf_qie.alive import at_any_length
     from hf_qie.embeddings import PROVENANCE
-    from hf_qie.unfinished import finish, is_done, open_folder, record_of, request_of
+    from hf_qie.unfinished import finish, is_done, open_folder, record_of
 
-    request = request_of(plan, compat, recipe)
     with at_any_length("the opening of a set"):
         if state.is_main_process:
             open_folder(folder, request, recipe=recipe)
@@ -179,15 +181,13 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     get_logger("hf_qie.extract").info(check_space(num_bytes, Path(recipe.extract.output_dir)))
 
 
-def load_models(recipe: Recipe, family: "Family", *, device: "torch.device") -> "Models":
+def load_models(recipe: Recipe, family: "Family", *, dtype: "torch.dtype", device: "torch.device") -> "Models":
     """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
-    import torch
-
     from hf_qie.chunks import Models
     from hf_qie.encoder import Encoder, load_processor
     from hf_qie.latents import LatentEncoder
 
-    where = {"revision": recipe.revision, "dtype": getattr(torch, recipe.extract.dtype), "device": device}
+    where = {"revision": recipe.revision, "dtype": dtype, "device": device}
     return Models(
         processor=load_processor(recipe.model, family=family, revision=recipe.revision),
         encoder=Encoder(recipe.model, **where),

@@ -101,7 +101,8 @@ class Extract:
     drop_caption: str = " "  # what caption dropout trains on: the official negative prompt, with the same images
     latents: bool = True  # store VAE latents; false: training encodes images itself
     vae_batch_size: Count = 1  # images a VAE forward
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the arithmetic; stored as float16
+    # of the computation, stored as float16; auto: bfloat16 where the device has units for it, else float32
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     chunk_rows: Count = 256  # rows that a crash can cost at most, and the unit that ranks share out
     num_workers: Count = 4  # threads that read and prepare images ahead of the model
     on_bad_row: Literal["skip", "fail"] = "skip"  # skip: counted and listed

@@ -89,8 +89,7 @@ class Sampler:
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
-        import torch
-
+        from hf_qie.device import compute_dtype, own_device
         from hf_qie.embeddings import source_area
         from hf_qie.family import read_family
 
@@ -100,8 +99,8 @@ class Sampler:
         self.weights = None
         if checkpoint != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))
-        self.dtype = getattr(torch, recipe.extract.dtype)
-        self.device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        self.device = own_device()
+        self.dtype = compute_dtype(recipe.extract.dtype, self.device)
 
     def __call__(
         self, instruction: str, *, images: "Sequence[str | Path | Image.Image]" = (), **options: Any

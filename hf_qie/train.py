@@ -162,11 +162,13 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
+    from hf_qie.device import warn_if_emulated
     from hf_qie.family import read_config
     from hf_qie.footprint import footprint
     from hf_qie.model import build_model, compile_blocks, model_on_paper
 
-    precision = arguments.mixed_precision
+    if (precision := arguments.mixed_precision) == "bf16":
+        warn_if_emulated(arguments.device)
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised, and so cannot be sharded")
@@ -185,11 +187,10 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
 
 def load_vae(recipe: Recipe, device: "torch.device") -> "LatentEncoder":
     """The checkpoint's VAE, as extraction loads it."""
-    import torch
-
+    from hf_qie.device import compute_dtype
     from hf_qie.latents import LatentEncoder
 
-    dtype = getattr(torch, recipe.extract.dtype)
+    dtype = compute_dtype(recipe.extract.dtype, device)
     return LatentEncoder(recipe.model, revision=recipe.revision, dtype=dtype, device=device)
 
 

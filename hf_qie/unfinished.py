@@ -20,6 +20,7 @@ from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 from hf_qie.accounts import UNFINISHED, Account, damage, read_account
 from hf_qie.alive import at_any_length
 from hf_qie.chunks import Models
+from hf_qie.device import AUTO
 from hf_qie.durable import check_files, move_durably, write_durably, written
 from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance
 from hf_qie.prepare import Plan
@@ -30,10 +31,11 @@ logger = get_logger(__name__)
 REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
 
 
-def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
     """All that decides the content of a set; a folder is only gone on with if this is unchanged.
 
-    Not the batch sizes, though they move the last bits: who runs out of memory may go on with smaller ones.
+    `dtype`: what encoder and VAE compute in. Not the batch sizes, though they move the last bits: who runs out of
+    memory may go on with smaller ones.
     """
     task, settings = plan.task, as_dict(recipe.extract)
     roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
@@ -41,8 +43,8 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe) -> dict[st
     compat = dict(compat) | {field: compat.get(field, value) for field, value in sizes.items()}
     request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
     request |= {"columns": as_dict(task.columns)}
-    names = ("image_sample_size", "inverse", "latents", "dtype", "chunk_rows")
-    return request | {name: settings[name] for name in names}
+    request |= {"dtype": str(dtype).removeprefix("torch.")}
+    return request | {name: settings[name] for name in ("image_sample_size", "inverse", "latents", "chunk_rows")}
 
 
 def writing(folder: Path, recipe: Recipe) -> Path:
@@ -59,6 +61,8 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
     aside = folder.with_name(f".{folder.name}-deleted")
     shutil.rmtree(aside, ignore_errors=True)  # a launch was killed at it
     found = read_request(folder)
+    if found is not None and recipe.extract.dtype == AUTO and (folder / PROVENANCE).exists():
+        request = {**request, "dtype": found.get("dtype")}  # a finished set is right whatever device opens it
     if found is not None and found != request:
         before, now = ({**one, **one["compat"], "compat": None} for one in (found, request))
         differing = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
@@ -212,7 +216,7 @@ def record_of(recipe: Recipe, models: Models) -> dict[str, Any]:
         "versions": {name: version(name) for name in libraries},
         # there is a second one for pictures, slightly different
         "processor": type(getattr(models.processor, "image_processor", models.processor)).__name__,
-        "dtype": recipe.extract.dtype,
+        "dtype": str(models.encoder.model.dtype).removeprefix("torch."),
         "device": models.encoder.device.type,
         "threads": torch.get_num_threads(),
         "recipe": as_dict(recipe),

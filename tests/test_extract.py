@@ -523,6 +523,22 @@ def test_a_finished_set_is_left_alone(run, rows, tmp_path, caplog):
     assert "edit: finished before, nothing to do" in caplog.text
 
 
+def test_auto_computes_in_float32_without_units_and_takes_a_set_that_was_finished_in_bfloat16(
+    run, rows, tmp_path, monkeypatch, caplog
+):
+    for units, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda units=units: units)
+        shutil.rmtree(tmp_path / "sets", ignore_errors=True)
+        assert run({"edit": rows["edit"][:1]}, dtype="auto") == 0
+        provenance = json.loads((tmp_path / "sets" / "edit" / "provenance.json").read_text())
+        assert provenance["record"]["dtype"] == provenance["record"]["request"]["dtype"] == dtype
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert run({"edit": rows["edit"][:1]}, dtype="auto") == 0
+    assert "edit: finished before, nothing to do" in caplog.text
+    with pytest.raises(InputError, match="was made with another dtype"):
+        run({"edit": rows["edit"][:1]}, dtype="float32")
+
+
 @pytest.fixture
 def again(extracted, tmp_path, tiny, edits, rows):
     """`again(*overrides)` starts RUN 1 over a copy of the finished sets, with the recipe that made them."""

@@ -141,7 +141,7 @@ BAD_FILES = {
     GOOD + "extract: {batch_size: 0}": "extract.batch_size: got 0, wanted an integer of at least 1",
     GOOD + "extract: {batch_size: 4.0}": "extract.batch_size: got 4.0, wanted an integer of at least 1",
     GOOD + "extract: {image_sample_size: 32}": "extract.image_sample_size: got 32, wanted an integer of at least 64",
-    GOOD + "extract: {dtype: bf16}": 'extract.dtype: got "bf16", wanted bfloat16 | float16 | float32',
+    GOOD + "extract: {dtype: bf16}": 'extract.dtype: got "bf16", wanted auto | bfloat16 | float16 | float32',
     GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, wanted a number from 0 to 1",
     GOOD + "extract: 3": "extract: got 3, wanted a mapping",
     GOOD + "mix: {same_shape: 0}": "mix.same_shape: got 0, wanted an integer of at least 1 or null",
@@ -338,7 +338,7 @@ def test_a_saved_recipe_loads_as_an_equal_one(write, tmp_path, text):
 def test_a_saved_recipe_holds_every_key_of_the_sections(write):
     saved = as_dict(load_recipe(write(GOOD)))
     assert list(saved) == [f.name for f in fields(Recipe) if f.name != "path"]
-    assert saved["extract"]["dtype"] == "bfloat16"
+    assert saved["extract"]["dtype"] == "auto"
     assert saved["training"]["max_steps"] == 512
 
 

@@ -1,0 +1,54 @@
+"""The device of this process, and the dtype that prompt encoder and VAE compute in there."""
+
+import logging
+import os
+from functools import cache
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+EMULATED = (
+    "bfloat16 is emulated on this CPU, which has no units for it: a convolution takes some 60 times as long as in "
+    "float32, a matrix product some 40 times"
+)
+
+
+def own_device() -> torch.device:
+    """This process's accelerator, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has units for bfloat16; one without emulates it."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`extract.dtype` on `device`: a name is obeyed; `auto` is bfloat16 where there are units for it, else float32."""
+    if wanted != AUTO:
+        dtype = getattr(torch, wanted)
+        if dtype == torch.bfloat16:
+            warn_if_emulated(device)
+        return dtype
+    if computes_bfloat16(device):
+        log_once(logging.INFO, f"extract.dtype: auto: bfloat16, as this {device.type} device has units for it")
+        return torch.bfloat16
+    log_once(logging.INFO, f"extract.dtype: auto: float32, as this {device.type} device has no units for bfloat16")
+    return torch.float32
+
+
+def warn_if_emulated(device: torch.device) -> None:
+    """Warn, once, of bfloat16 on a CPU without units for it."""
+    if device.type == "cpu" and not computes_bfloat16(device):
+        log_once(logging.WARNING, EMULATED)
+
+
+@cache
+def log_once(level: int, message: str) -> None:
+    """Log from the first rank of a launch, which may have no accelerate state yet."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.log(level, message)

@@ -23,9 +23,10 @@ from typing import Any
 
 from hf_qie.recipe import InputError
 
-START = "its start"
+BETWEEN = "its start or its end"  # or between two steps; nobody can say how long that takes
 BEAT_S = 2.0
-SILENT_BEATS = 15  # without a new sign a rank is taken for dead
+SILENT_BEATS = 15  # without a new sign a rank is taken for dead,
+SAVING_BEATS = 300  # at what may take any time: a disk that is written to as fast as it can holds up the signs too
 STUCK_S = 45.0  # at one place for so long,
 STUCK_TIMES = 8  # and so many times as long as at any of the latest ones, it is taken to hang,
 STEADY = 8  # once so many are behind it: compilers and caches make the first ones slow
@@ -46,7 +47,7 @@ class Alive:
         """`folder` is this launch's own; a rank may be at one place for `stuck_s` at least."""
         self.folder, self.stuck_s = folder, stuck_s
         self.rank, self.num_ranks = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
-        self.place, self.since = START, time.monotonic()
+        self.place, self.since = BETWEEN, time.monotonic()
         self.latest: deque[float] = deque(maxlen=LATEST)  # seconds at the places before
         self.excused, self.lock = 0, Lock()  # how many threads are at what may take any time
         self.beats, self.left = 0, Event()
@@ -98,9 +99,10 @@ class Alive:
     def sign(self) -> dict[str, Any]:
         """What this rank is at, for how many seconds, and after how many it would be taken to hang, if at all."""
         latest = tuple(self.latest)  # other threads add to it
-        judged = len(latest) >= STEADY and not self.excused
+        excused = self.excused > 0
+        judged = len(latest) >= STEADY and not excused and self.place != BETWEEN
         patience_s = max(self.stuck_s, STUCK_TIMES * max(latest)) if judged else None
-        where = {"place": self.place, "process": os.getpid(), "host": socket.gethostname()}
+        where = {"place": self.place, "process": os.getpid(), "host": socket.gethostname(), "excused": excused}
         return where | {"for_s": time.monotonic() - self.since, "patience_s": patience_s}
 
     def read(self, rank: int) -> dict[str, Any] | None:
@@ -140,7 +142,7 @@ class Alive:
         name = name_of(rank, sign)
         if sign["ended"]:
             return sign["ended"] if rank == 0 and sign["ended"].startswith("rank ") else f"{name}: {sign['ended']}"
-        if silent >= SILENT_BEATS:
+        if silent >= (SAVING_BEATS if sign["excused"] else SILENT_BEATS):
             return f"{name} has given no sign of life for {silent * BEAT_S:.0f} s; the last was from {sign['place']}"
         return None
 
@@ -186,7 +188,7 @@ def at(place: str) -> None:
     """Note what this rank is at now, which will not take many times as long as what it was at before."""
     if alive := Alive.current:
         now = time.monotonic()
-        if not alive.excused and alive.place != START:
+        if not alive.excused and alive.place != BETWEEN:
             alive.latest.append(now - alive.since)
         alive.place, alive.since = place, now
 

@@ -108,6 +108,7 @@ class PictureGrid(TrainerCallback):
             self._track(draw_grid(self.rows, [step]), step)
             seconds = time.monotonic() - started
             logger.info("%d pictures of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
+        self.trainer.accelerator.wait_for_everyone()  # the first rank decodes and draws alone
 
     @torch.no_grad()
     def _latents(self, number: int) -> tuple[Tensor, tuple[int, int]]:

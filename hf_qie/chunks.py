@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 
 from hf_qie.accounts import Account, keep_chunk
-from hf_qie.alive import at
+from hf_qie.alive import at, at_any_length
 from hf_qie.batches import Pass, like_length, same_size, shared_passes
 from hf_qie.embeddings import LATENT_CHANNELS, to_table
 from hf_qie.encoder import Encoder, PromptStates
@@ -125,7 +125,8 @@ class ChunkWriter:
         )
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
-        keep_chunk(aside, path, chunk.account)
+        with at_any_length("the writing of a chunk"):
+            keep_chunk(aside, path, chunk.account)
 
     def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow:
         """Read the pictures of a row and make its prompts. Runs in many threads."""

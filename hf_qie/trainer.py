@@ -4,7 +4,6 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.alive import at, at_any_length
+from hf_qie.alive import BETWEEN, at, at_any_length
 from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, states_of
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
@@ -56,8 +54,9 @@ class EditTrainer(Trainer):
         _determine_best_metric: of a best step that is not saved there is nothing to load.
         _load_best_model: by our files, which Trainer does not know: it would only warn.
         _prepare_inputs: pictures without latents are encoded.
-        get_batch_samples: how long data is waited for.
-        _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite.
+        get_batch_samples: how long data is waited for; no rank begins before all can.
+        _maybe_log_save_evaluate: ahead of all three, an end to a run whose loss or gradient is not finite; after them
+            no rank goes on before all can.
         log: the loss by task, the pace, and the shares that were drawn.
         _init_training_state: after a resume the recipe says when to log and save; Trainer keeps to the checkpoint.
         _prepare_for_training: a model that is not sharded, or whose tensors do not all train, would pass unseen.
@@ -103,8 +102,6 @@ class EditTrainer(Trainer):
         on_paper, precision = partial(model_on_paper, recipe), args.mixed_precision
         self.losses = Losses(self.accelerator, list(recipe.tasks))
         self.pace = Pace(self.accelerator, utilisation(on_paper, args.device, precision=precision))
-        self._drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
-        self._drawn_in_all: Counter[tuple[str, int]] = Counter()
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on.
@@ -165,7 +162,6 @@ class EditTrainer(Trainer):
         at(f"step {self.state.global_step + 1}")
         per_row, prediction = self.objective.of_draws(model, inputs)
         self.losses.note(inputs, per_row)
-        self._drawn.update((task, len(inputs["grids"]) - 1) for task in inputs["task"])
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
     def prediction_step(
@@ -217,6 +213,8 @@ class EditTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
         """Trainer's, by the clock."""
+        if self.state.global_step == self._initial_global_step:
+            self.accelerator.wait_for_everyone()  # rank 0 alone starts trackers and draws images
         with self.pace.fetching():
             batches, _ = super().get_batch_samples(*args)
         self.pace.note(batches)
@@ -228,14 +226,17 @@ class EditTrainer(Trainer):
         Where nothing is logged, evaluated or saved, that is known a step later: asking at once would make the device
         wait for the CPU.
         """
+        due = self.control.should_log or self.control.should_evaluate or self.control.should_save
         if self.losses.of_step:  # Trainer also calls at the end of the run, after the call for its last step
             skipped = self.accelerator.optimizer_step_was_skipped  # float16's scale was too large, which is no harm
             self.losses.end_step(self.state.global_step, 0.0 if skipped else grad_norm)
-            due = self.control.should_log or self.control.should_evaluate or self.control.should_save
             self.losses.check(last=due or self.control.should_training_stop)
             self.pace.end_step()
         with at_any_length("logging, evaluation or saving"):
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+            if due:
+                self.accelerator.wait_for_everyone()  # rank 0 alone reports, flushes, digests and rotates
+        at(BETWEEN)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """To the mean loss of the steps since the last log, add that of each task's draws and the pace.
@@ -244,12 +245,9 @@ class EditTrainer(Trainer):
         """
         if "loss" in logs:
             logs |= self.losses.by_task() | self.pace.read()
-            drawn = sum(gather_object([self._drawn]), Counter())
-            self._drawn.clear()
-            self._drawn_in_all += drawn
-            logger.info("realised since the last line: %s", realised_shares(drawn))
-        elif "train_runtime" in logs and self._drawn_in_all:
-            logger.info("realised since this start: %s", realised_shares(self._drawn_in_all))
+            logger.info("realised since the last line: %s", realised_shares(self.losses.drawn_since_log()))
+        elif "train_runtime" in logs and self.losses.drawn_in_all:
+            logger.info("realised since this start: %s", realised_shares(self.losses.drawn_in_all))
         super().log(logs, start_time)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
@@ -308,8 +306,10 @@ class EditTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off here
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             step = self.state.global_step

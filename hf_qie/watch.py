@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -33,17 +34,23 @@ class Noted(NamedTuple):
 
 
 class Losses:
-    """The losses of this rank's rows since the last log, and whether those of the latest steps are finite."""
+    """The losses and groups of this rank's rows since the last log, and whether the latest steps are finite.
+
+    Kept as sums: a run may never log.
+    """
 
     def __init__(self, accelerator: Accelerator, tasks: Sequence[str]):
         self.accelerator, self.tasks = accelerator, sorted(tasks)
-        self.since_log: list[Noted] = []
+        self.sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # of the losses, of the rows
+        self.drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mix
+        self.drawn_in_all: Counter[tuple[str, int]] = Counter()
         self.of_step: list[Noted] = []
         self.unchecked: list[tuple[int, list[Noted], Tensor, Tensor]] = []
 
     def note(self, batch: Batch, losses: Tensor) -> None:
         """Take in the losses `[B]` of a micro-batch."""
         self.of_step.append(Noted(batch["task"], batch["row"], losses.detach()))
+        self.drawn.update((task, len(batch["grids"]) - 1) for task in batch["task"])
 
     def end_step(self, step: int, gradient_norm: Tensor | float) -> None:
         """Take in the end of a step. It waits for no device: the answer is asked for a step later."""
@@ -54,7 +61,6 @@ class Losses:
         broken = ~torch.isfinite(torch.cat([losses, norm[None]])).all()
         # all ranks learn of it, and so all end at the same step
         self.unchecked.append((step, self.of_step, norm, self.accelerator.reduce(broken.float())))
-        self.since_log += self.of_step
         self.of_step = []
 
     def check(self, *, last: bool) -> None:
@@ -63,6 +69,10 @@ class Losses:
             step, noted, norm, broken = self.unchecked.pop(0)
             if broken:
                 raise NotFinite(self._what_broke(step, noted, float(norm)))
+            index = torch.tensor([self.tasks.index(task) for batch in noted for task in batch.task])
+            losses = torch.cat([batch.losses for batch in noted]).cpu().double()
+            self.sums[0].index_add_(0, index, losses)
+            self.sums[1].index_add_(0, index, torch.ones_like(losses))
 
     def _what_broke(self, step: int, noted: Sequence[Noted], norm: float) -> str:
         mine = [row for batch in noted for row in zip(batch.task, batch.row, batch.losses.tolist(), strict=True)]
@@ -81,14 +91,16 @@ class Losses:
 
     def by_task(self) -> dict[str, float]:
         """The mean over each task's draws since the last log, on all ranks, in float64."""
-        index = torch.tensor([self.tasks.index(task) for noted in self.since_log for task in noted.task])
-        losses = torch.cat([noted.losses for noted in self.since_log])
-        self.since_log = []
-        sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-        sums[0].index_add_(0, index, losses.cpu().double())
-        sums[1].index_add_(0, index, torch.ones(len(losses), dtype=torch.float64))
-        total, count = self.accelerator.reduce(sums.to(losses.device)).tolist()
+        total, count = self.accelerator.reduce(self.sums.to(self.accelerator.device)).tolist()
+        self.sums.zero_()
         return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(self.tasks) if count[i]}
+
+    def drawn_since_log(self) -> Counter[tuple[str, int]]:
+        """The rows since the last log on all ranks, by group of the mix."""
+        drawn = sum(gather_object([self.drawn]), Counter())
+        self.drawn.clear()
+        self.drawn_in_all += drawn
+        return drawn
 
 
 class Pace:

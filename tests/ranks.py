@@ -26,7 +26,10 @@ import transformers.trainer
 from accelerate import DistributedType
 from accelerate.state import PartialState
 from launches import stop
+from transformers.trainer_callback import PrinterCallback
 
+import hf_qie.alive
+import hf_qie.callbacks
 import hf_qie.checkpoints
 import hf_qie.trainer
 from hf_qie.recipe import InputError, load_recipe
@@ -47,6 +50,13 @@ KILLS = {
     "loss": (EditTrainer, "compute_loss", None),
 }
 
+# What one rank does while the others wait for it.
+ALONE = {
+    "checkpoint": (hf_qie.checkpoints, "write_durably"),
+    "images": (hf_qie.callbacks, "draw_grid"),
+    "log": (PrinterCallback, "on_log"),
+}
+
 
 def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_s: float = 0) -> list[int]:
     """The exit codes of `ranks` processes that do the `runs`; `alone_s` after one failed, the others are killed.
@@ -54,7 +64,8 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
-    ever}, notes: a file for the steps that the first rank computes}.
+    ever}, slow: {points of ALONE: the number of the call there in which the first rank sleeps for `SLEEP_S`}, notes: a
+    file for the steps that the first rank computes}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,6 +125,10 @@ def do(run: Mapping[str, Any], rank: int) -> None:
         shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
     if run.get("kill", {}).get("rank") == rank:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
+    if "slow" in run:
+        hf_qie.alive.BEAT_S = 0.1
+        for point, call in run["slow"].items() if rank == 0 else ():
+            sleep_at(*ALONE[point], call)
     if "notes" in run and rank == 0:
         note_steps(Path(run["notes"]))
     if run.get("stops", {}).get("rank") == rank:
@@ -150,6 +165,23 @@ def kill_at(folder: Path, point: str, call: int) -> None:
         return calls[-1]
 
     setattr(module, name, write_and_die)
+
+
+SLEEP_S = 4
+
+
+def sleep_at(module: Any, name: str, call: int) -> None:
+    """Sleep in one call of a function."""
+    function, calls = getattr(module, name), []
+
+    def sleep_and_call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            print(f"asleep in {name}", file=sys.stderr, flush=True)
+            time.sleep(SLEEP_S)
+        return function(*args, **kwargs)
+
+    setattr(module, name, sleep_and_call)
 
 
 def stop_at(step: int, sends: signal.Signals | None, stopped: Path) -> None:

@@ -155,6 +155,26 @@ def test_two_files_a_rank_and_beat_are_read_however_many_there_are(tmp_path, mon
 # --- the two runs themselves
 
 
+@pytest.mark.two_rank
+def test_no_rank_is_ended_that_waits_for_what_the_first_rank_does_alone(tmp_path, tiny):
+    """A second of patience, and four that the first rank needs for a checkpoint, for images and for a log."""
+    training = {"per_device_train_batch_size": 2, "max_steps": 20, "save_steps": 12, "logging_steps": 4}
+    recipe = embedding_sets.write_recipe(
+        tmp_path,
+        tiny(),
+        tasks={"edit": {"data": "edit.jsonl", "eval_rows": 2}},
+        trainable={"lora": {"rank": 4, "alpha": 8}},
+        training=training | {"ddp_timeout": 1, "disable_tqdm": True},
+        sampling={"every": 9, "rows": 1, "num_inference_steps": 2},
+    )
+    slow = {"log": 2, "images": 3, "checkpoint": 1}
+    run = {"recipe": str(recipe), "overrides": [], "slow": slow}
+    codes = in_ranks([run], ranks=2, log=tmp_path / "log")
+    said = (tmp_path / "log").read_text()
+    assert codes == [0, 0], said
+    assert said.count("asleep in ") == len(slow)
+
+
 STOPS = [signal.SIGKILL, signal.SIGSTOP, None]
 MINUTE_S = 60
 

@@ -232,6 +232,17 @@ def test_the_cut_of_a_step_changes_nothing(tiny, tmp_path, trainable):
         hold(part, whole, atol=1e-5)  # float32 sums in another order
 
 
+def test_the_limit_of_checkpoints_outlives_a_save_that_fails(tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training={"save_total_limit": 1}))
+    monkeypatch.setattr("hf_qie.trainer.save_weights", fail)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+
+
 # --- wherever it was interrupted -------------------------------------------------------------------------------------
 
 

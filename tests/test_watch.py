@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from datasets import load_from_disk
 from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
+from transformers import TrainerCallback
 
 from hf_qie.checkpoints import last_checkpoint
 from hf_qie.model import parameters
@@ -113,6 +115,22 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, 
     with pytest.raises(NotFinite, match=r"^evaluation: the loss of edit row 7 \(nan\) is not finite"):
         trainer.train()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_what_is_kept_of_the_losses_does_not_grow_where_nothing_is_logged(tiny, tmp_path):
+    training = {"save_strategy": "no", "logging_strategy": "no", "max_steps": 12}
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    sizes = []
+
+    class Weigh(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            kept = {name: value for name, value in vars(trainer.losses).items() if name != "accelerator"}
+            sizes.append(len(pickle.dumps(kept)))
+
+    trainer.add_callback(Weigh())
+    trainer.train()
+    assert max(sizes[6:]) < min(sizes[2:6]) + 100
+    assert trainer.losses.by_task().keys() == {"loss/edit", "loss/text_to_image"}
 
 
 # --- the pace --------------------------------------------------------------------------------------------------------

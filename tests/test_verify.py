@@ -25,7 +25,7 @@ def extracted(built_once, tiny, edits) -> Path:
 def test_a_good_set_is_the_official_pipelines(extracted, capsys):
     check.main([str(extracted), "--verify", "1"])
     out = capsys.readouterr().out
-    assert "edit: 1 rows against QwenImageEditPlusPipeline in float32\n" in out
+    assert "edit: 1 rows, made in float32, against QwenImageEditPlusPipeline in float32\n" in out
     assert "beyond rounding" not in out
     for column in ("text_embeds_drop", "image_embeds", "target_latents", "inverse_text_embeds_drop", "source_grids"):
         assert f"  {column} " in out

@@ -114,20 +114,25 @@ class Pictures:
         self.lock = Lock()
 
     def read(self, file: File) -> Image.Image:
-        """The picture in `file`, once for each row that uses it; raises BadImage or BadUrl. Called by many threads."""
+        """The image in `file`, until the last row that uses it is done; raises BadImage or BadUrl. Thread-safe."""
         with self.lock:
             image = self.images.get(file)
             if first := image is None:
                 image = self.images[file] = Future()
-            self.rows_left[file] -= 1
-            if self.rows_left[file] == 0:
-                del self.images[file]
         if first:
             try:
                 image.set_result(read_file(file, plan=self.plan))
             except BaseException as error:
                 image.set_exception(error)
         return image.result()
+
+    def let_go(self, row: Mapping[str, Any]) -> None:
+        """A row is done with its images, those too that it did not come to as one before them is bad."""
+        with self.lock:
+            for file in set(files_of(row)):
+                self.rows_left[file] -= 1
+                if self.rows_left[file] == 0:
+                    self.images.pop(file, None)
 
 
 def files_of(row: Mapping[str, Any]) -> list[File]:
@@ -173,8 +178,11 @@ def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) ->
     """The pictures of a row; raises BadRow naming the column and path of the first that cannot be used."""
     images: dict[File, Image.Image] = {}
     columns = [*(names.sources for _ in row["sources"]), names.target]
-    for file, column in zip(files_of(row), columns, strict=True):
-        images[file] = images.get(file) or read_picture(file, column=column, read=pictures.read)
+    try:
+        for file, column in zip(files_of(row), columns, strict=True):
+            images[file] = images.get(file) or read_picture(file, column=column, read=pictures.read)
+    finally:
+        pictures.let_go(row)
     return images
 
 

@@ -31,6 +31,7 @@ from hf_qie.images import read_image
 from hf_qie.prepare import Plan, Prepared
 from hf_qie.prompts import Prompt
 from hf_qie.recipe import Recipe, load_recipe
+from hf_qie.rows import BadRow
 from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, record_of
 
 CAPTIONS = ("instruction", "instruction_cn")
@@ -332,6 +333,26 @@ def test_a_bad_row_among_rows_that_share_harms_no_other(job, one_photo, models, 
         assert got["target_latents"] == expected["target_latents"]
         for name in ("image_embeds", *(f"text_embeds_{caption}" for caption in CAPTIONS)):
             np.testing.assert_allclose(values(got[name]), values(expected[name]), rtol=2**-10, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_no_image_is_held_after_the_last_row_that_uses_it_though_one_before_it_is_bad(job, edits, tmp_path, broken):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    given = read_rows(edits, "edit")
+    names = [row["target_image"] for row in given[:3]]
+    names[broken] = str(tmp_path / "broken.png")
+    rows = [given[0] | {"source_image": names[:2], "target_image": names[2]}] * 2
+    rows.append(given[0] | {"source_image": [name for i, name in enumerate(names) if i != broken]})
+    plan = job(rows).plan
+    pictures, bad = prepare.Pictures(plan.rows.table, plan), []
+    for row in plan.rows.table:
+        try:
+            prepare.read_pictures(row, pictures, plan.task.columns)
+        except BadRow as error:
+            bad.append(error.path)
+    assert bad == [str(tmp_path / "broken.png")] * 2
+    assert not pictures.images
+    assert not +pictures.rows_left
 
 
 def test_padding_is_accounted_as_the_language_model_is_given_it(job, edits, models):

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -111,7 +112,8 @@ class ChunkWriter:
             self.progress(len(rows))
             return table
 
-        chunk.table.map(
+        encode = partial(
+            chunk.table.map,
             embed,
             batched=True,
             batch_size=WINDOW_BATCHES * self.batch_size,
@@ -123,6 +125,7 @@ class ChunkWriter:
             writer_batch_size=WRITER_BATCH_SIZE,
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
+        outside_loops(encode)
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
         with at_any_length("the writing of a chunk"):
@@ -258,6 +261,17 @@ class ChunkWriter:
                 f"{bad.reason}; mend it, or set extract.on_bad_row: skip to list such rows and go on"
             ) from bad
         account.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
+
+
+def outside_loops(function: Callable[[], object]) -> None:
+    """Call what needs an event loop of its own; in a notebook one runs in this thread already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        function()
+    else:
+        with ThreadPoolExecutor(1, "map") as thread:
+            thread.submit(function).result()
 
 
 def use_device(device: torch.device) -> None:

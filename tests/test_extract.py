@@ -1,5 +1,6 @@
 """RUN 1: what becomes of rows and pictures, of bad ones, of a run that is killed, and of one that is started again."""
 
+import asyncio
 import gc
 import json
 import logging
@@ -233,6 +234,14 @@ def test_where_both_areas_are_equal_an_inverse_borrows_the_latents(run, rows, tm
         "inverse_image_embeds",
         *(f"inverse_text_embeds_{caption}" for caption in (*INVERSE_CAPTIONS, "drop")),
     ]
+
+
+def test_a_notebook_whose_thread_runs_an_event_loop_extracts_the_same_set(run, rows, tmp_path):
+    async def cell() -> int:
+        return run({"text_to_image": rows["text_to_image"]})
+
+    assert asyncio.run(cell()) == 0
+    assert len(load_from_disk(tmp_path / "sets" / "text_to_image")) == ROWS["text_to_image"]
 
 
 def test_without_inverse_there_are_no_such_columns(run, rows, tmp_path):

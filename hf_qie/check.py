@@ -104,8 +104,10 @@ def cell_rows(recipe: Recipe) -> int:
 
 def unusable(found: "Survey") -> list[str]:
     """Why extraction would not end well on the rows of a task; nothing if it would."""
+    from hf_qie.rows import most_bad
+
     extract, name, bad = found.plan.extract, found.plan.task.name, len(found.found("bad row"))
-    most = 0 if extract.on_bad_row == "fail" else max(1, extract.max_bad_share * found.num_rows)
+    most = most_bad(extract, found.num_rows)
     if bad == found.num_rows:
         return [f"tasks.{name}: every row is bad"]
     if bad > most:

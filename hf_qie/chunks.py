@@ -257,8 +257,8 @@ class ChunkWriter:
         """List a bad row, or stop the run where the recipe says so."""
         if self.plan.extract.on_bad_row == "fail":
             raise InputError(
-                f"tasks.{self.plan.task.name}: row {row['row']}: {bad.column}: {f'{bad.path}: ' if bad.path else ''}"
-                f"{bad.reason}; mend it, or set extract.on_bad_row: skip to list such rows and go on"
+                f"tasks.{self.plan.task.name}: row {row['row']}: {bad.named}; mend it, or set extract.on_bad_row: "
+                "skip to list such rows and go on"
             ) from bad
         account.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
 

@@ -61,7 +61,7 @@ def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict
     family, sources = read_family(recipe.model, revision=recipe.revision), {}
     width = encoder_width(recipe.model, revision=recipe.revision)
     for name, task in own_tasks(recipe).items():
-        plan = make_plan(recipe, task, family, folder)
+        plan = make_plan(recipe, task, family, folder, refuse=True)
         foreign = open_foreign(plan, folder, width=width, empty_text=empty_text)
         if not has_inverse_files(foreign):  # rows have inverse captions all the same
             foreign = replace(foreign, plan=replace(plan, extract=replace(plan.extract, inverse=False)))
@@ -74,6 +74,7 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
     from accelerate.logging import get_logger
 
     from hf_qie.embeddings import read_provenance
+    from hf_qie.rows import most_bad
 
     if start(recipe).num_processes > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
@@ -95,7 +96,7 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
             (time.monotonic() - started) / 60,
             folder,
         )
-        if counts["bad"] > max(1, recipe.extract.max_bad_share * counts["rows_in"]):
+        if counts["bad"] > most_bad(recipe.extract, counts["rows_in"]):
             logger.error("%s: more bad rows than extract.max_bad_share allows", name)
             code = TOO_MANY_BAD
     return code
@@ -189,8 +190,8 @@ def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns
         return columns
     if foreign.plan.extract.on_bad_row == "fail":
         raise InputError(
-            f"{foreign.table[row['row']]['where']}: {columns.column}: {f'{columns.path}: ' if columns.path else ''}"
-            f"{columns.reason}; mend it, or set extract.on_bad_row: skip to list such rows and go on"
+            f"{foreign.table[row['row']]['where']}: {columns.named}; mend it, or set extract.on_bad_row: skip to list "
+            "such rows and go on"
         ) from columns
     bad = {"row": row["row"], "column": columns.column, "path": columns.path, "reason": columns.reason}
     account.bad.append(bad)

@@ -22,7 +22,7 @@ from hf_qie.latents import Grid, grid_of
 from hf_qie.prepare import Plan, check_length, open_picture
 from hf_qie.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from hf_qie.recipe import InputError
-from hf_qie.rows import BadRow, has_inverse
+from hf_qie.rows import BadRow, has_inverse, refuse_bad
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
 FLOAT16_BYTES = 2
@@ -91,7 +91,7 @@ class Estimator:
 
     def __call__(self, rows: Sequence[Row]) -> list[Outlook | BadRow]:
         """The outlook of each row, or why extraction will list it as bad."""
-        pictures = {(row["root"], path) for row in rows for path in (*row["sources"], row["target"])}
+        pictures = {(row["root"], path) for row in rows if not row["bad"] for path in (*row["sources"], row["target"])}
         with ThreadPoolExecutor(self.plan.extract.num_workers, "headers") as readers:
             headers = dict(zip(pictures, readers.map(self.read_header, pictures), strict=True))
         tokens = self.caption_tokens(rows)
@@ -130,6 +130,7 @@ class Estimator:
 
     def look(self, row: Row, headers: Mapping[Any, Header | Exception], tokens: Mapping[str, int]) -> Outlook:
         """The outlook of one row, in the steps of `prepare`; raises BadRow."""
+        refuse_bad(row)
         plan, columns = self.plan, self.plan.task.columns
         sources = [header_of(row, path, headers, column=columns.sources) for path in row["sources"]]
         target = header_of(row, row["target"], headers, column=columns.target)

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
 
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
-        plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
+        tasks = own_tasks(recipe)
+        plans = {name: make_plan(recipe, task, family, Path(folder), refuse=True) for name, task in tasks.items()}
     # the rows stay mapped without a name, and a killed run leaves none behind
     with Alive(signs_folder(recipe)):
         code = extract(recipe, family, plans)
@@ -65,8 +66,8 @@ def own_tasks(recipe: Recipe) -> dict[str, Task]:
     return tasks
 
 
-def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path) -> "Plan":
-    """Read and check the data of a task, before any model is loaded."""
+def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path, *, refuse: bool = False) -> "Plan":
+    """Read the data of a task before any model is loaded; with `refuse`, too many bad rows are an error."""
     from hf_qie.embeddings import source_area
     from hf_qie.prepare import Plan
     from hf_qie.rows import read_rows
@@ -75,7 +76,9 @@ def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path) -> "Pl
         task=task,
         family=family,
         extract=recipe.extract,
-        rows=read_rows(task, folder=folder, max_sources=family.max_sources),
+        rows=read_rows(
+            task, folder=folder, max_sources=family.max_sources, extract=recipe.extract if refuse else None
+        ),
         source_area_px=source_area(family, recipe.extract.source_sample_size),
     )
 
@@ -86,6 +89,7 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
 
     from hf_qie.device import compute_dtype
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
+    from hf_qie.rows import most_bad
     from hf_qie.unfinished import request_of
 
     state = start(recipe)
@@ -110,7 +114,7 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
             continue
         counts = read_provenance(folder)["record"]["counts"]
         logger.info(closing_line(name, folder, counts, minutes=(time.monotonic() - started) / 60))
-        if counts["bad"] > max(1, recipe.extract.max_bad_share * counts["rows_in"]):
+        if counts["bad"] > most_bad(recipe.extract, counts["rows_in"]):
             logger.error("%s: more bad rows than extract.max_bad_share allows", name)
             code = TOO_MANY_BAD
     return code

@@ -28,7 +28,7 @@ from hf_qie.latents import grid_of
 from hf_qie.prepare import Pictures, Plan, check_length, read_pictures, ways, words_of
 from hf_qie.recipe import InputError
 from hf_qie.records import clip, open_data
-from hf_qie.rows import BadRow
+from hf_qie.rows import BadRow, refuse_bad
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
@@ -61,6 +61,7 @@ class Foreign:
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """All columns of a row but latents; raises BadRow."""
+        refuse_bad(row)
         names, files = self.plan.task.columns, self.table[row["row"]]
         for path in (*row["sources"], row["target"]):
             if is_url(path):

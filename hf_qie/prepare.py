@@ -23,7 +23,7 @@ from hf_qie.images import BadImage, area_size, read_image, resize
 from hf_qie.latents import MAX_POSITIONS, Grid, grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.recipe import Columns, Extract, Task
-from hf_qie.rows import BadRow, Rows, has_inverse
+from hf_qie.rows import BadRow, Rows, has_inverse, refuse_bad
 
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
 
@@ -142,6 +142,7 @@ def files_of(row: Mapping[str, Any]) -> list[File]:
 
 def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor: Any) -> Prepared:
     """Read, resize and tokenize one row; raises BadRow."""
+    refuse_bad(row)
     names = plan.task.columns
     images = read_pictures(row, pictures, names)
     directions, resized = [], {}

@@ -1,32 +1,49 @@
-"""A task's data as rows: sources, target, captions, checked before any model is loaded."""
+"""A task's data as rows: sources, target, captions, and what is wrong with them, before any model is loaded."""
 
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from hf_qie.fetch import PASSWORD, holds_password, is_url
-from hf_qie.recipe import Columns, InputError, Task
-from hf_qie.records import Embedded, Table, clip, no_rows, open_data
+from hf_qie.recipe import Columns, Extract, InputError, Task
+from hf_qie.records import Embedded, Line, Table, clip, no_rows, open_data
 
-EXAMPLES_NAMED = 5  # of many missing files
+BATCH_ROWS = 1000  # checked together
+LOOKERS = 64  # threads: on a network disk a look at a file is a wait
+AHEAD = 2  # batches whose files are looked at while the next one is parsed
+EXAMPLES_NAMED = 5  # of many bad rows
 HALVES = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(ValueError):
-    """One row that cannot be used; the row is listed and the run goes on, or stops with `on_bad_row: fail`."""
+    """One row that cannot be used; the row is listed and the run goes on, or stops with `on_bad_row: fail`.
+
+    A reason holds no value of the row, so that rows which are bad for the same reason are counted together.
+    """
 
     def __init__(self, reason: str, *, column: str, path: str | None = None):
         super().__init__(reason)
         self.reason, self.column, self.path = reason, column, path
+
+    @property
+    def named(self) -> str:
+        """Column, path and reason."""
+        return f"{self.column}: {f'{self.path[:300]}: ' if self.path else ''}{self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,40 +51,161 @@ class Rows:
     """The rows of a task, in the order of its data.
 
     `table` has the columns `row` (0-based), `sources` (paths or URLs as given, [] for text-to-image), `target`, `root`
-    (the folder that relative paths start from) and `texts`, by caption and inverse caption, null where the row has
-    none. A picture that lies in the data itself has a name in place of a path, by which `stored` reads it.
+    (the folder that relative paths start from), `texts`, by caption and inverse caption, null where the row has none,
+    `bad` and `digest`. An image that lies in the data has a name in place of a path, by which `stored` reads it.
+    `bad` is null for a good row, else the column, path and reason of what is wrong with its values; such a row has no
+    sources, target and texts. `digest`, 16 bytes, differs where anything differs that a row is made from: its values,
+    size and time of its image files, content of images that lie in the data; URLs count as they are.
     """
 
     table: Dataset
-    stored: Table | None = None  # the data where pictures may lie in it
+    stored: Table | None = None  # the data where images may lie in it
     has_inverse: bool  # some row has one
-    digest: str  # sha256 of the data
+    digest: str  # sha256 over the rows'
 
 
-def read_rows(task: Task, *, folder: Path, max_sources: int | None = None) -> Rows:
-    """Read and check the data of `task`; the table lies memory-mapped in `folder`.
+def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extract: Extract | None = None) -> Rows:
+    """Read the data of `task` and look at its files; the table lies memory-mapped in `folder`.
 
-    `max_sources` is what the checkpoint takes. Raises InputError naming file, line, column, value and remedy.
+    `max_sources` is what the checkpoint takes. Bad rows are marked; with `extract`, more of them than it allows are an
+    error. Raises InputError for what is wrong with the task as a whole.
     """
-    text, missing, inverse, seen, digest = Value("string"), Missing(task), False, set(), hashlib.sha256()
-    lines, stored = open_data(task, digest)
+    identity = hashlib.sha256()
+    lines, stored = open_data(task, identity)
+    reader = Reader(task, max_sources=max_sources, identity=identity.hexdigest())
+    text = Value("string")
     texts = dict.fromkeys((*task.columns.captions, *task.columns.inverse_captions), text)
     columns = {"row": Value("int64"), "sources": List(text), "target": text, "root": text, "texts": texts}
-    path = folder / f"{task.name}.arrow"
-    with ArrowWriter(features=Features(columns), path=str(path), writer_batch_size=1000) as writer:
-        for number, (where, root, line) in enumerate(lines):
-            row = {"row": number, "root": root} | check_row(line, where=where, task=task, max_sources=max_sources)
-            writer.write(row)
-            seen.update(line)
-            missing.look(row, where=where)
-            inverse = inverse or has_inverse(row, task)
-        if not seen:
+    columns |= {"bad": dict.fromkeys(("column", "path", "reason"), text), "digest": Value("binary")}
+    path, features = folder / f"{task.name}.arrow", Features(columns)
+    with ArrowWriter(features=features, path=str(path)) as writer:
+        for rows in reader.read(lines):
+            writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+        if not reader.num_rows:
             raise InputError(no_rows(task))
         writer.finalize()
-    missing.refuse()
-    check_columns(task, seen)
+    check_columns(task, reader.seen)
+    reader.refuse(extract)
     table = Dataset.from_file(str(path))
-    return Rows(table=table, stored=stored, has_inverse=inverse, digest=digest.hexdigest())
+    return Rows(table=table, stored=stored, has_inverse=reader.has_inverse, digest=reader.digest.hexdigest())
+
+
+def most_bad(extract: Extract, num_rows: int) -> float:
+    """How many bad rows a task may have."""
+    return 0 if extract.on_bad_row == "fail" else max(1, extract.max_bad_share * num_rows)
+
+
+def refuse_bad(row: Mapping[str, Any]) -> None:
+    """Raise BadRow for a row of the table that is known to be bad."""
+    if row["bad"]:
+        raise BadRow(**row["bad"])
+
+
+class Reader:
+    """Turns the lines of a task's data into rows of the table, and counts what is wrong with them.
+
+    `identity` is that of data in which images may lie.
+    """
+
+    def __init__(self, task: Task, *, max_sources: int | None, identity: str):
+        self.task, self.max_sources, self.identity = task, max_sources, identity
+        self.num_rows, self.seen, self.has_inverse, self.digest = 0, set(), False, hashlib.sha256()
+        self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
+        self.examples: list[str] = []  # the first bad rows
+        self.roots: Counter[str] = Counter()  # of bad rows whose file cannot be used, where its path starts
+
+    def read(self, lines: Iterator[Line]) -> Iterator[list[dict[str, Any]]]:
+        """The rows of the table, some at a time; their files are looked at in threads while others are parsed."""
+        waiting: deque[tuple[list, list]] = deque()
+        with ThreadPoolExecutor(LOOKERS, "look") as lookers:
+            while batch := list(islice(lines, BATCH_ROWS)):
+                parsed = [self.parse(*line) for line in batch]
+                files = list({file for _, row, _ in parsed for *_, file in self.files_of(row)})
+                parts = [files[start::LOOKERS] for start in range(min(LOOKERS, len(files)))]
+                waiting.append((parsed, [(part, lookers.submit(look_at, part)) for part in parts]))
+                if len(waiting) > AHEAD:
+                    yield self.finish(*waiting.popleft())
+            while waiting:
+                yield self.finish(*waiting.popleft())
+
+    def parse(self, where: str, root: str, line: Mapping[str, Any]) -> tuple[str, dict[str, Any], BadRow | None]:
+        """Where a row stands, and the row as far as it is known without its files, or what is wrong with it."""
+        row = {"row": self.num_rows, "root": root}
+        self.num_rows += 1
+        self.seen.update(line)
+        try:
+            return where, row | check_row(line, task=self.task, max_sources=self.max_sources), None
+        except BadRow as error:
+            return where, row | nothing(self.task), error
+
+    def files_of(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        """Column, path and file of each image of a row that should be a file here."""
+        columns = [*(self.task.columns.sources for _ in row["sources"]), self.task.columns.target]
+        for column, path in zip(columns, (*row["sources"], row["target"]), strict=True):
+            if path is not None and not isinstance(path, Embedded) and not is_url(path):
+                yield column, path, os.path.join(row["root"], path)
+
+    def finish(self, parsed: list, looks: list) -> list[dict[str, Any]]:
+        """The rows of a batch, once their files are looked at."""
+        found = {file: one for part, look in looks for file, one in zip(part, look.result(), strict=True)}
+        return [self.row(*one, found) for one in parsed]
+
+    def row(self, where: str, row: dict[str, Any], bad: BadRow | None, found: Mapping[str, Any]) -> dict[str, Any]:
+        """One row of the table; a bad one is counted."""
+        files = []
+        self.has_inverse = self.has_inverse or has_inverse(row, self.task)
+        for column, path, file in self.files_of(row):
+            files.append(found[file])
+            if isinstance(found[file], str) and bad is None:
+                bad = BadRow(found[file], column=column, path=path)
+                self.roots[row["root"]] += 1
+        names = [path for path in (*row["sources"], row["target"]) if isinstance(path, Embedded)]
+        known = {**row, "row": None, "bad": vars(bad) if bad else None}  # a row may move
+        content = json.dumps([known, self.task.t2i, files, names and self.identity], sort_keys=True)
+        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+        self.digest.update(digest)
+        if bad:
+            self.reasons[f"{bad.column}: {bad.reason}"] += 1
+            if len(self.examples) < EXAMPLES_NAMED:
+                self.examples.append(f"{where}: {bad.named}")
+            row |= nothing(self.task)
+        return row | {"bad": known["bad"], "digest": digest}
+
+    def refuse(self, extract: Extract | None) -> None:
+        """Raise InputError where no row is usable or, by `extract`, too many are bad."""
+        count, name = self.reasons.total(), self.task.name
+        if count and extract and extract.on_bad_row == "fail":
+            raise InputError(
+                f"{self.examples[0]}; fix it, or set extract.on_bad_row: skip to list such rows and go on"
+            )
+        rule = "none is left"
+        if count < self.num_rows:
+            if not extract or count <= (most := most_bad(extract, self.num_rows)):
+                return
+            rule = f"extract.max_bad_share allows {most:,.0f}"
+        cause = f"the columns in the data are {', '.join(sorted(self.seen))}; name others with tasks.{name}.columns"
+        if 2 * self.roots.total() >= count:
+            root = self.roots.most_common(1)[0][0]
+            cause = f"relative paths start from {root}; name another folder with tasks.{name}.image_root"
+        lines = [f"tasks.{name}: {count:,} of {self.num_rows:,} rows are bad, {rule}:"]
+        lines += [f"  {number:,}: {reason}" for reason, number in self.reasons.most_common()]
+        raise InputError("\n".join([*self.examples, *lines, cause]))
+
+
+def look_at(files: Sequence[str]) -> list[tuple[int, int] | str]:
+    """Size and time of modification (ns) of each file, or why it is none. Runs in many threads."""
+    found: list[tuple[int, int] | str] = []
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            found.append(error.strerror)
+        except ValueError:  # no name of a file: it holds a zero, or half a character
+            found.append(os.strerror(errno.ENOENT))
+        else:
+            is_file = stat.S_ISREG(status.st_mode)
+            found.append((status.st_size, status.st_mtime_ns) if is_file else "a folder or device, not a file")
+    return found
 
 
 def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
@@ -75,27 +213,56 @@ def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
     return len(row["sources"]) == 1 and any(row["texts"][caption] for caption in task.columns.inverse_captions)
 
 
-def check_row(line: dict[str, Any], *, where: str, task: Task, max_sources: int | None) -> dict[str, Any]:
-    """Sources, target and texts of one line of the data."""
+def nothing(task: Task) -> dict[str, Any]:
+    """Sources, target and texts of a row that has none."""
+    texts = dict.fromkeys((*task.columns.captions, *task.columns.inverse_captions))
+    return {"sources": [], "target": None, "texts": texts}
+
+
+def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -> dict[str, Any]:
+    """Sources, target and texts of one line of the data; raises BadRow."""
     columns = task.columns
     sources = [] if task.t2i else as_list(line.get(columns.sources))
-    if not (isinstance(sources, list) and all(is_text(path) and path for path in sources)):
-        raise InputError(f"{where}: {columns.sources}: {clip(sources)} is no path, list of paths or null")
-    target = line.get(columns.target)
-    if not is_text(target) or not target:
-        wrong = f"{clip(target)} is no path" if columns.target in line else f"missing, there are {', '.join(line)}"
-        raise InputError(f"{where}: {columns.target}: {wrong}; name the column with tasks.{task.name}.columns.target")
+    for path in sources if isinstance(sources, list) else [sources]:
+        check_path(path, column=columns.sources)
+    if columns.target not in line:
+        raise BadRow("missing", column=columns.target)
+    check_path(line[columns.target], column=columns.target)
     if max_sources is not None and len(sources) > max_sources:
-        raise InputError(
-            f"{where}: {columns.sources}: {len(sources)} sources, this checkpoint takes {max_sources}; "
-            f"use an Edit-Plus checkpoint{'' if max_sources else f' or set tasks.{task.name}.t2i: true'}"
+        raise BadRow(
+            f"{len(sources)} sources, this checkpoint takes {max_sources}; use an Edit-Plus checkpoint"
+            f"{'' if max_sources else f' or set tasks.{task.name}.t2i: true'}",
+            column=columns.sources,
         )
     texts = {column: line.get(column) for column in (*columns.captions, *columns.inverse_captions)}
     for column, text in texts.items():
         if text is not None and not is_text(text):
-            raise InputError(f"{where}: {column}: {clip(text)} is no text (in UTF-8) or null")
+            raise BadRow(f"{kind_of(text)}, wanted text or null", column=column)
     texts = {column: text if text and text.strip() else None for column, text in texts.items()}
-    return {"sources": sources, "target": target, "texts": texts}
+    return {"sources": sources, "target": line[columns.target], "texts": texts}
+
+
+def check_path(path: Any, *, column: str) -> None:
+    """Raise BadRow for what is neither the path nor the URL of an image."""
+    if not is_text(path) or not path:
+        raise BadRow(f"{kind_of(path)}, wanted the path or URL of an image", column=column, path=legible(path))
+    if is_url(path) and holds_password(path):
+        raise BadRow(PASSWORD, column=column, path=re.sub("//[^/?#]*@", "//", path, count=1))
+
+
+def legible(value: Any) -> str:
+    """A value that is no path, in the place of one."""
+    return clip(value).encode(errors="replace").decode()
+
+
+def kind_of(value: Any) -> str:
+    """What a value is that should be a path or a text."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "not UTF-8" if value else "an empty string"
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def as_list(sources: Any) -> Any:
@@ -116,49 +283,20 @@ def is_text(value: Any) -> bool:
 def check_columns(task: Task, seen: set[str]) -> None:
     """Raise InputError where a column that the task needs occurs in no row; `seen` are those that occur."""
     columns: Columns = task.columns
+    there = ", ".join(sorted(seen))
+    if columns.target not in seen:
+        raise InputError(
+            f"tasks.{task.name}.columns.target: no row has {columns.target}; there are {there}: name the column"
+        )
     if not task.t2i and columns.sources not in seen:
         raise InputError(
-            f"tasks.{task.name}.columns.sources: no row has {columns.sources}; there are {', '.join(sorted(seen))}: "
+            f"tasks.{task.name}.columns.sources: no row has {columns.sources}; there are {there}: "
             f"name the column, or set tasks.{task.name}.t2i: true"
         )
     if absent := [column for column in columns.required if column not in seen]:
-        raise InputError(
-            f"tasks.{task.name}.columns: no row has {', '.join(absent)}; there are {', '.join(sorted(seen))}"
-        )
+        raise InputError(f"tasks.{task.name}.columns: no row has {', '.join(absent)}; there are {there}")
     if seen.isdisjoint(columns.captions):
         raise InputError(
             f"tasks.{task.name}.columns.captions: no row has {' or '.join(columns.captions)}; "
-            f"there are {', '.join(sorted(seen))}: name the caption columns"
+            f"there are {there}: name the caption columns"
         )
-
-
-class Missing:
-    """Picture files that are not there, gathered so that one run names them all."""
-
-    def __init__(self, task: Task):
-        self.task, self.count, self.examples = task, 0, []
-
-    def look(self, row: Mapping[str, Any], *, where: str) -> None:
-        """Note the pictures of `row` that should be files and are not; raises InputError for a URL with a password."""
-        columns = self.task.columns
-        for column, path in [*((columns.sources, path) for path in row["sources"]), (columns.target, row["target"])]:
-            if isinstance(path, Embedded):
-                continue
-            if is_url(path):  # whether it gives a picture shows when it is fetched
-                if holds_password(path):
-                    raise InputError(f"{where}: {column}: {PASSWORD}")
-                continue
-            file = os.path.join(row["root"], path)
-            if not os.path.isfile(file):
-                self.count += 1
-                if len(self.examples) < EXAMPLES_NAMED:
-                    self.examples.append(f"{where}: {column}: no file {file[:300]}")
-
-    def refuse(self) -> None:
-        """Raise InputError if anything was missing."""
-        if self.count:
-            raise InputError(
-                "\n".join(self.examples)
-                + f"\n{self.count:,} pictures are missing; paths are relative to tasks.{self.task.name}.image_root, "
-                "by default the folder of the data file"
-            )

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from hf_qie.lettering import font_for, legible, wrap, write
@@ -27,8 +28,9 @@ MADE = "#c2410c"  # of arrow and target: what the model learns to make
 
 
 def contact_sheet(plan: Plan, *, seed: int) -> Image.Image:
-    """Some rows of `plan`, evenly spread over its data."""
+    """Some rows of `plan`, evenly spread over those whose values are good."""
     table = plan.rows.table
+    table = table.select(np.flatnonzero(table.data["bad"].combine_chunks().is_null()))
     rows = [table[number] for number in spread(len(table), seed=seed, task=plan.task.name)]
     columns = max(1, *(len(row["sources"]) for row in rows))
     cards = [card(row, plan, columns=columns) for row in rows]

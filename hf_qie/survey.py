@@ -59,7 +59,7 @@ class Survey:
         columns, good = self.plan.task.columns, []
         for row, look in zip(rows, outlooks, strict=True):
             self.num_rows += 1
-            self.source_counts[len(row["sources"])] += 1
+            self.source_counts[len(row["sources"])] += not row["bad"]
             self.find(row, look)
             if isinstance(look, BadRow):
                 continue

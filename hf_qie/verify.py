@@ -22,7 +22,7 @@ from hf_qie.latents import PIXELS_PER_TOKEN
 from hf_qie.mix import draw_rng
 from hf_qie.prepare import Pictures, Plan, files_of, read_pictures
 from hf_qie.recipe import InputError
-from hf_qie.rows import BadRow
+from hf_qie.rows import BadRow, refuse_bad
 from hf_qie.sets import open_set
 from hf_qie.survey import aligned
 
@@ -127,7 +127,10 @@ def verify_set(
     differences = []
     for place in sorted(map(int, chosen)):
         row, stored = plan.rows.table[texts[place]["row"]], numbers[place]
-        if (row["sources"], row["target"]) != (texts[place]["source_image"], texts[place]["target_image"]):
+        if not row["bad"] and (row["sources"], row["target"]) != (
+            texts[place]["source_image"],
+            texts[place]["target_image"],
+        ):
             raise InputError(f"{folder}: row {row['row']} has other pictures than the data now; extract it again")
         columns = official_columns(row, stored, plan, official)
         differences += [compare(column, stored.get(column), values) for column, values in columns]
@@ -140,9 +143,10 @@ def official_columns(
     """Every column of numbers of a row, by the pipeline; `stored` says where its pictures end and text starts."""
     names = plan.task.columns
     try:
+        refuse_bad(row)
         images = read_pictures(row, Pictures([row], plan), names)
     except BadRow as error:
-        raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.column}: {error.path}: {error}") from error
+        raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
     *sources, target = (images[file] for file in files_of(row))
     ways = [("", sources, target, names.captions)]
     if stored.get("inverse_image_embeds") is not None:

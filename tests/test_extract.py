@@ -481,7 +481,7 @@ def test_data_are_refused_before_any_weight_is_read(run, rows, tmp_path, tiny):
     model = shutil.copytree(tiny("edit_plus"), tmp_path / "broken")
     for weights in model.rglob("*.safetensors"):
         weights.write_text("no weights at all")
-    with pytest.raises(InputError, match=r"edit\.jsonl:1: target_image: no file "):
+    with pytest.raises(InputError, match=r"edit\.jsonl:1: target_image: gone\.png: No such file"):
         run({"edit": [{**rows["edit"][0], "target_image": "gone.png"}]}, model=model)
     assert not (tmp_path / "sets").exists()
     with pytest.raises(InputError, match=r"safetensors is no safetensors file; fetch it again"):
@@ -572,7 +572,7 @@ def refusal(again, *overrides) -> str:
         ("extract.dtype=bfloat16", "dtype"),
         ("extract.chunk_rows=3", "chunk_rows"),
         ("tasks.edit.columns.captions=[instruction_cn, instruction]", "columns"),
-        ("tasks.edit.t2i=true", "t2i"),
+        ("tasks.edit.t2i=true", "data, t2i"),
     ],
 )
 def test_a_changed_recipe_is_refused_by_field(again, tmp_path, override, field):
@@ -586,7 +586,7 @@ def test_a_changed_recipe_is_refused_by_field(again, tmp_path, override, field):
 
 def test_changed_data_or_another_place_of_the_pictures_are_refused(again, tmp_path, edits, rows):
     shutil.copytree(edits, tmp_path / "moved")
-    assert "was made with another image_root; " in refusal(again, f"tasks.edit.image_root={tmp_path}/moved")
+    assert "was made with another data, image_root; " in refusal(again, f"tasks.edit.image_root={tmp_path}/moved")
     write_jsonl(tmp_path / "edit.jsonl", rows["edit"][1:])
     assert "was made with another data; " in refusal(again)
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from hf_qie import records
 from hf_qie.extract import TOO_MANY_BAD
-from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.recipe import Columns, Extract, InputError, Task
 from hf_qie.records import Embedded, open_data
 from hf_qie.rows import read_rows
 
@@ -287,8 +287,9 @@ def test_a_picture_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
     (tmp_path / "a.png").touch()
     with pytest.raises(InputError) as error:
-        read_rows(task_of(tmp_path / "a.parquet", columns=Columns()), folder=tmp_path)
-    told = f"{tmp_path}/a.parquet, row 1: target_image: no file {tmp_path}/b.png"
+        task = task_of(tmp_path / "a.parquet", columns=Columns())
+        read_rows(task, folder=tmp_path, extract=Extract(on_bad_row="fail"))
+    told = f"{tmp_path}/a.parquet, row 1: target_image: b.png: No such file or directory; "
     assert str(error.value).startswith(told)
 
 
@@ -339,7 +340,7 @@ def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monke
 
 READ = """
 import hashlib, json, sys
-from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.recipe import Columns, Extract, InputError, Task
 from hf_qie.records import open_data
 from hf_qie.rows import read_rows
 from pathlib import Path

@@ -1,11 +1,12 @@
 """Data becomes rows, or says in which file, line and column what is wrong and what to do."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.recipe import Columns, Extract, InputError, Task
 from hf_qie.rows import Rows, read_rows
 
 PICTURES = ("a.png", "b.png", "c.png")
@@ -33,9 +34,10 @@ def task_of(*files, **settings) -> Task:
     return Task(name="faces", data=tuple(map(str, files)), **settings)
 
 
-def read(tmp_path: Path, *files, max_sources=None, **settings) -> Rows:
+def read(tmp_path: Path, *files, max_sources=None, extract=None, **settings) -> Rows:
     (tmp_path / "tables").mkdir(exist_ok=True)
-    return read_rows(task_of(*files, **settings), folder=tmp_path / "tables", max_sources=max_sources)
+    task = task_of(*files, **settings)
+    return read_rows(task, folder=tmp_path / "tables", max_sources=max_sources, extract=extract)
 
 
 def refusal(tmp_path: Path, *files, **settings) -> str:
@@ -79,7 +81,9 @@ def test_columns_may_have_any_name(data, tmp_path):
     line = {"before": ["a.png"], "after": "b.png", "target": "a caption", "root": "another", "row": "ignored"}
     columns = columns_of("target", "root", sources="before", target="after")
     (row,) = read(tmp_path, data([line]), columns=columns).table
+    assert len(row.pop("digest")) == 16
     assert row == {
+        "bad": None,
         "row": 0,
         "sources": ["a.png"],
         "target": "b.png",
@@ -113,7 +117,7 @@ def test_each_file_starts_paths_at_its_own_folder(data, tmp_path):
 def test_image_root_and_absolute_paths(data, tmp_path):
     file = data([{**ROW, "target_image": str(tmp_path / "b.png")}], "deep/data.jsonl")
     assert len(read(tmp_path, file, image_root=str(tmp_path)).table) == 1
-    assert "no file" in refusal(tmp_path, file)
+    assert f"relative paths start from {tmp_path}/deep; " in refusal(tmp_path, file)
 
 
 def test_blank_lines_and_a_byte_order_mark_do_not_count(data, tmp_path):
@@ -143,54 +147,138 @@ def test_an_inverse_takes_one_source_and_an_inverse_caption(data, tmp_path, more
     assert read(tmp_path, data([ROW, ROW | more])).has_inverse is expected
 
 
-def test_the_digest_changes_with_any_byte_and_with_nothing_else(data, tmp_path):
-    one = read(tmp_path, data([ROW])).digest
-    assert read(tmp_path, data([ROW], "again.jsonl")).digest == one
-    assert read(tmp_path, data([{**ROW, "note": "not used"}])).digest != one
+def digests(tmp_path: Path, *files, **settings) -> list[bytes]:
+    return read(tmp_path, *files, **settings).table["digest"][:]
 
 
-# --- what is refused: one message each, in full
+def test_the_digest_of_a_row_changes_with_what_it_is_made_from_and_with_nothing_else(data, tmp_path):
+    lines = [ROW, {**ROW, "source_image": "c.png"}]
+    one = digests(tmp_path, data(lines))
+    assert digests(tmp_path, data([{**line, "note": "not used"} for line in lines], "again.jsonl")) == one
+    assert digests(tmp_path, data(lines[::-1])) == one[::-1]
+    for more in ({"instruction": "x"}, {"inverse_instruction": "x"}, {"source_image": ["a.png", "a.png"]}):
+        assert digests(tmp_path, data([lines[0], lines[1] | more]))[0] == one[0]
+        assert digests(tmp_path, data([lines[0], lines[1] | more]))[1] != one[1]
+    assert not set(digests(tmp_path, data(lines), t2i=True)) & set(one)
+
+
+@pytest.mark.parametrize("edit", ["size", "time", "removed"])
+def test_the_digest_of_a_row_changes_with_its_image_files(data, tmp_path, edit):
+    file = data([ROW, {**ROW, "source_image": "c.png"}])
+    rows = read(tmp_path, file)
+    before, digest = rows.table["digest"][:], rows.digest
+    path = tmp_path / "c.png"
+    if edit == "size":
+        path.write_text("other")
+        os.utime(path, ns=(0, (tmp_path / "a.png").stat().st_mtime_ns))
+    elif edit == "time":
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    else:
+        path.unlink()
+    rows = read(tmp_path, file)
+    assert [a == b for a, b in zip(before, rows.table["digest"], strict=True)] == [True, False]
+    assert digest != rows.digest
+
+
+# --- what is wrong with a row, and what with the task: one message each, in full
 
 
 BAD_LINES = {
     '{"source_image": ': "no JSON (Expecting value: line 2 column 1 (char 18)); each line has to be one JSON object",
     '["a.png"]': '["a.png"] is no JSON object with columns',
     "null": "null is no JSON object with columns",
-    '{"source_image": "a.png", "instruction": "x"}': (
-        "target_image: missing, there are source_image, instruction; name the column with tasks.faces.columns.target"
-    ),
-    '{"source_image": "a.png", "target_image": null}': (
-        "target_image: null is no path; name the column with tasks.faces.columns.target"
-    ),
-    '{"source_image": "a.png", "target_image": ["b.png"]}': (
-        'target_image: ["b.png"] is no path; name the column with tasks.faces.columns.target'
-    ),
-    '{"source_image": 3, "target_image": "b.png"}': "source_image: 3 is no path, list of paths or null",
-    '{"source_image": ["a.png", null], "target_image": "b.png"}': (
-        'source_image: ["a.png", null] is no path, list of paths or null'
-    ),
-    '{"source_image": {"bytes": "eA=="}, "target_image": "b.png"}': (
-        'source_image: {"bytes": "eA=="} is no path, list of paths or null'
-    ),
-    '{"source_image": "a.png", "target_image": "b.png", "instruction": ["x"]}': (
-        'instruction: ["x"] is no text (in UTF-8) or null'
-    ),
-    '{"source_image": "a.png", "target_image": "b.png", "instruction": NaN}': (
-        "instruction: NaN is no text (in UTF-8) or null"
-    ),
-    '{"source_image": "a.png", "target_image": "b.png", "instruction": "half \\ud83d"}': (
-        'instruction: "half \ud83d" is no text (in UTF-8) or null'
-    ),
-    '{"source_image": "https://me:secret@example.org/a.png", "target_image": "b.png"}': (
-        "source_image: the URL holds a user name or password, which would be stored with the row; leave it out"
-    ),
 }
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.items())
-def test_a_bad_line_is_named_by_file_line_and_column(data, tmp_path, line, message):
+def test_a_line_that_is_no_json_is_named_by_file_and_line(data, tmp_path, line, message):
     file = data([ROW, line, ROW])
     assert refusal(tmp_path, file) == f"{file}:2: {message}"
+
+
+PATH, TEXT = "wanted the path or URL of an image", "wanted text or null"
+PASSWORD = "the URL holds a user name or password, which would be stored with the row; leave it out"
+BAD_ROWS = {
+    '{"target_image": null}': ("target_image", "null", f"null, {PATH}"),
+    '{"target_image": ""}': ("target_image", '""', f"an empty string, {PATH}"),
+    '{"target_image": ["b.png"]}': ("target_image", '["b.png"]', f"a list, {PATH}"),
+    '{"target_image": 7.5}': ("target_image", "7.5", f"a number, {PATH}"),
+    '{"target_image": true}': ("target_image", "true", f"true or false, {PATH}"),
+    '{"target_image": "folder"}': ("target_image", "folder", "a folder or device, not a file"),
+    '{"target_image": "gone.png"}': ("target_image", "gone.png", "No such file or directory"),
+    '{"target_image": "a.png/b.png"}': ("target_image", "a.png/b.png", "Not a directory"),
+    '{"target_image": "nul\\u0000"}': ("target_image", "nul\0", "No such file or directory"),
+    '{"target_image": "half \\ud83d"}': ("target_image", '"half ?"', f"not UTF-8, {PATH}"),
+    '{"source_image": ["a.png", "gone.png"]}': ("source_image", "gone.png", "No such file or directory"),
+    '{"source_image": 3}': ("source_image", "3", f"a number, {PATH}"),
+    '{"source_image": ["a.png", null]}': ("source_image", "null", f"null, {PATH}"),
+    '{"source_image": ["a.png", ""]}': ("source_image", '""', f"an empty string, {PATH}"),
+    '{"source_image": [["a.png"]]}': ("source_image", '["a.png"]', f"a list, {PATH}"),
+    '{"source_image": {"bytes": "eA=="}}': ("source_image", '{"bytes": "eA=="}', f"an object, {PATH}"),
+    '{"source_image": "https://me:secret@example.org/a.png"}': ("source_image", "https://example.org/a.png", PASSWORD),
+    '{"source_image": ["a.png", "c.png", "a.png"]}': (
+        *("source_image", None, "3 sources, this checkpoint takes 2; use an Edit-Plus checkpoint"),
+    ),
+    '{"instruction": ["x"]}': ("instruction", None, f"a list, {TEXT}"),
+    '{"instruction": NaN}': ("instruction", None, f"a number, {TEXT}"),
+    '{"inverse_instruction_cn": "half \\ud83d"}': ("inverse_instruction_cn", None, f"not UTF-8, {TEXT}"),
+}
+
+
+@pytest.mark.parametrize(("line", "bad"), BAD_ROWS.items())
+def test_a_bad_row_is_marked_with_column_path_and_reason_and_the_others_stay(data, tmp_path, line, bad):
+    (tmp_path / "folder").mkdir()
+    line = f"{json.dumps(ROW)[:-1]}, {line[1:]}"  # of a name that occurs twice the last value holds
+    good, row, last = read(tmp_path, data([ROW, line, ROW]), max_sources=2).table
+    assert good["bad"] is last["bad"] is None and good["digest"] == last["digest"] != row["digest"]
+    assert row["bad"] == dict(zip(("column", "path", "reason"), bad, strict=True))
+    assert (row["sources"], row["target"], set(row["texts"].values())) == ([], None, {None})
+
+
+def test_a_row_without_target_is_bad(data, tmp_path):
+    _, row = read(tmp_path, data([ROW, {"source_image": "a.png"}])).table
+    assert row["bad"] == {"column": "target_image", "path": None, "reason": "missing"}
+
+
+def test_bad_rows_are_refused_where_the_recipe_allows_fewer(data, tmp_path):
+    lines = [ROW, *({**ROW, "source_image": ["a.png", f"gone_{i}.png"]} for i in range(4))]
+    lines += [{**ROW, "target_image": f"{i}.png"} for i in range(2)] + [{**ROW, "instruction": 7}, ROW, ROW]
+    file = data(lines)
+    assert len(read(tmp_path, file, extract=Extract(max_bad_share=0.7)).table) == 10
+    with pytest.raises(InputError) as error:
+        read(tmp_path, file, extract=Extract(max_bad_share=0.65))
+    assert str(error.value).splitlines() == [
+        *(f"{file}:{i + 2}: source_image: gone_{i}.png: No such file or directory" for i in range(4)),
+        f"{file}:6: target_image: 0.png: No such file or directory",
+        "tasks.faces: 7 of 10 rows are bad, extract.max_bad_share allows 6:",
+        "  4: source_image: No such file or directory",
+        "  2: target_image: No such file or directory",
+        "  1: instruction: a number, wanted text or null",
+        f"relative paths start from {tmp_path}; name another folder with tasks.faces.image_root",
+    ]
+    with pytest.raises(InputError) as error:
+        read(tmp_path, file, extract=Extract(on_bad_row="fail", max_bad_share=1.0))
+    assert str(error.value) == (
+        f"{file}:2: source_image: gone_0.png: No such file or directory; fix it, or set extract.on_bad_row: skip to "
+        "list such rows and go on"
+    )
+
+
+def test_one_bad_row_is_always_allowed_and_none_usable_never(data, tmp_path):
+    bad = {**ROW, "target_image": None}
+    assert len(read(tmp_path, data([bad, ROW]), extract=Extract(max_bad_share=0.0)).table) == 2
+    assert "2 of 3 rows are bad, extract.max_bad_share allows 1:" in refusal(
+        tmp_path, data([bad, bad, ROW]), extract=Extract(max_bad_share=0.0)
+    )
+    file = data([bad, bad])
+    for extract in (None, Extract(max_bad_share=1.0)):
+        assert refusal(tmp_path, file, extract=extract).splitlines() == [
+            *(f"{file}:{i}: target_image: null: null, wanted the path or URL of an image" for i in (1, 2)),
+            "tasks.faces: 2 of 2 rows are bad, none is left:",
+            "  2: target_image: null, wanted the path or URL of an image",
+            "the columns in the data are instruction, source_image, target_image; name others with "
+            "tasks.faces.columns",
+        ]
 
 
 def test_bytes_that_are_no_utf_8_are_named(tmp_path):
@@ -199,25 +287,16 @@ def test_bytes_that_are_no_utf_8_are_named(tmp_path):
     assert refusal(tmp_path, file).startswith(f"{file}:1: no JSON ('utf-8' codec can't decode byte 0xe9")
 
 
-def test_a_long_value_is_cut_to_a_line(data, tmp_path):
-    message = refusal(tmp_path, data([{**ROW, "instruction": ["x" * 10_000]}]))
-    assert len(message) < 300 and "xxx... is no text" in message
+def test_a_long_value_is_cut(data, tmp_path):
+    for value in ("x" * 10_000, ["x" * 10_000]):
+        assert len(refusal(tmp_path, data([{**ROW, "target_image": value}]))) < 1000
 
 
-def test_of_many_missing_pictures_all_are_counted_and_five_named(data, tmp_path):
-    lines = [ROW, *({**ROW, "source_image": ["a.png", f"gone_{i}.png"]} for i in range(4))]
-    lines += [{**ROW, "target_image": f"{i}.png"} for i in range(3)]
-    file = data(lines)
-    assert refusal(tmp_path, file).splitlines() == [
-        *(f"{file}:{i + 2}: source_image: no file {tmp_path}/gone_{i}.png" for i in range(4)),
-        f"{file}:6: target_image: no file {tmp_path}/0.png",
-        "7 pictures are missing; paths are relative to tasks.faces.image_root, by default the folder of the data file",
-    ]
-
-
-@pytest.mark.parametrize("path", [".", "x" * 5000, "nul\0", "data:image/png;base64," + "A" * 5000])
-def test_what_can_be_no_file_counts_as_missing(data, tmp_path, path):
-    assert "1 pictures are missing" in refusal(tmp_path, data([{**ROW, "target_image": path}]))
+def test_no_row_with_a_target_column_is_an_error_of_the_task(data, tmp_path):
+    file = data([{"source_image": "a.png", "after": "b.png"}] * 3)
+    assert refusal(tmp_path, file, extract=Extract(max_bad_share=1.0)) == (
+        "tasks.faces.columns.target: no row has target_image; there are after, source_image: name the column"
+    )
 
 
 def test_a_mistyped_source_column_does_not_become_text_to_image(data, tmp_path):
@@ -254,10 +333,10 @@ def test_of_the_default_captions_at_least_one_must_occur(data, tmp_path):
         (0, "this checkpoint takes 0; use an Edit-Plus checkpoint or set tasks.faces.t2i: true"),
     ],
 )
-def test_more_sources_than_the_checkpoint_takes_are_refused(data, tmp_path, max_sources, remedy):
+def test_more_sources_than_the_checkpoint_takes_are_refused_with_the_remedy(data, tmp_path, max_sources, remedy):
     file = data([{**ROW, "source_image": ["a.png", "c.png"]}])
     message = refusal(tmp_path, file, max_sources=max_sources)
-    assert message == f"{file}:1: source_image: 2 sources, {remedy}"
+    assert message.startswith(f"{file}:1: source_image: 2 sources, {remedy}\n")
 
 
 def test_data_that_is_not_there_or_empty_is_refused(data, tmp_path):

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.recipe import load_recipe, run_script
+from hf_qie.cli import run_script
+from hf_qie.recipe import load_recipe
 
 if TYPE_CHECKING:
     from PIL import Image

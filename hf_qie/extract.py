@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.recipe import InputError, Recipe, Task, load_recipe, run_script
+from hf_qie.cli import run_script
+from hf_qie.recipe import InputError, Recipe, Task, load_recipe
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -137,6 +138,29 @@ def find_trained(path: Path) -> Trained:
         recipe=recipe,
         state=read_state(folder),
         record=record,
+    )
+
+
+def find_weights(checkpoint: Path) -> Path:
+    """A LoRA file, or the folder of a whole transformer, by what `--checkpoint` may be; raises InputError."""
+    PartialState()  # without it, what finds checkpoints cannot log
+    if not checkpoint.exists():
+        raise InputError(
+            f"--checkpoint: there is no {checkpoint}; train first, name what was trained, or `base` for the model "
+            "before training"
+        )
+    if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
+        return checkpoint
+    if (checkpoint / "recipe.yaml").is_file():  # a run, which may have ended, been stopped, or gone on since
+        checkpoint = find_trained(checkpoint).folder
+    if (checkpoint / LORA_FILE).is_file():
+        return checkpoint / LORA_FILE
+    for folder in (checkpoint / TRANSFORMER_FOLDER, checkpoint):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(
+        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/; what is sharded becomes "
+        f"one by python hf_qie/export.py {checkpoint}"
     )
 
 

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
 
     PartialState()  # without it, what finds checkpoints cannot log
     trained = find_trained(asked.checkpoint)
+    trained.check_base()
     kind = asked.to or ("lora" if trained.recipe.trainable.lora else "merged")
     # of a checkpoint that was asked for by name, by that name
     named = kind if asked.checkpoint.resolve() == trained.output_dir.resolve() else f"{kind}-{trained.step}"

@@ -57,6 +57,15 @@ class Trained:
         wanted = self.recipe.training.get("load_best_model_at_end", False)
         return self.state.get("best_model_checkpoint") if wanted and self.folder == self.output_dir else None
 
+    def check_base(self) -> None:
+        """Raise InputError where the run started from a folder that is no longer there."""
+        model, record = self.recipe.model, self.record
+        if "started_in" in record and not record["commit"] and not Path(model).is_dir():
+            raise InputError(
+                f"{self.output_dir / 'recipe.yaml'}: model: {model!r} is not found from {record['started_in']}, where "
+                f"training was started, nor from {Path.cwd()}; put it there, or write its present path into that file"
+            )
+
     @cached_property
     def adapters(self) -> "Adapters | None":
         """The LoRA, of a run that trained one."""
@@ -127,6 +136,8 @@ def find_trained(path: Path) -> Trained:
         raise InputError(f"{folder}: the checkpoint is not whole, {reason}; export {output_dir}, or another one of it")
     recipe = load_recipe(output_dir / "recipe.yaml")
     record = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
+    if (base := Path(record.get("started_in", ""), recipe.model)).is_dir():
+        recipe = replace(recipe, model=str(base))
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
         recipe = replace(recipe, revision=record["commit"])
     wanted = [LORA_FILE] if recipe.trainable.lora else [TRANSFORMER_FOLDER, MODEL_FOLDER]

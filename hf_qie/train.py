@@ -1,6 +1,6 @@
 """RUN 2: embedding sets to LoRA weights, or to a fine-tuned transformer.
 
-    accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
+    accelerate launch [-q] hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
 Trains on the sets that hf_qie/extract.py left, without the prompt encoder in memory, and without the VAE unless a set
 has no latents (extract.latents: false) or pictures are made on the way (sampling.every). What trained lands in

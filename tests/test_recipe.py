@@ -333,7 +333,7 @@ def test_a_key_that_takes_any_string_is_a_path_or_says_that_it_is_none():
     names = {key.name for key in keys if takes(key.type, Name) and not takes(key.type, Names)}
     assert names - {"captions", "inverse_captions", "low_lr_modules", "caption_weights"} == NO_PATHS
     theirs = {name for name, (kind, _) in training_arguments().items() if takes(kind, str)}
-    assert {name for name in theirs if re.search("dir|path|file|folder|_checkpoint", name)} == PATHS
+    assert {name for name in theirs if re.search("dir|path|file|folder|_checkpoint$", name)} == PATHS
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------

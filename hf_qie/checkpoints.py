@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_qie.durable import flush, write_durably
+from hf_qie.durable import flush, samples, write_durably
 from hf_qie.recipe import InputError
 
 logger = get_logger(__name__)
@@ -47,9 +47,8 @@ def file_digest(path: Path) -> str:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()
-        for i in range(SAMPLES):
-            file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+        for part in samples(file, count=SAMPLES, num_bytes=SAMPLE_BYTES):
+            digest.update(part)
         return digest.hexdigest()
 
 

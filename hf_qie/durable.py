@@ -6,11 +6,11 @@ or a copy that ended early, would train as if it were data.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from datasets import config
@@ -54,6 +54,14 @@ def written(path: Path) -> dict[str, Any]:
     """What is written down of a file, to know it again by: `bytes` and `sha256`."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def samples(file: BinaryIO, *, count: int, num_bytes: int) -> Iterator[bytes]:
+    """`count` parts of an open file, evenly spread: the first starts with the file, the last ends with it."""
+    size = file.seek(0, os.SEEK_END)
+    for i in range(count):
+        file.seek(max(size - num_bytes, 0) * i // (count - 1))
+        yield file.read(num_bytes)
 
 
 def misfit(path: Path, was: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from huggingface_hub import snapshot_download
 
+from hf_qie.durable import samples
 from hf_qie.family import Family, from_hub
 from hf_qie.recipe import InputError
 
@@ -190,9 +191,8 @@ def weight_digest(path: Path) -> str:
         if (length := int.from_bytes(head, "little")) > size:  # what Git leaves where LFS is not installed, say
             raise InputError(f"model: {path} is no safetensors file; fetch it again")
         digest = hashlib.sha256(str(size).encode() + head + file.read(length))
-        for i in range(SAMPLES):
-            file.seek(max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))  # the last ends with the file
-            digest.update(file.read(SAMPLE_BYTES))
+        for part in samples(file, count=SAMPLES, num_bytes=SAMPLE_BYTES):
+            digest.update(part)
     return digest.hexdigest()
 
 

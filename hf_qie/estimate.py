@@ -132,7 +132,7 @@ class Estimator:
         """The outlook of one row, in the steps of `prepare`; raises BadRow."""
         refuse_bad(row)
         plan, columns = self.plan, self.plan.task.columns
-        sources = [header_of(row, path, headers, column=columns.sources) for path in row["sources"]]
+        sources = [header_of(row, path, headers, column=columns.source_label) for path in row["sources"]]
         target = header_of(row, row["target"], headers, column=columns.target)
         captions = {name: row["texts"][name] for name in columns.captions if row["texts"][name]}
         sizes = [source.size for source in sources]

@@ -1,6 +1,6 @@
 """RUN 1: edit pairs to embedding sets.
 
-    accelerate launch [-q] hf_qie/extract.py recipe.yaml [key.of.the.recipe=value ...]
+    accelerate launch hf_qie/extract.py recipe.yaml [key.of.the.recipe=value ...]
 
 Runs the prompt encoder and the VAE once over every task of the recipe and leaves one embedding set a task under
 extract.output_dir; open one with datasets.load_from_disk. With extract.push_to_hub the sets are then published.
@@ -13,14 +13,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.cli import run_script
-from hf_qie.recipe import InputError, Recipe, Task, load_recipe
+from hf_qie.recipe import InputError, Recipe, Task, load_recipe, run_script
 
 if TYPE_CHECKING:
     import torch
@@ -73,13 +73,13 @@ def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path, *, ref
     from hf_qie.prepare import Plan
     from hf_qie.rows import read_rows
 
+    limits = recipe.extract if refuse else None
+    rows = read_rows(task, folder=folder, max_sources=family.max_sources, extract=limits)
     return Plan(
-        task=task,
+        task=replace(task, columns=rows.columns),
         family=family,
         extract=recipe.extract,
-        rows=read_rows(
-            task, folder=folder, max_sources=family.max_sources, extract=recipe.extract if refuse else None
-        ),
+        rows=rows,
         source_area_px=source_area(family, recipe.extract.source_sample_size),
     )
 

@@ -27,8 +27,9 @@ from hf_qie.images import area_size
 from hf_qie.latents import grid_of
 from hf_qie.prepare import Pictures, Plan, check_length, read_pictures, ways, words_of
 from hf_qie.recipe import InputError
-from hf_qie.records import clip, open_data
+from hf_qie.records import open_data
 from hf_qie.rows import BadRow, refuse_bad
+from hf_qie.textfiles import clip
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
@@ -65,7 +66,7 @@ class Foreign:
         names, files = self.plan.task.columns, self.table[row["row"]]
         for path in (*row["sources"], row["target"]):
             if is_url(path):
-                column = names.target if path == row["target"] else names.sources
+                column = names.target if path == row["target"] else names.source_label
                 raise BadRow("a URL; training without latents reads pictures from files", column=column, path=path)
         images = read_pictures(row, Pictures([row], self.plan), names)
         columns = words_of(row, names)
@@ -176,7 +177,7 @@ def file_of(line: Mapping[str, Any], key: str, *, where: str) -> str | None:
         return None
     if not isinstance(value, str) or not value:
         raise InputError(f"{where}: {key}: {clip(value)} is no path of a .pt file")
-    beside = os.path.join(os.path.dirname(where.rpartition(":")[0]), value)
+    beside = os.path.join(os.path.dirname(where), value)
     return value if not os.path.isfile(beside) and os.path.isfile(value) else beside
 
 

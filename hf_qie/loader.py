@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hf_qie.captions import weighed_as
 from hf_qie.images import BadImage
 from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
@@ -141,16 +142,18 @@ def text_weights(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The text columns of a set by weight, (forward, inverse), those of weight 0 left out.
 
-    The i-th inverse caption is the inverse of the i-th caption and has its weight. Raises InputError where a caption
+    The i-th inverse caption is the inverse of the i-th caption and has its weight. Each text of a list of captions has
+    the weight of its column, unless `caption_weights` names it itself. Raises InputError where a caption
     of the set is not in `caption_weights`, or none has a weight.
     """
     forward = [name for name in columns if name.startswith(TEXT) and name != TEXT + "drop"]
     inverse = [name for name in columns if name.startswith("inverse_" + TEXT) and not name.endswith(TEXT + "drop")]
     captions = [name.removeprefix(TEXT) for name in forward]
-    weights = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
+    given = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
+    weights = {caption: given[name] for caption in captions if (name := weighed_as(caption, given)) in given}
     if missing := [caption for caption in captions if caption not in weights]:
         raise InputError(
-            f"mix.caption_weights: names {sorted(weights)}, but task {task!r} has the captions {missing} too; "
+            f"mix.caption_weights: names {sorted(given)}, but task {task!r} has the captions {missing} too; "
             "name these, with weight 0 to leave them out"
         )
     if captions and not any(weights[caption] for caption in captions):

@@ -178,7 +178,7 @@ def words_of(row: Mapping[str, Any], names: Columns) -> dict[str, Any]:
 def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) -> dict[File, Image.Image]:
     """The pictures of a row; raises BadRow naming the column and path of the first that cannot be used."""
     images: dict[File, Image.Image] = {}
-    columns = [*(names.sources for _ in row["sources"]), names.target]
+    columns = [*(names.source_label for _ in row["sources"]), names.target]
     try:
         for file, column in zip(files_of(row), columns, strict=True):
             images[file] = images.get(file) or read_picture(file, column=column, read=pictures.read)

@@ -3,19 +3,22 @@
 Each section is a dataclass whose annotations are the rules, so a new key is one line here.
 """
 
+import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from hf_qie.arguments import check_training, training_arguments
 from hf_qie.settings import (
     InputError,
     Misfit,
-    PathName,
     build,
     derived,
     leaves,
@@ -25,6 +28,7 @@ from hf_qie.settings import (
     unknown,
     write_yaml,
 )
+from hf_qie.storage import disk_trouble
 
 # A rule of one value: the type, what is wanted in words, and the test.
 Name = Annotated[str, "a string that is not blank", str.strip]
@@ -53,21 +57,32 @@ CaptionNames = Annotated[
     f"a list of different column names, none of them {', '.join(sorted(SET_COLUMNS))}",
     lambda names: len(set(names)) == len(names) and SET_COLUMNS.isdisjoint(names),
 ]
-
-
-def _named_captions(_at: str, given: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*given.get("captions", ()), *given.get("inverse_captions", ()))
+_named_captions = derived(lambda _, given: (*given.get("captions", ()), *given.get("inverse_captions", ())))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which columns of a task's data mean what."""
 
-    sources: Name = "source_image"  # null, one path/URL/image, or an ordered list of them
+    sources: Name | Names = "source_image"  # null, one path/URL/image, or an ordered list of them; or several columns
     target: Name = "target_image"
     captions: CaptionNames = ("instruction", "instruction_cn")
     inverse_captions: CaptionNames = ("inverse_instruction", "inverse_instruction_cn")  # i-th: inverse of the i-th
-    required: tuple[str, ...] = field(default=(), metadata=derived(_named_captions))  # those that the recipe names
+    required: tuple[str, ...] = field(default=(), metadata=_named_captions)  # those that the recipe names
+
+    def __post_init__(self) -> None:
+        if not set(self.inverse_captions) <= set(self.required):  # the default
+            object.__setattr__(self, "inverse_captions", self.inverse_captions[: len(self.captions)])
+
+    @property
+    def source_columns(self) -> tuple[str, ...]:
+        """The columns that hold sources, in order."""
+        return (self.sources,) if isinstance(self.sources, str) else self.sources
+
+    @property
+    def source_label(self) -> str:
+        """The sources of a row in a message."""
+        return ", ".join(self.source_columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +90,21 @@ class Task:
     """One dataset and its part in the mix."""
 
     name: str = field(metadata=derived(lambda at, _: at.rpartition(".")[2]))
-    data: tuple[PathName, ...] = ()  # files, globs, a folder of save_to_disk, or a Hub id; none: a ready set is given
+    data: tuple[Name, ...] = ()  # files or globs, a folder of save_to_disk, or a Hub id; none: a ready set is given
     split: Name = "train"
-    image_root: PathName | None = None  # relative image paths start here; null: the folder of `data`
+    image_root: Name | None = None  # relative image paths start here; null: the folder of `data`
     weight: Weight = 1.0  # relative; 0: extracted and evaluated, not trained
     t2i: bool = False  # true: ignore sources, text-to-image
     eval_rows: Whole = 0  # hold out the last n rows of the set for evaluation
     columns: Columns = field(default_factory=Columns)
-    embeddings: PathName | None = None  # a ready set: folder, `org/name` or `org/name:config`, with `@revision`
+    embeddings: Name | None = None  # a ready set: folder, `org/name` or `org/name:config`, with `@revision`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extract:
     """Run 1: states and latents, once."""
 
-    output_dir: PathName = "outputs/embeddings"
+    output_dir: Name = "outputs/embeddings"
     batch_size: Count = 4  # rows a forward
     image_sample_size: Side = 512  # px; the target covers the area of this square, sides are multiples of 32
     source_sample_size: Side | None = None  # px, the same for sources; null: what the family's pipeline feeds its VAE
@@ -142,7 +157,7 @@ class Lora:
     alpha: Positive = 32.0  # the adapter's output is scaled by alpha / rank
     dropout: Dropout = 0.0
     target_modules: Literal["attention", "attention+mlp", "all-linear"] | Names = "attention"
-    init_from: PathName | None = None  # adapters to go on from: a folder or a Hub id
+    init_from: Name | None = None  # adapters to go on from: a folder or a Hub id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +184,7 @@ class Recipe:
     """All that both runs are told."""
 
     path: Path = field(compare=False, metadata={"key": False})  # of the file it was read from
-    model: PathName = "Qwen/Qwen-Image-Edit-2509"  # Hub id, or a folder in diffusers layout
+    model: Name = "Qwen/Qwen-Image-Edit-2509"  # Hub id, or a folder in diffusers layout
     revision: Name | None = None
     seed: Seed = 0  # the only seed
     tasks: Mapping[TaskName, Task]
@@ -190,14 +205,12 @@ LATER = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and put `a.b.c=value` overrides over it.
-
-    Paths in it may hold `~` and environment variables; relative ones start at the working directory.
+    """Read a recipe and put `a.b.c=value` overrides over it; relative paths in it start at the working directory.
 
     Raises:
         InputError: the file, an override, or a value in either is wrong; the message has its address.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
         raw = read_yaml(path.read_bytes(), str(path))
     except OSError as error:
@@ -238,6 +251,41 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
 
 
+SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a script's `main` on the command line; an InputError, or a disk that does not take what is written, ends it
+    with its message alone and exit status 1.
+
+    Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
+    processes on this machine, only the first one speaks, until they have each their own work.
+    """
+    argv = sys.argv[1:]
+    rank = os.environ.get("RANK", "0")
+    speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
+    logging.getLogger("hf_qie").setLevel(logging.INFO)
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
+        if speaks:
+            (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
+        sys.exit(0 if argv else 2)
+    try:
+        sys.exit(main(argv))
+    except Exception as error:
+        words = str(error) if isinstance(error, InputError) else disk_trouble(error)
+        if words is None:
+            raise
+        torch = sys.modules.get("torch")
+        if speaks:
+            sys.stderr.write(f"{words}\n")
+        elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
+            sys.stderr.write(f"rank {rank}: {words}\n")
+        else:  # the launcher ends all ranks when one ends, and the first has to speak before
+            time.sleep(SPEAK_FIRST_S)
+        sys.exit(1)
+
+
 def _check_available(recipe: Recipe) -> None:
     known = training_arguments()
     training = ((f"training.{key}", value, known[key][1]) for key, value in recipe.training.items())
@@ -250,12 +298,12 @@ def _check_available(recipe: Recipe) -> None:
 def _check_together(recipe: Recipe) -> None:
     """What no single value shows."""
     for name, task in recipe.tasks.items():
-        columns = task.columns
         if not task.data and task.embeddings is None:
             raise Misfit(f"tasks.{name}.data", "missing, and no ready set in `embeddings` takes its place")
-        if len(columns.inverse_captions) > len(columns.captions):
-            got = f"got {len(columns.inverse_captions)} for {len(columns.captions)} captions"
-            raise Misfit(f"tasks.{name}.columns.inverse_captions", f"{got}; the i-th is the inverse of the i-th")
+        inverse, forward = map(len, (task.columns.inverse_captions, task.columns.captions))
+        if inverse > forward:
+            rule = f"got {inverse} for {forward} captions; the i-th is the inverse of the i-th"
+            raise Misfit(f"tasks.{name}.columns.inverse_captions", rule)
     if not any(task.weight for task in recipe.tasks.values()):
         raise Misfit("tasks", "wanted at least one task with a weight above 0")
     if recipe.training.get("eval_strategy", "no") != "no" and not any(t.eval_rows for t in recipe.tasks.values()):

@@ -9,7 +9,6 @@ import stat
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,9 +18,12 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+from hf_qie.captions import by_column, text_columns
 from hf_qie.fetch import PASSWORD, holds_password, is_url
 from hf_qie.recipe import Columns, Extract, InputError, Task
-from hf_qie.records import Embedded, Line, Table, clip, no_rows, open_data
+from hf_qie.records import open_data
+from hf_qie.tables import Embedded, Line, Table, no_rows
+from hf_qie.textfiles import clip
 
 BATCH_ROWS = 1000  # checked together
 LOOKERS = 64  # threads: on a network disk a look at a file is a wait
@@ -59,6 +61,7 @@ class Rows:
     """
 
     table: Dataset
+    columns: Columns  # those of the task, with one for each text of a list
     stored: Table | None = None  # the data where images may lie in it
     has_inverse: bool  # some row has one
     digest: str  # sha256 over the rows'
@@ -74,7 +77,7 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     lines, stored = open_data(task, identity)
     reader = Reader(task, max_sources=max_sources, identity=identity.hexdigest())
     text = Value("string")
-    texts = dict.fromkeys((*task.columns.captions, *task.columns.inverse_captions), text)
+    texts = dict.fromkeys(text_columns(task.columns), List(text))
     columns = {"row": Value("int64"), "sources": List(text), "target": text, "root": text, "texts": texts}
     columns |= {"bad": dict.fromkeys(("column", "path", "reason"), text), "digest": Value("binary")}
     path, features = folder / f"{task.name}.arrow", Features(columns)
@@ -86,8 +89,9 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
         writer.finalize()
     check_columns(task, reader.seen)
     reader.refuse(extract)
-    table = Dataset.from_file(str(path))
-    return Rows(table=table, stored=stored, has_inverse=reader.has_inverse, digest=reader.digest.hexdigest())
+    table, columns = by_column(Dataset.from_file(str(path)), task)
+    known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest()}
+    return Rows(table=table, columns=columns, stored=stored, **known)
 
 
 def most_bad(extract: Extract, num_rows: int) -> float:
@@ -110,6 +114,7 @@ class Reader:
     def __init__(self, task: Task, *, max_sources: int | None, identity: str):
         self.task, self.max_sources, self.identity = task, max_sources, identity
         self.num_rows, self.seen, self.has_inverse, self.digest = 0, set(), False, hashlib.sha256()
+        self.merged = {task.columns.source_label} - {*task.columns.source_columns}  # no column of the data
         self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
         self.examples: list[str] = []  # the first bad rows
         self.roots: Counter[str] = Counter()  # of bad rows whose file cannot be used, where its path starts
@@ -132,7 +137,7 @@ class Reader:
         """Where a row stands, and the row as far as it is known without its files, or what is wrong with it."""
         row = {"row": self.num_rows, "root": root}
         self.num_rows += 1
-        self.seen.update(line)
+        self.seen.update(line.keys() - self.merged)
         try:
             return where, row | check_row(line, task=self.task, max_sources=self.max_sources), None
         except BadRow as error:
@@ -140,7 +145,7 @@ class Reader:
 
     def files_of(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         """Column, path and file of each image of a row that should be a file here."""
-        columns = [*(self.task.columns.sources for _ in row["sources"]), self.task.columns.target]
+        columns = [*(self.task.columns.source_label for _ in row["sources"]), self.task.columns.target]
         for column, path in zip(columns, (*row["sources"], row["target"]), strict=True):
             if path is not None and not isinstance(path, Embedded) and not is_url(path):
                 yield column, path, os.path.join(row["root"], path)
@@ -215,16 +220,15 @@ def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
 
 def nothing(task: Task) -> dict[str, Any]:
     """Sources, target and texts of a row that has none."""
-    texts = dict.fromkeys((*task.columns.captions, *task.columns.inverse_captions))
-    return {"sources": [], "target": None, "texts": texts}
+    return {"sources": [], "target": None, "texts": dict.fromkeys(text_columns(task.columns), ())}
 
 
 def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -> dict[str, Any]:
     """Sources, target and texts of one line of the data; raises BadRow."""
     columns = task.columns
-    sources = [] if task.t2i else as_list(line.get(columns.sources))
+    sources = [] if task.t2i else line.get(columns.source_label, [])
     for path in sources if isinstance(sources, list) else [sources]:
-        check_path(path, column=columns.sources)
+        check_path(path, column=columns.source_label)
     if columns.target not in line:
         raise BadRow("missing", column=columns.target)
     check_path(line[columns.target], column=columns.target)
@@ -232,13 +236,15 @@ def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -
         raise BadRow(
             f"{len(sources)} sources, this checkpoint takes {max_sources}; use an Edit-Plus checkpoint"
             f"{'' if max_sources else f' or set tasks.{task.name}.t2i: true'}",
-            column=columns.sources,
+            column=columns.source_label,
         )
-    texts = {column: line.get(column) for column in (*columns.captions, *columns.inverse_captions)}
-    for column, text in texts.items():
-        if text is not None and not is_text(text):
-            raise BadRow(f"{kind_of(text)}, wanted text or null", column=column)
-    texts = {column: text if text and text.strip() else None for column, text in texts.items()}
+    texts = {}
+    for column in text_columns(columns):
+        found = line.get(column)
+        found = found if isinstance(found, list) else [found]
+        if wrong := [text for text in found if text is not None and not is_text(text)]:
+            raise BadRow(f"{kind_of(wrong[0])}, wanted text or null", column=column)
+        texts[column] = [text for text in found if text and text.strip()]
     return {"sources": sources, "target": line[columns.target], "texts": texts}
 
 
@@ -265,16 +271,6 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def as_list(sources: Any) -> Any:
-    """No picture, one or several as a list; as CSV has no lists, a string may hold one in JSON."""
-    if isinstance(sources, str) and sources.startswith("["):
-        with suppress(ValueError):  # a path may begin so too
-            return json.loads(sources)
-    if isinstance(sources, str | None):
-        return [sources] if sources else []
-    return sources
-
-
 def is_text(value: Any) -> bool:
     """Whether `value` is a string that UTF-8 can hold: JSON's escapes allow halves of a character."""
     return isinstance(value, str) and not HALVES.search(value)
@@ -288,9 +284,9 @@ def check_columns(task: Task, seen: set[str]) -> None:
         raise InputError(
             f"tasks.{task.name}.columns.target: no row has {columns.target}; there are {there}: name the column"
         )
-    if not task.t2i and columns.sources not in seen:
+    if not task.t2i and (absent := [column for column in columns.source_columns if column not in seen]):
         raise InputError(
-            f"tasks.{task.name}.columns.sources: no row has {columns.sources}; there are {there}: "
+            f"tasks.{task.name}.columns.sources: no row has {', '.join(absent)}; there are {there}: "
             f"name the column, or set tasks.{task.name}.t2i: true"
         )
     if absent := [column for column in columns.required if column not in seen]:

@@ -21,9 +21,7 @@ from hf_qie.rows import BadRow
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind that are told; all are in the file
-KINDS = ("bad row", "source equals target", "duplicate", "no caption", "other aspect", "small image")
-ASPECT = 0.01  # how far the aspect of a target may be from that of its last source
-SMALL = 0.5  # of the side of extract.image_sample_size; an image with less is blown up to more than twice its size
+KINDS = ("bad row", "source equals target", "duplicate", "no caption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +43,11 @@ class Survey:
         columns, captions = plan.task.columns, (*plan.task.columns.captions, *plan.inverse_captions)
         self.num_rows, self.num_bytes = 0, 0
         self.source_counts: Counter[int] = Counter()
-        self.sizes: dict[str, Counter] = {columns.sources: Counter(), columns.target: Counter()}  # (width, height) px
-        self.grids: dict[str, set] = {columns.sources: set(), columns.target: set()}
+        self.sizes: dict[str, Counter] = {
+            columns.source_label: Counter(),
+            columns.target: Counter(),
+        }  # (width, height) px
+        self.grids: dict[str, set] = {columns.source_label: set(), columns.target: set()}
         self.num_tokens: dict[str, Counter[int]] = {caption: Counter() for caption in captions}
         self.findings: list[Finding] = []
         self.seen: dict[int, int] = {}  # hash of a row's content to its first row
@@ -67,9 +68,9 @@ class Survey:
                 continue
             good.append(look)
             self.num_bytes += look.num_bytes
-            self.sizes[columns.sources].update(source.size for source in look.sources)
+            self.sizes[columns.source_label].update(source.size for source in look.sources)
             self.sizes[columns.target][look.target.size] += 1
-            self.grids[columns.sources].update(look.forward.source_grids)
+            self.grids[columns.source_label].update(look.forward.source_grids)
             self.grids[columns.target].add(look.forward.target_grid)
             for caption, num_tokens in look.num_tokens.items():
                 self.num_tokens[caption][num_tokens] += 1
@@ -88,24 +89,18 @@ class Survey:
             return
         pairs = zip(row["sources"], look.sources, strict=True)
         if equal := [path for path, source in pairs if same_picture(source, look.target)]:
-            note("source equals target", f"the same picture as {row['target']}", column=columns.sources, path=equal[0])
+            note(
+                "source equals target",
+                f"the same picture as {row['target']}",
+                column=columns.source_label,
+                path=equal[0],
+            )
         content = hash((*(picture.content for picture in (*look.sources, look.target)), *captions))
         if (first := self.seen.setdefault(content, row["row"])) != row["row"]:
             reason = f"sources, target and captions of row {first}"
             note("duplicate", reason, column=columns.target, path=row["target"])
         if not any(captions):
             note("no caption", "trains on extract.drop_caption alone", column=" or ".join(columns.captions))
-        if look.sources and (apart := aspect_difference(look.sources[-1].size, look.target.size)) > ASPECT:
-            sizes = [f"{width} x {height}" for width, height in (look.target.size, look.sources[-1].size)]
-            reason = f"{sizes[0]} px, its aspect is {apart:.1%} off that of the last source, {sizes[1]} px"
-            note("other aspect", reason, column=columns.target, path=row["target"])
-        of_row = zip((*row["sources"], row["target"]), (*look.sources, look.target), strict=True)
-        for place, (path, image) in enumerate(of_row):
-            if math.prod(image.size) < SMALL**2 * self.plan.target_area_px:
-                side = self.plan.extract.image_sample_size
-                reason = f"{image.size[0]} x {image.size[1]} px, less than half of extract.image_sample_size, {side}"
-                column = columns.target if place == len(look.sources) else columns.sources
-                note("small image", reason, column=column, path=path)
 
     def found(self, kind: str) -> list[Finding]:
         """Findings of one kind, in the order of rows."""
@@ -148,12 +143,6 @@ def shape_columns(look: Outlook) -> dict[str, Any]:
     columns["inverse_image_embeds"] = [] if look.inverse else None
     columns["inverse_target_grid"], columns["inverse_source_grids"] = grids(look.inverse)
     return columns
-
-
-def aspect_difference(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """By which part the larger ratio of width to height is above the smaller one; both are (width, height)."""
-    ratio = one[0] * other[1] / (one[1] * other[0])
-    return max(ratio, 1 / ratio) - 1
 
 
 def same_picture(one: Header, other: Header) -> bool:

@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from shaped_sets import CAPTIONS, embedding_set
 
 from hf_qie.collate import collate
-from hf_qie.loader import Draws, RankBatches, open_loader
+from hf_qie.loader import Draws, RankBatches, open_loader, text_weights
 from hf_qie.mix import group_shares, mixed_plan, read_groups
 from hf_qie.recipe import InputError, Mix
 
@@ -164,6 +164,15 @@ def test_captions_are_drawn_by_their_weights():
     mix = Mix(caption_weights={"instruction": 3.0, "instruction_cn": 1.0}, caption_dropout=0.0)
     shares = text_shares(embedding_set([(A, B)] * 4), mix)
     assert abs(shares["instruction"] - 0.75) <= three_errors(0.75)
+
+
+def test_each_text_of_a_list_of_captions_has_the_weight_of_its_column():
+    columns = ["text_embeds_instruction", "text_embeds_instruction_2", "text_embeds_cn", "text_embeds_drop"]
+    columns += [f"inverse_{column}" for column in columns]
+    forward, inverse = text_weights(columns, {"instruction": 3.0, "cn": 1.0}, "a")
+    assert list(forward.values()) == list(inverse.values()) == [3.0, 3.0, 1.0]
+    forward, _ = text_weights(columns, {"instruction": 3.0, "instruction_2": 0.0, "cn": 1.0}, "a")
+    assert forward == {"text_embeds_instruction": 3.0, "text_embeds_cn": 1.0}
 
 
 def test_an_inverse_caption_has_the_weight_of_the_caption_it_is_the_inverse_of():

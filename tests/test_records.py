@@ -1,10 +1,14 @@
 """The same rows, told in any kind of data, are the same lines; what is wrong with them is named with its place."""
 
 import csv
+import gzip
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,12 +18,14 @@ from hub import Hub
 from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
-from hf_qie import records
+from hf_qie import tables
 from hf_qie.extract import TOO_MANY_BAD
 from hf_qie.recipe import Columns, Extract, InputError, Task
-from hf_qie.records import Embedded, open_data
+from hf_qie.records import open_data
 from hf_qie.rows import read_rows
+from hf_qie.tables import Embedded
 
+DiskUsage = namedtuple("DiskUsage", "total used free")
 TEXTS = ("instruction", "instruction_cn", "inverse_instruction")
 
 
@@ -157,8 +163,12 @@ def test_one_picture_column_holds_bytes_paths_and_nulls(tmp_path):
     task = task_of(tmp_path / "a.parquet")
     lines, table = open_data(task, hashlib.sha256())
     values = [(line["source_image"], line["target_image"]) for _, _, line in lines]
-    assert values == [("row-0-source", "row-0-target"), (None, "b.png")]
-    assert [isinstance(value, Embedded) for row in values for value in row] == [True, True, False, False]
+    assert values == [(["row-0-source"], "row-0-target"), ([], "b.png")]
+    assert [isinstance(value, Embedded) for value in (values[0][0][0], values[0][1], values[1][1])] == [
+        True,
+        True,
+        False,
+    ]
     assert (table.read("row-0-source"), table.read("row-0-target")) == (b"bare", b"in a struct")
     assert table.read("row-1-target") is None  # a file of that name is no picture of the data
 
@@ -175,6 +185,85 @@ def test_several_files_of_a_kind_follow_each_other_in_order(tmp_path, rows):
             f"{tmp_path}/{name}.{kind}{first}" for name in ("a[1]", "b", "c")
         ]
         assert {root for _, root, _ in found} == {str(tmp_path)}
+
+
+def test_text_files_of_any_ending_give_the_rows_of_jsonl(tmp_path, edits, rows):
+    rows = [row | {"source_image": as_list(row["source_image"])} for row in rows]
+    text = write_jsonl(tmp_path / "a.jsonl", rows).read_bytes()
+    lists = [row | {"source_image": str(row["source_image"])} for row in rows]  # as pandas writes them
+    for name in ("a.JSONL", "lines.json"):
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / "array.json").write_text("\ufeff\n" + json.dumps(rows, indent=1), "utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text))
+    for name, delimiter in (("a.csv", ","), ("semicolon.csv", ";"), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(lists)
+    (tmp_path / "a.CSV.GZ").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    found = {
+        path.name: read_rows(task_of(path, image_root=str(edits)), folder=tmp_path).table[:]
+        for path in tmp_path.iterdir()
+        if path.suffix != ".arrow"
+    }
+    assert len(found) == 9
+    for name, table in found.items():
+        assert table == found["a.jsonl"], name
+
+
+def test_a_row_of_an_array_is_named_by_its_item(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"target_image": "a.png"}, 7], indent=1))
+    assert message(task_of(tmp_path / "a.json")) == f"{tmp_path}/a.json, item 2: 7 is no JSON object with columns"
+
+
+def test_several_columns_of_sources_may_hold_images(tmp_path):
+    images = [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": None}]
+    data = {"control_0": [images[0], None], "control_1": [images[1], images[0]], "target_image": ["a.png", "b.png"]}
+    parquet.write_table(pa.table(data), tmp_path / "a.parquet")
+    columns = Columns(sources=("control_0", "control_1"))
+    lines, table = open_data(task_of(tmp_path / "a.parquet", columns=columns), hashlib.sha256())
+    sources = [line[columns.source_label] for *_, line in lines]
+    assert [[table.read(name) for name in names] for names in sources] == [[b"one", b"two"], [b"one"]]
+    assert sources == [["row-0-source-0", "row-0-source-1"], ["row-1-source-1"]]
+
+
+def test_columns_that_the_recipe_does_not_name_may_differ_from_file_to_file(tmp_path):
+    one = {"target_image": ["a.png"], "instruction": ["x"]}
+    others = [{"note": [None], "score": [1]}, {"note": ["n"], "score": [0.5]}, {"score": ["high"], "more": [[1]]}]
+    for i, other in enumerate(others):
+        parquet.write_table(pa.table(one | other), tmp_path / f"{i}.parquet")
+    found = read(task_of(tmp_path / "*.parquet"))
+    assert [(line["target_image"], line["instruction"]) for *_, line in found] == [("a.png", "x")] * 3
+    assert found[0][2].keys() >= {"note", "score", "more"}  # for the message that names what there is
+
+
+def test_a_named_column_is_null_where_a_file_lacks_it_or_has_nulls_alone(tmp_path):
+    for i, texts in enumerate(([None], ["红"], None, pa.array(["蓝"]).dictionary_encode())):
+        columns = {"target_image": [f"{i}.png"]} | ({} if texts is None else {"instruction_cn": texts})
+        parquet.write_table(pa.table(columns), tmp_path / f"{i}.parquet")
+    found = [(line["target_image"], line["instruction_cn"]) for *_, line in read(task_of(tmp_path / "*.parquet"))]
+    assert found == [("0.png", None), ("1.png", "红"), ("2.png", None), ("3.png", "蓝")]
+
+
+def test_images_of_unused_columns_are_not_copied(tmp_path, monkeypatch):
+    data = {"target_image": ["a.png"], "mask": [b"x" * 1_000_000]}
+    parquet.write_table(pa.table(data), tmp_path / "a.parquet")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 10_000))
+    assert len(read(task_of(tmp_path / "a.parquet"))) == 1
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.arrow")) < 10_000
+
+
+def test_the_copy_of_parquet_is_refused_where_the_cache_has_no_room(tmp_path, monkeypatch):
+    parquet.write_table(pa.table({"target_image": [os.urandom(1_000_000)]}), tmp_path / "a.parquet")
+    task = task_of(tmp_path / "a.parquet")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 999_999))
+        told = message(task)
+    assert told.startswith(f"tasks.a.data: its copy in the cache of datasets, {tmp_path}/cache: about 1,000,0")
+    assert told.endswith("999,999 free; make room, or let HF_DATASETS_CACHE name a folder on a larger disk")
+    read(task)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
+    assert len(read(task)) == 1  # it is there already
 
 
 def test_paths_of_a_saved_dataset_start_beside_it(tmp_path):
@@ -207,7 +296,7 @@ def test_a_csv_field_may_have_line_breaks_commas_and_quotes(tmp_path):
     text = 'Make it "red",\n\nthen 红.'
     write_csv(tmp_path / "a.csv", [{"source_image": None, "target_image": "a.png", "instruction": text}])
     ((where, _, row),) = read(task_of(tmp_path / "a.csv"))
-    assert row == {"source_image": None, "target_image": "a.png", "instruction": text}
+    assert row == {"source_image": [], "target_image": "a.png", "instruction": text}
     assert where == f"{tmp_path}/a.csv:4"
 
 
@@ -228,20 +317,51 @@ def test_kinds_are_not_mixed(tmp_path):
     assert message(task_of(tmp_path / "*")) == f"tasks.a.data: {told}"
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.json", "folder"])
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
 def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").touch()
-    (tmp_path / "a.json").touch()
     (tmp_path / "a.jsonl").touch()
     assert message(task_of(tmp_path / "a.jsonl", tmp_path / name)) == (
-        f"tasks.a.data: {tmp_path / name} cannot be read; give .jsonl, .ndjson, .csv, .parquet files, one folder of "
-        "save_to_disk or one dataset of the Hub as org/name"
+        f"tasks.a.data: {tmp_path / name} cannot be read: give .jsonl, .ndjson, .json, .csv, .tsv, .parquet files, "
+        "text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
     )
 
 
-def test_a_folder_that_is_no_saved_dataset_is_named_as_such(tmp_path):
-    assert message(task_of(tmp_path)).startswith(f"tasks.a.data: {tmp_path} is no folder of save_to_disk (")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a.xlsx", "a.xlsx cannot be read: a spreadsheet; save it as CSV"),
+        ("a.tar", "a.tar cannot be read: an archive; unpack it"),
+        ("folder/part.csv", "folder cannot be read: a folder of .csv files; give {folder}/folder/*.csv"),
+        (
+            "folder/metadata.jsonl",
+            "folder cannot be read: a folder of .jsonl files; give {folder}/folder/*.jsonl, and file_name as "
+            "columns.target",
+        ),
+    ],
+)
+def test_what_others_read_is_named_with_the_way_on(tmp_path, name, told):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).touch()
+    assert message(task_of(tmp_path / name.partition("/")[0])) == (
+        f"tasks.a.data: {tmp_path}/{told.format(folder=tmp_path)}"
+    )
+
+
+def test_the_command_that_is_told_for_a_folder_of_images_writes_its_data(tmp_path):
+    for folder in ("images", "sources"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.jpg", "b.jpg"):
+            (tmp_path / folder / name).touch()
+    (tmp_path / "images" / "b.txt").write_text("Make it 红.", "utf-8")
+    told = message(task_of(tmp_path / "images"))
+    command = told.partition("writes the data file: ")[2].replace("SOURCES", f"{tmp_path}/sources")
+    subprocess.run(command, shell=True, check=True)
+    rows = read_rows(task_of(tmp_path / "images.jsonl", columns=Columns()), folder=tmp_path).table
+    assert [(row["sources"], row["target"], row["texts"]["instruction"]) for row in rows] == [
+        ([f"{tmp_path}/sources/b.jpg"], f"{tmp_path}/images/b.jpg", "Make it 红.")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -263,10 +383,40 @@ def test_a_broken_parquet_file_is_named(tmp_path):
     assert message(task_of(tmp_path / "a.parquet")).startswith(f"{tmp_path}/a.parquet: no Parquet (")
 
 
-def test_parquet_files_of_different_columns_are_refused(tmp_path):
-    for name in ("a", "b"):
-        parquet.write_table(pa.table({name: ["x"]}), tmp_path / f"{name}.parquet")
-    assert message(task_of(tmp_path / "*.parquet")).startswith(f"tasks.a.data: cannot read {tmp_path}/a.parquet")
+def test_of_several_parquet_files_the_damaged_one_is_named(tmp_path):
+    for name in ("a", "b", "c"):
+        table = pa.table({"target_image": [f"{name}-{i}.png" for i in range(1000)]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[40:400] = bytes(360)
+    (tmp_path / "b.parquet").write_bytes(content)
+    assert message(task_of(tmp_path / "*.parquet")).startswith(f"tasks.a.data: {tmp_path}/b.parquet is damaged (")
+
+
+def test_a_named_column_of_two_types_is_refused_with_the_file(tmp_path):
+    for name, value in (("a", "a.png"), ("b", 7)):
+        parquet.write_table(pa.table({"target_image": [value]}), tmp_path / f"{name}.parquet")
+    assert message(task_of(tmp_path / "*.parquet")) == (
+        f"tasks.a.data: {tmp_path}/b.parquet: column target_image is int64, in {tmp_path}/a.parquet it is string; "
+        "write both as one type"
+    )
+
+
+def test_a_table_without_the_target_column_is_refused_with_those_that_it_has(tmp_path):
+    data = Dataset.from_dict({"image": ["a.png"], "instruction": ["x"]})
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "saved"):
+        assert message(task_of(tmp_path / name)) == (
+            "tasks.a.columns.target: no row has target_image; there are image, instruction: name the column"
+        )
+
+
+def test_a_broken_gzip_is_named(tmp_path):
+    whole = gzip.compress(b'{"target_image": "a.png"}\n' * 1000)
+    for content in (b"nonsense", whole[: len(whole) // 2], whole[:20] + b"x" * 20):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        assert message(task_of(tmp_path / "a.jsonl.gz")).startswith(f"{tmp_path}/a.jsonl.gz: cannot be decompressed (")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
@@ -296,12 +446,12 @@ def test_a_picture_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
 # --- whether the data is the same as before
 
 
-@pytest.mark.parametrize("whole_bytes", [records.WHOLE_BYTES, 0], ids=["whole", "sampled"])
+@pytest.mark.parametrize("whole_bytes", [tables.WHOLE_BYTES, 0], ids=["whole", "sampled"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
 def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
     tmp_path, edits, rows, monkeypatch, kind, whole_bytes
 ):
-    monkeypatch.setattr(records, "WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(tables, "WHOLE_BYTES", whole_bytes)
 
     def digest(name: str, rows: list[dict], pictures: Path = edits) -> str:
         folder = tmp_path / name
@@ -325,9 +475,20 @@ def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
         assert digest("picture", rows, tmp_path) != first
 
 
+def test_samples_of_data_reach_its_first_and_last_byte(tmp_path, monkeypatch):
+    for name, value in {"WHOLE_BYTES": 0, "SAMPLES": 3, "SAMPLE_BYTES": 2}.items():
+        monkeypatch.setattr(tables, name, value)
+    path, digests = tmp_path / "a", {}
+    for place in range(10):
+        path.write_bytes(bytes(place) + b"x" + bytes(9 - place))
+        tables.take_in([path], digest := hashlib.sha256())
+        digests.setdefault(digest.hexdigest(), []).append(place)
+    assert [places for places in digests.values() if len(places) == 1] == [[0], [1], [4], [5], [8], [9]]
+
+
 def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monkeypatch):
-    for name, value in {"WHOLE_BYTES": 0, "SAMPLES": 1, "SAMPLE_BYTES": 8}.items():
-        monkeypatch.setattr(records, name, value)
+    for name, value in {"WHOLE_BYTES": 0, "SAMPLES": 2, "SAMPLE_BYTES": 8}.items():
+        monkeypatch.setattr(tables, name, value)
     digests = set()
     for text in ("red", "tan", "red"):
         data = {"target_image": ["a.png"], "instruction": [text]}

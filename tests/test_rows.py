@@ -180,6 +180,93 @@ def test_the_digest_of_a_row_changes_with_its_image_files(data, tmp_path, edit):
     assert digest != rows.digest
 
 
+# --- several columns of sources, lists of captions
+
+
+def test_several_columns_of_sources_are_one_list_in_their_order(data, tmp_path):
+    lines = [
+        {"control_1": "c.png", "control_0": "a.png"},
+        {"control_0": None, "control_1": "a.png"},
+        {"control_0": "", "control_1": None},
+        {"control_0": "c.png"},
+    ]
+    columns = columns_of("instruction", sources=("control_0", "control_1"))
+    file = data([line | {"target_image": "b.png", "instruction": "x"} for line in lines])
+    rows = read(tmp_path, file, columns=columns)
+    assert rows.table["sources"][:] == [["a.png", "c.png"], ["a.png"], [], ["c.png"]]
+    data([{"control_0": "gone.png", "control_1": None, "target_image": "b.png", "instruction": "x"}])
+    message = refusal(tmp_path, file, columns=columns)
+    assert message.startswith(f"{file}:1: control_0, control_1: gone.png: No such file or directory")
+
+
+def test_each_column_of_sources_must_occur(data, tmp_path):
+    file = data([ROW])
+    assert refusal(tmp_path, file, columns=columns_of("instruction", sources=("source_image", "control"))) == (
+        "tasks.faces.columns.sources: no row has control; there are instruction, source_image, target_image: "
+        "name the column, or set tasks.faces.t2i: true"
+    )
+
+
+def test_a_list_of_captions_becomes_columns_and_so_does_its_inverse(data, tmp_path):
+    captions = ["one", ["one", " ", "two", None, "three"], [], None]
+    inverses = [["back", "undo"], "back", None, []]
+    lines = [
+        {**ROW, "instruction": caption, "inverse_instruction": inverse, "instruction_cn": "红"}
+        for caption, inverse in zip(captions, inverses, strict=True)
+    ]
+    rows = read(tmp_path, data(lines))
+    names = ("instruction", "instruction_2", "instruction_3", "instruction_cn")
+    assert rows.columns.captions == names
+    assert rows.columns.inverse_captions == tuple(f"inverse_{name}" for name in names)  # the i-th of the i-th
+    assert [[texts[name] for name in names[:3]] for texts in rows.table["texts"]] == [
+        ["one", None, None],
+        ["one", "two", "three"],
+        [None] * 3,
+        [None] * 3,
+    ]
+    assert [texts["inverse_instruction_2"] for texts in rows.table["texts"]] == ["undo", None, None, None]
+    assert rows.table[3]["texts"]["instruction_cn"] == "红"
+    assert rows.has_inverse
+
+
+def test_lists_of_captions_leave_those_of_other_columns_as_they_are(data, tmp_path):
+    rows = read(tmp_path, data([ROW]))
+    assert rows.columns == Columns()
+
+
+def test_a_list_of_captions_that_cannot_be_columns_is_refused(data, tmp_path):
+    assert refusal(tmp_path, data([ROW | {"instruction": ["x"] * 17}])) == (
+        "tasks.faces.columns: instruction holds lists of up to 17 captions, at most 16 are stored with a row; "
+        "shorten them"
+    )
+    file = data([ROW | {"instruction": ["x", "y"], "instruction_2": "z"}])
+    assert refusal(tmp_path, file, columns=columns_of("instruction", "instruction_2")) == (
+        "tasks.faces.columns: the captions in the lists become columns, and instruction_2 is one already; "
+        "rename the column"
+    )
+
+
+# --- paths as other systems and programs write them
+
+
+def test_a_list_in_a_string_is_read_as_json_or_python_writes_it(data, tmp_path):
+    given = ['["a.png", "b.png"]', "['a.png', 'b.png']", "[]"]
+    rows = read(tmp_path, data([{**ROW, "source_image": one} for one in given]))
+    assert rows.table["sources"][:] == [["a.png", "b.png"], ["a.png", "b.png"], []]
+
+
+def test_backslashes_and_file_urls_name_files(data, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a b.png", "back\\slash.png"):
+        (tmp_path / name).touch()
+    sources = ["sub\\a b.png", f"file://{tmp_path}/sub/a%20b.png", "back\\slash.png"]
+    rows = read(
+        tmp_path, data([{**ROW, "source_image": sources, "target_image": f"file://localhost{tmp_path}/b.png"}])
+    )
+    assert rows.table[0]["sources"] == ["sub/a b.png", f"{tmp_path}/sub/a b.png", "back\\slash.png"]
+    assert rows.table[0]["target"] == f"{tmp_path}/b.png"
+
+
 # --- what is wrong with a row, and what with the task: one message each, in full
 
 
@@ -219,7 +306,7 @@ BAD_ROWS = {
     '{"source_image": ["a.png", "c.png", "a.png"]}': (
         *("source_image", None, "3 sources, this checkpoint takes 2; use an Edit-Plus checkpoint"),
     ),
-    '{"instruction": ["x"]}': ("instruction", None, f"a list, {TEXT}"),
+    '{"instruction": [["x"]]}': ("instruction", None, f"a list, {TEXT}"),
     '{"instruction": NaN}': ("instruction", None, f"a number, {TEXT}"),
     '{"inverse_instruction_cn": "half \\ud83d"}': ("inverse_instruction_cn", None, f"not UTF-8, {TEXT}"),
 }

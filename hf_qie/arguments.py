@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Union
 
-from hf_qie.settings import Misfit, fits, show, unknown, words
+from hf_qie.settings import Misfit, PathName, fits, show, take, unknown, words
 
 DEFAULTS = {
     "output_dir": "outputs/run",
@@ -22,6 +22,7 @@ DEFAULTS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
 }
+PATHS = {"output_dir", "resume_from_checkpoint"}
 MAX_STEPS = 512  # unless max_steps or num_train_epochs is given
 
 _STEPS_ONLY = (("steps", "no"), "draws are counted in steps, and no epoch ever ends")
@@ -105,6 +106,7 @@ def check_training(given: Mapping[str, Any]) -> dict[str, Any]:
         if key in given and not fits(value, known[key][0]):
             raise Misfit(at, f"got {show(value)}, wanted {words(known[key][0])}")
     training = DEFAULTS | {key: value for key, value in given.items() if value is not None}
+    training |= {key: take(training[key], PathName, f"training.{key}") for key in PATHS & training.keys()}
     _check_steps(training)
     _check_fsdp(training.get("fsdp_config", {}))
     return training if "num_train_epochs" in training else {"max_steps": MAX_STEPS} | training

@@ -11,7 +11,6 @@ The second encodes that many rows of each finished set again, through the offici
 Exit codes: 0, 1 (the rows cannot be used, the disk is too small, or a set differs by more than rounding).
 """
 
-import argparse
 import functools
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.arguments import training_arguments
-from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
+from hf_qie.cli import Options, run_script, wanted
+from hf_qie.recipe import Count, InputError, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from hf_qie.family import Family
@@ -33,15 +33,16 @@ FIRST_LOOK = "first-look"  # no task can have this name
 
 def main(argv: list[str]) -> None:
     """Look at the rows of every task that has data, or verify the finished sets."""
-    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--verify", type=int, metavar="ROWS")
+    parser.add_argument("--verify", type=wanted(Count))
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from hf_qie.extract import make_plan, own_tasks
-    from hf_qie.family import read_family
+    from hf_qie.family import check_steps, read_family
 
+    check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
@@ -124,8 +125,6 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     from hf_qie.embeddings import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
     from hf_qie.verify import Official, beyond, bound, table_of, verify_set
 
-    if num_rows < 1:
-        raise InputError(f"--verify {num_rows}: wanted at least one row")
     sets = {name: Path(recipe.extract.output_dir, name) for name in plans}
     finished = [name for name, folder in sets.items() if (folder / PROVENANCE).is_file()]
     if not finished:

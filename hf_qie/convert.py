@@ -11,7 +11,6 @@ Started again, it goes on where it stopped.
 Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else).
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.cli import Options, run_script, to_path
 from hf_qie.extract import TOO_MANY_BAD, check_disk, make_plan, own_tasks, push, start
-from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
+from hf_qie.recipe import InputError, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -35,10 +35,10 @@ WINDOW_ROWS = 16  # held before they are written: a row has megabytes
 
 def main(argv: list[str]) -> int:
     """Convert every task of the recipe that has data; returns the exit code."""
-    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--empty_text", type=Path, metavar="FILE")
+    parser.add_argument("--empty_text", type=to_path)
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe = replace(recipe, extract=replace(recipe.extract, latents=False))

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.recipe import load_recipe, run_script
+from hf_qie.cli import run_script
+from hf_qie.recipe import load_recipe
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,8 +37,8 @@ SHOWN = 2  # pictures in the grid
 SAMPLING = {"num_inference_steps": 12, "true_cfg_scale": 1.0}  # a third of the time; so small a model needs no more
 STAGES = {
     "data": f"hf_qie/tiny.py --kind learner --rows {ROWS} --model {FOLDER}/model --data {FOLDER}/data",
-    "extract": "-m accelerate.commands.launch hf_qie/extract.py",
-    "train": "-m accelerate.commands.launch hf_qie/train.py",
+    "extract": "-m accelerate.commands.launch -q hf_qie/extract.py",
+    "train": "-m accelerate.commands.launch -q hf_qie/train.py",
 }
 HEADS = ("source", "instruction", "before training", "after training", "target")
 # px

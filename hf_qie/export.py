@@ -16,15 +16,16 @@ model card; then it is read back and compared.
 --push_to_hub puts the folder into a model repository, private unless --public.
 """
 
-import argparse
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.recipe import InputError, run_script
+from hf_qie.cli import Options, run_script, to_path
+from hf_qie.recipe import InputError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
 
     PartialState()  # without it, what finds checkpoints cannot log
     trained = find_trained(asked.checkpoint)
+    trained.check_base()
     kind = asked.to or ("lora" if trained.recipe.trainable.lora else "merged")
     # of a checkpoint that was asked for by name, by that name
     named = kind if asked.checkpoint.resolve() == trained.output_dir.resolve() else f"{kind}-{trained.step}"
@@ -63,14 +65,14 @@ def main(argv: list[str]) -> None:
         logger.info("pushed: %s", push(output, asked.push_to_hub, message=f"Add step {trained.step:,} as {kind}"))
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def arguments(argv: list[str]) -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
-    parser.add_argument("checkpoint", type=Path)
+    parser = Options()
+    parser.add_argument("checkpoint", type=to_path)
     parser.add_argument("--to", choices=KINDS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=to_path)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME")
+    parser.add_argument("--push_to_hub")
     parser.add_argument("--public", action="store_true")
     parser.add_argument("--license")
     asked = parser.parse_args(argv)
@@ -94,7 +96,7 @@ def room_for(output: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def open_repo(asked: argparse.Namespace) -> "ModelCard | None":
+def open_repo(asked: Namespace) -> "ModelCard | None":
     """Make the model repository where there is none, before any work is done; returns the card that it has.
 
     Raises InputError where the Hub, the token, `--public` or `--license` stands against it.

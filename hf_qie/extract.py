@@ -1,6 +1,6 @@
 """RUN 1: edit pairs to embedding sets.
 
-    accelerate launch hf_qie/extract.py recipe.yaml [key.of.the.recipe=value ...]
+    accelerate launch [-q] hf_qie/extract.py recipe.yaml [key.of.the.recipe=value ...]
 
 Runs the prompt encoder and the VAE once over every task of the recipe and leaves one embedding set a task under
 extract.output_dir; open one with datasets.load_from_disk. With extract.push_to_hub the sets are then published.
@@ -20,7 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.recipe import InputError, Recipe, Task, load_recipe, run_script
+from hf_qie.cli import run_script
+from hf_qie.recipe import InputError, Recipe, Task, load_recipe
 
 if TYPE_CHECKING:
     import torch

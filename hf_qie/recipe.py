@@ -3,22 +3,19 @@
 Each section is a dataclass whose annotations are the rules, so a new key is one line here.
 """
 
-import logging
-import os
 import re
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from hf_qie.arguments import check_training, training_arguments
 from hf_qie.settings import (
     InputError,
     Misfit,
+    PathName,
     build,
     derived,
     leaves,
@@ -28,7 +25,6 @@ from hf_qie.settings import (
     unknown,
     write_yaml,
 )
-from hf_qie.storage import disk_trouble
 
 # A rule of one value: the type, what is wanted in words, and the test.
 Name = Annotated[str, "a string that is not blank", str.strip]
@@ -90,21 +86,21 @@ class Task:
     """One dataset and its part in the mix."""
 
     name: str = field(metadata=derived(lambda at, _: at.rpartition(".")[2]))
-    data: tuple[Name, ...] = ()  # files or globs, a folder of save_to_disk, or a Hub id; none: a ready set is given
+    data: tuple[PathName, ...] = ()  # files, globs, a folder of save_to_disk, or a Hub id; none: a ready set is given
     split: Name = "train"
-    image_root: Name | None = None  # relative image paths start here; null: the folder of `data`
+    image_root: PathName | None = None  # relative image paths start here; null: the folder of `data`
     weight: Weight = 1.0  # relative; 0: extracted and evaluated, not trained
     t2i: bool = False  # true: ignore sources, text-to-image
     eval_rows: Whole = 0  # hold out the last n rows of the set for evaluation
     columns: Columns = field(default_factory=Columns)
-    embeddings: Name | None = None  # a ready set: folder, `org/name` or `org/name:config`, with `@revision`
+    embeddings: PathName | None = None  # a ready set: folder, `org/name` or `org/name:config`, with `@revision`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extract:
     """Run 1: states and latents, once."""
 
-    output_dir: Name = "outputs/embeddings"
+    output_dir: PathName = "outputs/embeddings"
     batch_size: Count = 4  # rows a forward
     image_sample_size: Side = 512  # px; the target covers the area of this square, sides are multiples of 32
     source_sample_size: Side | None = None  # px, the same for sources; null: what the family's pipeline feeds its VAE
@@ -157,7 +153,7 @@ class Lora:
     alpha: Positive = 32.0  # the adapter's output is scaled by alpha / rank
     dropout: Dropout = 0.0
     target_modules: Literal["attention", "attention+mlp", "all-linear"] | Names = "attention"
-    init_from: Name | None = None  # adapters to go on from: a folder or a Hub id
+    init_from: PathName | None = None  # adapters to go on from: a folder or a Hub id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +180,7 @@ class Recipe:
     """All that both runs are told."""
 
     path: Path = field(compare=False, metadata={"key": False})  # of the file it was read from
-    model: Name = "Qwen/Qwen-Image-Edit-2509"  # Hub id, or a folder in diffusers layout
+    model: PathName = "Qwen/Qwen-Image-Edit-2509"  # Hub id, or a folder in diffusers layout
     revision: Name | None = None
     seed: Seed = 0  # the only seed
     tasks: Mapping[TaskName, Task]
@@ -205,12 +201,14 @@ LATER = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and put `a.b.c=value` overrides over it; relative paths in it start at the working directory.
+    """Read a recipe and put `a.b.c=value` overrides over it.
+
+    Paths in it may hold `~` and environment variables; relative ones start at the working directory.
 
     Raises:
         InputError: the file, an override, or a value in either is wrong; the message has its address.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         raw = read_yaml(path.read_bytes(), str(path))
     except OSError as error:
@@ -249,41 +247,6 @@ def as_dict(value: Any) -> Any:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe to the file `path`; loading it gives an equal `Recipe`."""
     path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
-
-
-SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
-
-
-def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a script's `main` on the command line; an InputError, or a disk that does not take what is written, ends it
-    with its message alone and exit status 1.
-
-    Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
-    processes on this machine, only the first one speaks, until they have each their own work.
-    """
-    argv = sys.argv[1:]
-    rank = os.environ.get("RANK", "0")
-    speaks = os.environ.get("LOCAL_RANK", rank) == "0"
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
-    logging.getLogger("hf_qie").setLevel(logging.INFO)
-    if not argv or not {"-h", "--help"}.isdisjoint(argv):
-        if speaks:
-            (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
-        sys.exit(0 if argv else 2)
-    try:
-        sys.exit(main(argv))
-    except Exception as error:
-        words = str(error) if isinstance(error, InputError) else disk_trouble(error)
-        if words is None:
-            raise
-        torch = sys.modules.get("torch")
-        if speaks:
-            sys.stderr.write(f"{words}\n")
-        elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
-            sys.stderr.write(f"rank {rank}: {words}\n")
-        else:  # the launcher ends all ranks when one ends, and the first has to speak before
-            time.sleep(SPEAK_FIRST_S)
-        sys.exit(1)
 
 
 def _check_available(recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ def run_record(
     device = arguments.device
     return {
         "commit": base_commit(recipe),
+        "started_in": str(Path.cwd()),  # where relative paths of the recipe start
         "mix": [
             {
                 "task": group.task,

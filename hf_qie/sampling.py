@@ -1,11 +1,13 @@
 """Pictures from what was trained, or from the model before training, through the official diffusers pipeline.
 
     python hf_qie/sampling.py recipe.yaml [key.of.the.recipe=value ...] --instruction "Make the sky red."
-        [--image a.png ...] --output b.png [--checkpoint FOLDER] [--seed 0] [--steps N] [--cfg 4.0]
+        [--image a.png ...] --output b.png [--checkpoint FOLDER] [--seed 0]
+        [--num_inference_steps N] [--true_cfg_scale 4.0]
 
 --image: once for each picture to edit, in their order; without one, text-to-image. --checkpoint: training.output_dir,
 which is also where it looks without one, a checkpoint-N in it, a LoRA file, a folder with a LoRA or a transformer, or
-`base`, the model as it was before training. --steps: the pipeline's own number if not given.
+`base`, the model as it was before training. --num_inference_steps (or --steps): the pipeline's own number if not
+given. --true_cfg_scale (or --cfg): 1 is no guidance.
 
 The picture has the size that the recipe trains on: its area is that of the square of extract.image_sample_size, its
 shape that of the picture to edit, of several the last. From Python:
@@ -16,7 +18,6 @@ shape that of the picture to edit, of several the last. From Python:
     sampler("Make the sky red.", images=["a.png"], seed=0).save("b.png")
 """
 
-import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.recipe import InputError, Recipe, load_recipe, run_script
+from hf_qie.cli import Options, check, run_script, to_path, wanted
+from hf_qie.recipe import Count, InputError, Recipe, Seed, Side, Weight, load_recipe
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,24 +42,25 @@ CFG_SCALE = 4.0  # of the official pipelines
 
 def main(argv: list[str]) -> None:
     """Make one picture."""
-    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--image", action="append", default=[])
+    parser.add_argument("--checkpoint", type=to_path)
+    parser.add_argument("--image", type=to_path, action="append", default=[])
     parser.add_argument("--instruction", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--cfg", type=float, default=CFG_SCALE)
+    parser.add_argument("--output", type=to_path, required=True)
+    parser.add_argument("--seed", type=wanted(Seed), default=0)
+    parser.add_argument("--num_inference_steps", "--steps", type=wanted(Count))
+    parser.add_argument("--true_cfg_scale", "--cfg", type=wanted(Weight), default=CFG_SCALE)
     given = parser.parse_intermixed_args(argv)
     recipe = load_recipe(given.recipe, given.overrides)
     check_output(given.output)
     sampler = Sampler(recipe, checkpoint=given.checkpoint)
+    options = {name: getattr(given, name) for name in ("seed", "num_inference_steps", "true_cfg_scale")}
+    sampler.check(**options)
     images = sampler.read(given.image)
     states = sampler.states(given.instruction, images)
     del sampler.encoder  # its 16 GB are free before the transformer comes
-    options = {"seed": given.seed, "num_inference_steps": given.steps, "true_cfg_scale": given.cfg}
     sampler.picture(states, images, **options).save(given.output)
     logger.info("%s", given.output)
 
@@ -92,12 +95,13 @@ class Sampler:
         from hf_qie.device import compute_dtype, own_device
         from hf_qie.embeddings import source_area
         from hf_qie.family import read_family
+        from hf_qie.trained import find_weights
 
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.family = read_family(recipe.model, revision=recipe.revision)
         self.source_area_px = source_area(self.family, recipe.extract.source_sample_size)
         self.weights = None
-        if checkpoint != BASE:
+        if str(checkpoint) != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))
         self.device = own_device()
         self.dtype = compute_dtype(recipe.extract.dtype, self.device)
@@ -109,6 +113,7 @@ class Sampler:
 
         Raises InputError, before a model is loaded, for an instruction or pictures that the pipeline cannot take.
         """
+        self.check(**options)
         pictures = self.read(images)
         return self.picture(self.states(instruction, pictures), pictures, **options)
 
@@ -153,6 +158,7 @@ class Sampler:
         """
         import torch
 
+        self.check(seed=seed, num_inference_steps=num_inference_steps, true_cfg_scale=true_cfg_scale, size=size)
         pipeline = self.pipeline if images else self.text_to_image
         width, height = size or self.size(images)
         options: dict[str, Any] = {"height": height, "width": width, "true_cfg_scale": true_cfg_scale}
@@ -168,6 +174,25 @@ class Sampler:
             return pipeline(max_sequence_length=1024, **options).images[0]
         with sources_at(self.source_area_px):
             return pipeline(image=images[0] if self.family.one_resize else list(images), **options).images[0]
+
+    def check(
+        self,
+        *,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        true_cfg_scale: float = CFG_SCALE,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Raise InputError for options of `picture` that the pipeline cannot take, before a model is loaded."""
+        from hf_qie.family import check_steps
+
+        check(seed, Seed, "seed")
+        check(true_cfg_scale, Weight, "true_cfg_scale")
+        if num_inference_steps is not None:
+            check(num_inference_steps, Count, "num_inference_steps")
+            check_steps(num_inference_steps, self.recipe, "num_inference_steps")
+        for side_px in size or ():
+            check(side_px, Side, "size")
 
     def size(self, images: "Sequence[Image.Image]") -> tuple[int, int]:
         """(width, height) in pixels of what `images` become: the recipe's area, the shape of the pipeline's choice."""
@@ -251,34 +276,6 @@ class Sampler:
         pipeline = diffusers.QwenImagePipeline(**parts)
         pipeline.set_progress_bar_config(disable=None)
         return pipeline
-
-
-def find_weights(checkpoint: Path) -> Path:
-    """A LoRA file, or the folder of a whole transformer, by what `--checkpoint` may be; raises InputError."""
-    from accelerate import PartialState
-
-    from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
-    from hf_qie.trained import find_trained
-
-    PartialState()  # without it, what finds checkpoints cannot log
-    if not checkpoint.exists():
-        raise InputError(
-            f"--checkpoint: there is no {checkpoint}; train first, name what was trained, or `{BASE}` for the model "
-            "before training"
-        )
-    if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
-        return checkpoint
-    if (checkpoint / "recipe.yaml").is_file():  # a run, which may have ended, been stopped, or gone on since
-        checkpoint = find_trained(checkpoint).folder
-    if (checkpoint / LORA_FILE).is_file():
-        return checkpoint / LORA_FILE
-    for folder in (checkpoint / TRANSFORMER_FOLDER, checkpoint):
-        if (folder / "config.json").is_file():
-            return folder
-    raise InputError(
-        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/; what is sharded becomes "
-        f"one by python hf_qie/export.py {checkpoint}"
-    )
 
 
 def load_lora(pipeline: Any, path: Path) -> None:

@@ -2,7 +2,8 @@
 
     batch_size: Annotated[int, "an integer of at least 1", lambda n: n >= 1] = 4
 
-is a key with its type, what is wanted in words, the test and the default; `build` walks such annotations. A field
+is a key with its type, what is wanted in words, the test and the default; `build` walks such annotations. A function
+after the test, as `expanded` of a path, makes the value that is tested and kept from the one in the file. A field
 with metadata is no key of the file: `derived` says how it follows from the keys beside it. Scalars are those of YAML
 1.2's core schema: `1e-4` is a number; `no`, `on`, dates and `1_000` are strings.
 """
@@ -10,6 +11,7 @@ with metadata is no key of the file: `derived` says how it follows from the keys
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -46,13 +48,30 @@ def build(section: type, given: Mapping[str, Any], at: str = "", **known: Any) -
             raise Misfit(join(at, key), unknown(key, keys))
     for key, rule in keys.items():
         if key in given:
-            known[key] = _take(given[key], rule.type, join(at, key))
+            known[key] = take(given[key], rule.type, join(at, key))
         elif rule.default is MISSING and rule.default_factory is MISSING:
             raise Misfit(join(at, key), f"missing, wanted {words(rule.type)}")
     for rule in fields(section):
         if "derived" in rule.metadata:
             known[rule.name] = rule.metadata["derived"](at, known)
     return section(**known)
+
+
+def expanded(path: str) -> str:
+    """`path` with `~` and environment variables replaced; raises ValueError for one that is not set.
+
+    A path that went through has none left, so that a saved recipe reads back as it is.
+    """
+    full = os.path.expanduser(os.path.expandvars(path))
+    if left := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"the environment variable {left[1].strip('{}')} is not set; set it, or write the path out")
+    if full.startswith("~"):
+        user = full.partition("/")[0]
+        raise ValueError(f"{user} is not the home of a user; write ./{user} for a file or folder of that name")
+    return full
+
+
+PathName = Annotated[str, "a string that is not blank", str.strip, expanded]  # every key that may be a path is one
 
 
 def leaves(section: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -68,8 +87,12 @@ def leaves(section: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield here, value, rule.default
 
 
-def _take(value: Any, kind: Any, at: str, wanted: str = "") -> Any:
-    """`value`, from YAML, as the annotation `kind` wants it: lists become tuples, mappings read-only."""
+def take(value: Any, kind: Any, at: str, wanted: str = "") -> Any:
+    """`value`, as YAML gives it, as the annotation `kind` wants it: lists become tuples, mappings read-only.
+
+    Raises:
+        Misfit: it is not what the annotation wants.
+    """
     wanted = wanted or words(kind)
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and value is None:
@@ -79,19 +102,24 @@ def _take(value: Any, kind: Any, at: str, wanted: str = "") -> Any:
     if origin in (Union, UnionType):
         for option in inner:
             if fits(value, option):
-                return _take(value, option, at, wanted)
+                return take(value, option, at, wanted)
     elif origin is Annotated:
-        taken = _take(value, inner[0], at, wanted)
+        taken = take(value, inner[0], at, wanted)
+        for convert in inner[3:]:
+            try:
+                taken = convert(taken)
+            except ValueError as error:
+                raise Misfit(at, f"got {show(value)}: {error}") from None
         if inner[2](taken):
             return taken
     elif fits(value, kind):
         if is_dataclass(kind):
             return build(kind, value, at)
         if origin is tuple:
-            return tuple(_take(item, inner[0], f"{at}[{i}]") for i, item in enumerate(value))
+            return tuple(take(item, inner[0], f"{at}[{i}]") for i, item in enumerate(value))
         if origin is Mapping:
             pairs = ((key, item, join(at, key)) for key, item in value.items())
-            return MappingProxyType({_take(k, inner[0], here): _take(v, inner[1], here) for k, v, here in pairs})
+            return MappingProxyType({take(k, inner[0], here): take(v, inner[1], here) for k, v, here in pairs})
         return float(value) if kind is float else value
     raise Misfit(at, f"got {show(value)}, wanted {wanted}")
 
@@ -148,7 +176,7 @@ def words(kind: Any) -> str:
 
 def show(value: Any) -> str:
     """A value in a message: as YAML has it, cut to a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -202,7 +230,7 @@ def write_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema and nothing else: no dates, no merge keys, no tags of Python; no key twice."""
+    """The core schema and merge keys (`<<: *other`), and nothing else: no dates, no tags of Python; no key twice."""
 
     yaml_implicit_resolvers: ClassVar = {}
     yaml_constructors: ClassVar = {}
@@ -213,8 +241,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping, lines = {}, {}
+    mapping, lines, merged = {}, {}, {}
     for key_node, value_node in node.value:
+        if key_node.value == "<<" and key_node.style is None:  # a key that stands here itself goes first
+            merged = _merged(loader, value_node) | merged
+            continue
         key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem=f"got {show(key)} as a key, wanted a word or number", problem_mark=mark)
@@ -222,7 +253,17 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             problem = f"key {show(key)} again, it is in line {lines[key]} already"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         mapping[key], lines[key] = loader.construct_object(value_node, deep=True), mark.line + 1
-    return mapping
+    return {**merged, **mapping}
+
+
+def _merged(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
+    """What a merge key brings: a mapping, or several, of which the first that has a key gives its value."""
+    mappings = loader.construct_object(node, deep=True)
+    mappings = mappings if isinstance(mappings, list) else [mappings]
+    if not all(isinstance(one, dict) for one in mappings):
+        problem = f"got <<: {show(mappings)}, wanted an alias of a mapping, as <<: *name, or a list of them"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return {key: value for one in reversed(mappings) for key, value in one.items()}
 
 
 def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:

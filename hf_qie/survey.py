@@ -21,7 +21,9 @@ from hf_qie.rows import BadRow
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind that are told; all are in the file
-KINDS = ("bad row", "source equals target", "duplicate", "no caption")
+KINDS = ("bad row", "source equals target", "duplicate", "no caption", "other aspect", "small image")
+ASPECT = 0.01  # how far the aspect of a target may be from that of its last source
+SMALL = 0.5  # of the side of extract.image_sample_size; an image with less is blown up to more than twice its size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,17 @@ class Survey:
             note("duplicate", reason, column=columns.target, path=row["target"])
         if not any(captions):
             note("no caption", "trains on extract.drop_caption alone", column=" or ".join(columns.captions))
+        if look.sources and (apart := aspect_difference(look.sources[-1].size, look.target.size)) > ASPECT:
+            sizes = [f"{width} x {height}" for width, height in (look.target.size, look.sources[-1].size)]
+            reason = f"{sizes[0]} px, its aspect is {apart:.1%} off that of the last source, {sizes[1]} px"
+            note("other aspect", reason, column=columns.target, path=row["target"])
+        of_row = zip((*row["sources"], row["target"]), (*look.sources, look.target), strict=True)
+        for place, (path, image) in enumerate(of_row):
+            if math.prod(image.size) < SMALL**2 * self.plan.target_area_px:
+                side = self.plan.extract.image_sample_size
+                reason = f"{image.size[0]} x {image.size[1]} px, less than half of extract.image_sample_size, {side}"
+                column = columns.target if place == len(look.sources) else columns.sources
+                note("small image", reason, column=column, path=path)
 
     def found(self, kind: str) -> list[Finding]:
         """Findings of one kind, in the order of rows."""
@@ -143,6 +156,12 @@ def shape_columns(look: Outlook) -> dict[str, Any]:
     columns["inverse_image_embeds"] = [] if look.inverse else None
     columns["inverse_target_grid"], columns["inverse_source_grids"] = grids(look.inverse)
     return columns
+
+
+def aspect_difference(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """By which part the larger ratio of width to height is above the smaller one; both are (width, height)."""
+    ratio = one[0] * other[1] / (one[1] * other[0])
+    return max(ratio, 1 / ratio) - 1
 
 
 def same_picture(one: Header, other: Header) -> bool:

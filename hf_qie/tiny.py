@@ -1,17 +1,17 @@
 """A tiny checkpoint for the demo and the tests: real classes and layout, random weights, nothing downloaded.
 
-    python hf_qie/tiny.py --model outputs/tiny --kind edit_plus --data outputs/shapes --rows 64
+    python hf_qie/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
 
-The checkpoint loads in the official diffusers pipeline of its kind; `--data` writes synthetic edits to go with it. Its
+--model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
+edit_plus_2511, edit, text_to_image, learner). --data: the folder for synthetic edits, --rows of each task. The
 VAE is trained (hf_qie/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
 """
 
-import argparse
 import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,10 +36,12 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
+from hf_qie.cli import Options, run_script, to_path, wanted
+from hf_qie.recipe import Count
 from hf_qie.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
 from hf_qie.tiny_vae import tiny_vae
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_qie.tiny")
 
 KINDS = {
     "edit_plus": QwenImageEditPlusPipeline,  # like Qwen-Image-Edit-2509
@@ -210,13 +212,13 @@ def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> 
     return folder
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Build what the command line asks for and log where it lies."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="write a tiny checkpoint here")
+    parser = Options()
+    parser.add_argument("--model", type=to_path)
     parser.add_argument("--kind", choices=KINDS, default="edit_plus")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="write synthetic edits here")
-    parser.add_argument("--rows", type=int, default=64, help="rows of each task (default: 64)")
+    parser.add_argument("--data", type=to_path)
+    parser.add_argument("--rows", type=wanted(Count), default=64)
     args = parser.parse_args(argv)
     disable_progress_bar()  # a bar for one file of a megabyte
     if args.model:
@@ -228,5 +230,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    main()
+    run_script(main)

@@ -1,17 +1,15 @@
 """The VAE of the tiny checkpoints: trained once on synthetic pictures, so that what a tiny model learns can be seen.
 
-    python hf_qie/tiny_vae.py
+    python hf_qie/tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
 makes hf_qie/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D convolution
 the slice that a single picture meets, as float16, with the mean and std of the latents, and the command that made it.
 """
 
-import argparse
 import json
 import logging
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
+from hf_qie.cli import Options, run_script, wanted
+from hf_qie.recipe import Count, Positive, Seed
 from hf_qie.shapes import draw, random_scene
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_qie.tiny_vae")
 
 FILE = Path(__file__).with_name("tiny_vae.safetensors")
 CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
@@ -138,17 +138,17 @@ def tiny_vae() -> AutoencoderKLQwenImage:
     return vae
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """Train, save, and log the PSNR of held-out pictures as the file gives it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Options()
+    parser.add_argument("--steps", type=wanted(Count), default=9000)
+    parser.add_argument("--batch_size", type=wanted(Count), default=8)
+    parser.add_argument("--learning_rate", type=wanted(Positive), default=2e-3)
+    parser.add_argument("--seed", type=wanted(Seed), default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     vae = train(**vars(args))
-    command = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items())
+    command = " ".join(f"--{key} {value}" for key, value in vars(args).items())
     save(vae, made_by={"command": f"python hf_qie/tiny_vae.py {command}", "torch": torch.__version__})
     vae, held_out = tiny_vae(), pictures(HELD_OUT, range(64))
     with torch.no_grad():
@@ -157,5 +157,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    main()
+    run_script(main)

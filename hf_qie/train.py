@@ -1,6 +1,6 @@
 """RUN 2: embedding sets to LoRA weights, or to a fine-tuned transformer.
 
-    accelerate launch hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
+    accelerate launch [-q] hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
 Trains on the sets that hf_qie/extract.py left, without the prompt encoder in memory, and without the VAE unless a set
 has no latents (extract.latents: false) or pictures are made on the way (sampling.every). What trained lands in
@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.cli import run_script
 from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
-from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, run_script, save_recipe
+from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, save_recipe
 from hf_qie.settings import leaves
 from hf_qie.storage import prove_writable
 
@@ -60,9 +61,11 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     Raises InputError where one is missing or does not fit.
     """
     from hf_qie.embeddings import check_compat, checkpoint_compat, matrix_width, unverified
-    from hf_qie.family import read_config, read_family
+    from hf_qie.family import check_steps, read_config, read_family
     from hf_qie.sets import open_embeddings
 
+    if recipe.sampling.every:
+        check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     opened = {
         name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
         for name, task in recipe.tasks.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -55,6 +56,15 @@ class Trained:
         """The checkpoint that was taken for the best in the end, if these are the weights of such a one."""
         wanted = self.recipe.training.get("load_best_model_at_end", False)
         return self.state.get("best_model_checkpoint") if wanted and self.folder == self.output_dir else None
+
+    def check_base(self) -> None:
+        """Raise InputError where the run started from a folder that is no longer there."""
+        model, record = self.recipe.model, self.record
+        if "started_in" in record and not record["commit"] and not Path(model).is_dir():
+            raise InputError(
+                f"{self.output_dir / 'recipe.yaml'}: model: {model!r} is not found from {record['started_in']}, where "
+                f"training was started, nor from {Path.cwd()}; put it there, or write its present path into that file"
+            )
 
     @cached_property
     def adapters(self) -> "Adapters | None":
@@ -126,6 +136,8 @@ def find_trained(path: Path) -> Trained:
         raise InputError(f"{folder}: the checkpoint is not whole, {reason}; export {output_dir}, or another one of it")
     recipe = load_recipe(output_dir / "recipe.yaml")
     record = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
+    if (base := Path(record.get("started_in", ""), recipe.model)).is_dir():
+        recipe = replace(recipe, model=str(base))
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
         recipe = replace(recipe, revision=record["commit"])
     wanted = [LORA_FILE] if recipe.trainable.lora else [TRANSFORMER_FOLDER, MODEL_FOLDER]
@@ -137,6 +149,29 @@ def find_trained(path: Path) -> Trained:
         recipe=recipe,
         state=read_state(folder),
         record=record,
+    )
+
+
+def find_weights(checkpoint: Path) -> Path:
+    """A LoRA file, or the folder of a whole transformer, by what `--checkpoint` may be; raises InputError."""
+    PartialState()  # without it, what finds checkpoints cannot log
+    if not checkpoint.exists():
+        raise InputError(
+            f"--checkpoint: there is no {checkpoint}; train first, name what was trained, or `base` for the model "
+            "before training"
+        )
+    if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
+        return checkpoint
+    if (checkpoint / "recipe.yaml").is_file():  # a run, which may have ended, been stopped, or gone on since
+        checkpoint = find_trained(checkpoint).folder
+    if (checkpoint / LORA_FILE).is_file():
+        return checkpoint / LORA_FILE
+    for folder in (checkpoint / TRANSFORMER_FOLDER, checkpoint):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(
+        f"--checkpoint: {checkpoint} has no {LORA_FILE} and no folder {TRANSFORMER_FOLDER}/; what is sharded becomes "
+        f"one by python hf_qie/export.py {checkpoint}"
     )
 
 

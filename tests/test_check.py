@@ -1,5 +1,6 @@
 """RUN 0: what it tells of a task's rows, and where it stops."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -98,6 +99,10 @@ def test_each_odd_row_is_found_with_its_reason(found):
     assert told["duplicate"] == {(1, "target_image", "blue.png"): "sources, target and captions of row 0"}
     assert set(told["source equals target"]) == {(2, "source_image", "red.png"), (3, "source_image", "red.png")}
     assert [row for row, *_ in told["no caption"]] == [9]
+    square = "64 x 128 px, its aspect is 300.0% off that of the last source, 128 x 64 px"
+    # with several sources it is the last one, whose shape the pipeline takes
+    assert told["other aspect"] == {(row, "target_image", "blue.png"): square for row in (0, 1, 9)}
+    assert told["small image"] == {}
 
 
 def test_sizes_are_those_of_the_good_rows(found):
@@ -128,12 +133,31 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
     assert out.startswith("odd: 12 rows\n")
     assert told["sources of a row"] == "1 with 0, 10 with 1, 1 with 2"
     assert told["shapes"] == "4; 28.6% of the draws from shapes of fewer rows than a cell, 2"
-    assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1"]
+    assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0"]
     assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
     folder = odd.parent / "sets" / check.FIRST_LOOK
     assert f"bad row: and 2 more, all in {folder / 'odd.jsonl'}\n" in out
     rows = [json.loads(line)["row"] for line in (folder / "odd.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert rows == [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
+
+
+def test_another_aspect_and_an_image_far_too_small_are_found(tmp_path, checkpoint):
+    sizes = {"wide": (200, 199), "wider": (102, 100), "square": (100, 100), "small": (31, 31), "enough": (32, 32)}
+    for name, size in sizes.items():
+        picture(tmp_path / f"{name}.png", size)
+    pairs = [("wide", "square"), ("wider", "square"), ("square", "wider"), ("small", "enough"), ("enough", "small")]
+    rows = [{"source_image": f"{one}.png", "target_image": f"{other}.png", "instruction": "a"} for one, other in pairs]
+    rows.append({"source_image": ["square.png", "wider.png"], "target_image": "wider.png", "instruction": "a"})
+    plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"sized": rows}), tmp_path / "mapped")
+    found = survey(plans["sized"], processor, width=WIDTH, progress=lambda rows: None)
+    aspects, small = (found.found(kind) for kind in ("other aspect", "small image"))
+    assert [one.row for one in aspects] == [1, 2]
+    assert aspects[0].reason == "100 x 100 px, its aspect is 2.0% off that of the last source, 102 x 100 px"
+    told = "31 x 31 px, less than half of extract.image_sample_size, 64"
+    assert [(one.row, one.column, one.reason) for one in small] == [
+        (3, "source_image", told),
+        (4, "target_image", told),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +220,25 @@ def test_extraction_stops_before_a_model_is_loaded(odd, monkeypatch):
     assert not (odd.parent / "sets").exists()
 
 
+def test_a_look_may_be_taken_from_a_notebook(extracted, capsys):
+    async def cell():
+        check.main([str(extracted)])
+
+    asyncio.run(cell())
+    assert capsys.readouterr().out.startswith("edit: 6 rows")
+
+
 def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
     check.main([str(extracted)])
     assert ": about 0 bytes to write (0.0 MB)" in capsys.readouterr().out
+
+
+def test_one_step_of_sampling_is_refused_where_the_scheduler_has_none(odd):
+    with pytest.raises(
+        InputError, match=r"^sampling.num_inference_steps: got 1, wanted at least 2: the scheduler of "
+    ):
+        check.main([str(odd), "sampling.num_inference_steps=1"])
 
 
 def test_without_a_finished_set_there_is_nothing_to_verify(odd):

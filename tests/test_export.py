@@ -1,9 +1,11 @@
 """What others load is what was trained: every form, of every kind of checkpoint, to the last bit or to rounding."""
 
+import asyncio
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -258,6 +260,29 @@ def test_the_base_is_of_the_commit_that_the_run_recorded(done, tmp_path):
     (run / "run.json").write_text(json.dumps(record))
     assert find_trained(run).recipe.revision == "0123abcd"
     assert find_trained(done / "lora" / "alone").recipe.revision is None  # a base that is a folder has no commit
+
+
+def test_a_relative_base_is_looked_for_where_training_was_started(done, tiny, tmp_path, monkeypatch):
+    """In another folder, and under a running event loop, as in a notebook."""
+    run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
+    record, recipe = json.loads((run / "run.json").read_text()), (run / "recipe.yaml").read_text()
+    assert record["started_in"] == str(Path.cwd())
+    (run / "run.json").write_text(json.dumps(record | {"started_in": str(tmp_path / "project")}))
+    assert f"model: {tiny()}\n" in recipe
+    (run / "recipe.yaml").write_text(recipe.replace(f"model: {tiny()}\n", "model: checkpoints/base\n"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    told = f"{run}/recipe.yaml: model: 'checkpoints/base' is not found from {tmp_path}/project, where training was "
+    with pytest.raises(InputError, match=rf"^{re.escape(told)}started, nor from {tmp_path}/elsewhere; "):
+        export.main([str(run)])
+    (tmp_path / "project" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "project" / "checkpoints" / "base").symlink_to(tiny())
+
+    async def cell():
+        export.main([str(run), "--to", "merged"])
+
+    asyncio.run(cell())
+    assert (run / "export" / "merged" / "config.json").is_file()
 
 
 def test_a_lora_without_its_alpha_is_refused(done, tmp_path):

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "settings arguments storage recipe launcher device durable alive family fetch textfiles tables records captions "
-    "rows images prompts encoder "
+    "settings arguments storage recipe cli launcher device durable alive family fetch textfiles tables records "
+    "captions rows images prompts encoder "
     "latents embeddings columns sets cards public publish prepare estimate batches accounts chunks unfinished "
     "extract foreign convert mix pictures loader collate flow losses noise_chart loss_chart flops watch evaluation "
     "fsdp model footprint objective lettering callbacks checkpoints shards trainer recorded train trained formats "

@@ -24,7 +24,7 @@ ELSEWHERE = {"hf_qie/convert.py": "test_convert.py"}  # a script whose line is r
 SHORTER = {
     "hf_qie/tiny.py": ["--rows", "8"],
     "hf_qie/train.py": ["training.max_steps=10"],
-    "hf_qie/sampling.py": ["--steps", "2"],
+    "hf_qie/sampling.py": ["--num_inference_steps", "2"],
 }
 
 

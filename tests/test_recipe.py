@@ -1,22 +1,21 @@
 """The recipe: what it accepts, what each mistake is told, and that all of it shows before torch is imported."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
-import time
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from typing import get_args
 
 import pytest
 
+from hf_qie.arguments import PATHS, training_arguments
 from hf_qie.recipe import (
     LATER,
-    SPEAK_FIRST_S,
     Columns,
     InputError,
     Lora,
+    Name,
+    PathName,
     Recipe,
     Task,
     as_dict,
@@ -169,6 +168,22 @@ def test_a_bad_value_is_named_by_file_and_address(write, text):
     assert message(write(text)) == f"lora.yaml: {BAD_FILES[text]}"
 
 
+def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
+    recipe = load_recipe(
+        write("""
+        tasks:
+          a: &a {data: x, weight: 2, columns: {target: out}}
+          b: {data: y, <<: *a}
+          c: {<<: [{weight: 3}, *a], split: test}
+          d: *a
+        """),
+        ["tasks.b.columns.target=other"],
+    )
+    told = [(task.data[0], task.weight, task.columns.target, task.split) for task in recipe.tasks.values()]
+    assert told[:2] == [("x", 2.0, "out", "train"), ("y", 2.0, "other", "train")]
+    assert told[2:] == [("x", 3.0, "out", "test"), ("x", 2.0, "out", "train")]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -185,6 +200,15 @@ def test_a_bad_value_is_named_by_file_and_address(write, text):
         (
             "seed: !!python/name:os.x a\n",
             "lora.yaml, line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.x'",
+        ),
+        (
+            "a: &a [1]\nb: {<<: *a}\n",
+            "lora.yaml, line 1: got <<: [1], wanted an alias of a mapping, as <<: *name, or a list of them",
+        ),
+        (
+            '{"<<": 1}',
+            "lora.yaml: <<: unknown key, known here: model, revision, seed, tasks, extract, mix, loss, "
+            "trainable, sampling, training",
         ),
         ("seed: !!int x\n", "lora.yaml: invalid literal for int() with base 10: 'x'"),
     ],
@@ -217,6 +241,99 @@ def test_a_file_that_is_not_utf8_is_refused(write):
 def test_a_missing_file_says_what_comes_first(write):
     told = "No such file or directory; wanted a recipe, then overrides a.b.c=value"
     assert message("seed=1") == f"seed=1: {told}"
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+WITH_PATHS = """
+model: $MODELS/edit
+tasks:
+  a: {data: ["~/a/*.jsonl", "${DATA}/b.jsonl"], image_root: $DATA}
+  b: {data: ~/c.jsonl, embeddings: ~/sets/b}
+extract: {output_dir: ~/out/emb}
+trainable: {lora: {init_from: $MODELS/lora}}
+training: {output_dir: ~/run}
+"""
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Where the variables of WITH_PATHS lead."""
+    for name, value in {"HOME": "/home/me", "DATA": "~/data", "MODELS": "/models"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+
+def test_home_and_variables_are_replaced_in_every_key_that_is_a_path(write, environment, tmp_path):
+    recipe = load_recipe(write(WITH_PATHS))
+    a, b = recipe.tasks.values()
+    assert recipe.model == "/models/edit"
+    assert (a.data, a.image_root) == (("/home/me/a/*.jsonl", "/home/me/data/b.jsonl"), "/home/me/data")
+    assert (b.data, b.embeddings) == (("/home/me/c.jsonl",), "/home/me/sets/b")
+    assert (recipe.extract.output_dir, recipe.trainable.lora.init_from) == ("/home/me/out/emb", "/models/lora")
+    assert recipe.training["output_dir"] == "/home/me/run"
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert not {"~", "$"} & set((tmp_path / "saved.yaml").read_text())
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_an_override_and_the_recipe_itself_may_begin_at_home(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(GOOD)
+    recipe = load_recipe("~/lora.yaml", ["extract.output_dir=~/sets", "training.output_dir=~/run"])
+    assert (recipe.extract.output_dir, recipe.training["output_dir"]) == (f"{tmp_path}/sets", f"{tmp_path}/run")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("$NOWHERE/x", "the environment variable NOWHERE is not set; set it, or write the path out"),
+        ("a/${NOWHERE}", "the environment variable NOWHERE is not set; set it, or write the path out"),
+        ("$TWICE", "the environment variable NOWHERE is not set; set it, or write the path out"),
+        ("~nobody1/x", "~nobody1 is not the home of a user; write ./~nobody1 for a file or folder of that name"),
+    ],
+)
+def test_a_path_that_leads_nowhere_names_the_variable(write, environment, monkeypatch, path, told):
+    monkeypatch.setenv("TWICE", "$NOWHERE")  # it would be another path each time that the recipe is read
+    for key in ("tasks.portraits.data", "extract.output_dir", "training.output_dir", "model"):
+        override = f"{key}={path}"
+        told_of = f"lora.yaml: override {override!r}: {key}{'[0]' * key.endswith('data')}: "
+        assert message(write(GOOD), override) == f'{told_of}got "{path}": {told}'
+
+
+def test_a_name_with_a_dollar_or_tilde_inside_stays_as_it_is(write):
+    assert load_recipe(write(GOOD), ["tasks.portraits.data=[a$, 'b[$]c.jsonl', ./~d]"]).tasks["portraits"].data == (
+        "a$",
+        "b[$]c.jsonl",
+        "./~d",
+    )
+
+
+# Keys that take any string; one more has to be put here, or be a PathName.
+NO_PATHS = {"revision", "split", "license", "sources", "target", "captions", "inverse_captions", "caption_weights"}
+NO_PATHS |= {"modules", "low_lr_modules", "target_modules"}
+
+
+def takes(kind, rule) -> bool:
+    """Whether an annotation is `rule`, or is made of it."""
+    return kind is rule or any(takes(part, rule) for part in get_args(kind) if part not in ((), ...))
+
+
+def keys_of(section) -> list:
+    """Every key of a section and of the sections in it."""
+    keys = [key for key in fields(section) if not key.metadata]
+    inner = [part for key in keys for part in (key.type, *get_args(key.type)) if is_dataclass(part)]
+    return keys + [key for part in inner for key in keys_of(part)]
+
+
+def test_a_key_that_takes_any_string_is_a_path_or_says_that_it_is_none():
+    keys = keys_of(Recipe)
+    assert {key.name for key in keys if takes(key.type, PathName)} == {
+        *("model", "data", "image_root", "embeddings", "output_dir", "init_from"),
+    }
+    assert {key.name for key in keys if takes(key.type, Name)} == NO_PATHS
+    theirs = {name for name, (kind, _) in training_arguments().items() if takes(kind, str)}
+    assert {name for name in theirs if re.search("dir|path|file|folder|_checkpoint$", name)} == PATHS
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
@@ -368,90 +485,3 @@ def test_every_recipe_of_the_repository_is_one(root):
     assert len(paths) >= 2
     for path in paths:
         load_recipe(path)
-
-
-# --- scripts ---------------------------------------------------------------------------------------------------------
-
-SCRIPT = '''"""Count the tasks.
-
-    count.py recipe.yaml
-"""
-import sys
-
-from hf_qie.recipe import load_recipe, run_script
-
-
-def main(argv):
-    if argv[0] == "bug":
-        raise ValueError("a bug")
-    recipe = load_recipe(argv[0], argv[1:])
-    heavy = {"torch", "transformers", "datasets", "numpy"} & set(sys.modules)
-    print(len(recipe.tasks), sorted(heavy))
-    return 3
-
-
-if __name__ == "__main__":
-    run_script(main)
-'''
-
-
-@pytest.fixture
-def script(write, tmp_path):
-    """Run a script in a process of its own, as a launcher does."""
-    write(GOOD)
-    (tmp_path / "count.py").write_text(SCRIPT)
-
-    def run(*argv: str, **ranks: str) -> subprocess.CompletedProcess:
-        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
-        command = [sys.executable, "count.py", *argv]
-        return subprocess.run(command, env=environment | ranks, capture_output=True, text=True, check=False)
-
-    return run
-
-
-def test_reading_a_recipe_imports_nothing_heavy_and_main_gives_the_exit_status(script):
-    done = script("lora.yaml")
-    assert (done.stdout, done.stderr, done.returncode) == ("1 []\n", "", 3)
-
-
-def test_a_bad_recipe_is_refused_in_two_seconds_without_a_traceback(script):
-    start = time.perf_counter()
-    done = script("lora.yaml", "seed=x")
-    assert time.perf_counter() - start < 2  # importing torch alone takes longer
-    told = "lora.yaml: override 'seed=x': seed: got \"x\", wanted an integer from 0 to 4294967295\n"
-    assert (done.stdout, done.stderr, done.returncode) == ("", told, 1)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "speaks"),
-    [
-        ({"RANK": "0"}, True),
-        ({"RANK": "4", "LOCAL_RANK": "0"}, True),
-        ({"RANK": "5", "LOCAL_RANK": "1"}, False),
-    ],
-)
-def test_only_the_first_process_of_a_machine_speaks_and_the_others_give_it_time(script, ranks, speaks):
-    start = time.perf_counter()
-    done = script("lora.yaml", "seed=x", **ranks)
-    assert (bool(done.stderr), done.returncode) == (speaks, 1)
-    # a launcher ends all of them when the first one ends
-    assert speaks or time.perf_counter() - start > SPEAK_FIRST_S
-
-
-def test_any_other_error_keeps_its_traceback(script):
-    done = script("bug")
-    assert "Traceback" in done.stderr
-    assert done.stderr.endswith("ValueError: a bug\n")
-    assert done.returncode == 1
-
-
-def test_help_is_the_docstring_of_the_script(script):
-    done = script("--help")
-    assert done.stdout.startswith("Count the tasks.\n")
-    assert done.returncode == 0
-
-
-def test_no_arguments_are_answered_with_the_docstring_as_an_error(script):
-    done = script()
-    assert (done.stdout, done.returncode) == ("", 2)
-    assert done.stderr.startswith("Count the tasks.\n")

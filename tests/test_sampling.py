@@ -3,9 +3,11 @@
 Latents to 1e-4: prompt states differ by 1e-6 in float32, as one pass serves two captions, and guidance multiplies it.
 """
 
+import asyncio
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -253,6 +255,15 @@ def test_every_way_to_name_what_was_trained_finds_it(runs, tmp_path, kind):
     assert made.isdisjoint({Sampler(recipe, checkpoint=run / "checkpoint-1")("A red boat", **QUICK).tobytes()})
 
 
+def test_a_sampler_may_be_called_from_a_notebook(tiny, recipe_of):
+    async def cell():
+        return Sampler(recipe_of(tiny("text_to_image"), "extract.image_sample_size=64"), checkpoint="base")(
+            "A", **QUICK
+        )
+
+    assert asyncio.run(cell()).size == (64, 64)
+
+
 def test_states_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
     recipe = recipe_of(tiny(), SMALL_SOURCES)
     sampler = Sampler(recipe, checkpoint="base")
@@ -313,6 +324,43 @@ def test_a_lora_that_is_not_of_this_model_is_refused(runs, tiny, recipe_of, tmp_
         Sampler(recipe_of(tiny()), checkpoint=tmp_path / "peft.safetensors")("A red boat", **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_inference_steps": 1}, "num_inference_steps: got 1, wanted at least 2: the scheduler of "),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0, wanted an integer of at least 1"),
+        ({"num_inference_steps": -1}, "num_inference_steps: got -1, wanted an integer of at least 1"),
+        ({"true_cfg_scale": float("nan")}, "true_cfg_scale: got NaN, wanted a number of at least 0"),
+        ({"true_cfg_scale": "4"}, 'true_cfg_scale: got "4", wanted a number of at least 0'),
+        ({"seed": 2**64}, "seed: got 18446744073709551616, wanted an integer from 0 to 4294967295"),
+        ({"size": (0, 64)}, "size: got 0, wanted an integer of at least 64"),
+    ],
+)
+def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(
+    tiny, recipe_of, tmp_path, pictures, options, told
+):
+    sampler = Sampler(recipe_of(weightless(tiny(), tmp_path / "weightless")), checkpoint="base")
+    with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
+        sampler(INSTRUCTION, images=pictures[:1], **options)
+    with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
+        sampler.picture(None, [], **options)
+
+
+def test_the_script_tells_of_one_step_before_a_model_loads(tiny, recipe_of, tmp_path):
+    recipe = recipe_of(weightless(tiny(), tmp_path / "weightless"))
+    more = ["--instruction", "x", "--output", str(tmp_path / "o.png"), "--checkpoint", "base", "--steps", "1"]
+    with pytest.raises(InputError, match=r"^num_inference_steps: got 1, wanted at least 2"):
+        main([str(recipe.path), *more])
+
+
+def test_one_step_is_enough_where_the_scheduler_has_no_terminal(tiny, recipe_of, tmp_path):
+    model = shutil.copytree(tiny("text_to_image"), tmp_path / "model")
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"shift_terminal": None}))
+    sampler = Sampler(recipe_of(model, "extract.image_sample_size=64"), checkpoint="base")
+    assert np.asarray(sampler("A red boat", num_inference_steps=1, true_cfg_scale=1.0)).std() > 0
+
+
 @pytest.mark.parametrize("output", ["out", "out.txt", "missing/out.png"])
 def test_an_output_that_could_not_be_saved_is_told_first(tiny, recipe_of, tmp_path, output):
     recipe = recipe_of(weightless(tiny(), tmp_path / "weightless"))
@@ -332,7 +380,7 @@ def start(root: Path, *arguments: object) -> subprocess.CompletedProcess:
 def test_the_script_edits_two_pictures(root, runs, pictures, tmp_path):
     recipe = runs / "lora" / "recipe.yaml"
     images = [part for path in pictures[:2] for part in ("--image", path)]
-    more = ["--instruction", INSTRUCTION, "--output", tmp_path / "out.png", "--seed", 3, "--steps", 2]
+    more = ["--instruction", INSTRUCTION, "--output", tmp_path / "out.png", "--seed", 3, "--num_inference_steps", 2]
     done = start(root, recipe, *SMALL, SMALL_SOURCES, *images, *more)
     assert done.returncode == 0, done.stderr
     sampler = Sampler(load_recipe(recipe, [*SMALL, SMALL_SOURCES]))

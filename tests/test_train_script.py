@@ -53,7 +53,7 @@ def start_two_machines(root: Path, *arguments: object) -> list[str]:
 def test_help_is_the_docstring(root):
     done = start(root, "--help")
     assert done.returncode == 0
-    assert "accelerate launch hf_qie/train.py recipe.yaml" in done.stdout
+    assert "accelerate launch [-q] hf_qie/train.py recipe.yaml" in done.stdout
 
 
 def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_path):

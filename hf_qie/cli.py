@@ -1,0 +1,105 @@
+"""What the scripts share: how a command line is read, and how a run ends that cannot go on.
+
+An option is `--snake_case`, by the name that the recipe, diffusers or the Hub has for it; with hyphens it is the same.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hf_qie.settings import InputError, Misfit, expanded, read_yaml, show, take, unknown
+from hf_qie.storage import disk_trouble
+
+SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
+
+
+class Options(argparse.ArgumentParser):
+    """The command line of a script, whose docstring says what it may be; a mistake is an InputError of one line."""
+
+    def __init__(self):
+        super().__init__(add_help=False)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """An argument as argparse has it; the first name is its own, others are older or shorter ones."""
+        hyphened = [f"--{name[2:].replace('_', '-')}" for name in names if "_" in name]
+        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Of the names of an option its own alone; for one that is unknown, the nearest that is known."""
+        what, _, rest = message.partition(": ")
+        if what == "unrecognized arguments" and rest.startswith("--"):
+            name = re.split("[ =]", rest)[0]
+            names = {name: None for action in self._actions for name in action.option_strings}
+            raise InputError(f"{name}: {unknown(name, names).replace('key', 'option', 1)}")
+        if what == "the following arguments are required":  # argparse counts those to which none may be given
+            raise InputError(f"{rest.removesuffix(', overrides')}: missing; --help shows the command line")
+        raise InputError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
+
+
+def check(value: Any, kind: Any, at: str) -> Any:
+    """`value` of a caller as the annotation `kind` of a recipe's key wants it; raises InputError."""
+    try:
+        return take(value, kind, at)
+    except Misfit as misfit:
+        raise InputError(": ".join(misfit.args)) from None
+
+
+def wanted(kind: Any) -> Callable[[str], Any]:
+    """For the `type` of an argument: its value as the annotation `kind` of a recipe's key wants it."""
+
+    def read(text: str) -> Any:
+        try:
+            return take(read_yaml(text, "value"), kind, "value")
+        except (Misfit, InputError) as error:
+            raise argparse.ArgumentTypeError(str(error.args[-1])) from None
+
+    return read
+
+
+def to_path(text: str) -> Path:
+    """For the `type` of an argument: a path with `~` and variables replaced."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {show(text)}: {error}") from None
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a script's `main` on the command line; an InputError, or a disk that does not take what is written, ends it
+    with its message alone and exit status 1.
+
+    Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
+    processes on this machine, only the first one speaks, until they have each their own work.
+    """
+    argv = sys.argv[1:]
+    rank = os.environ.get("RANK", "0")
+    speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
+    logging.getLogger("hf_qie").setLevel(logging.INFO)
+    if not argv or not {"-h", "--help"}.isdisjoint(argv):
+        if speaks:
+            (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
+        sys.exit(0 if argv else 2)
+    try:
+        sys.exit(main(argv))
+    except Exception as error:
+        words = str(error) if isinstance(error, InputError) else disk_trouble(error)
+        if words is None:
+            raise
+        if any(name in os.environ for name in LAUNCHED):
+            words += "\nThe error stands above; a traceback below is the launcher's."
+        torch = sys.modules.get("torch")
+        if speaks:
+            sys.stderr.write(f"{words}\n")
+        elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
+            sys.stderr.write(f"rank {rank}: {words}\n")
+        else:  # the launcher ends all ranks when one ends, and the first has to speak before
+            time.sleep(SPEAK_FIRST_S)
+        sys.exit(1)

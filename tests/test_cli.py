@@ -1,0 +1,189 @@
+"""The scripts' command lines: one style of options, checked where they are read; an error is one line."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_layout import PACKAGE
+
+from hf_qie import check, convert, export, sampling
+from hf_qie.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
+from hf_qie.recipe import Count, InputError, Weight
+
+SCRIPT = '''"""Count the tasks.
+
+    count.py recipe.yaml
+"""
+import sys
+
+from hf_qie.cli import run_script
+from hf_qie.recipe import load_recipe
+
+
+def main(argv):
+    if argv[0] == "bug":
+        raise ValueError("a bug")
+    recipe = load_recipe(argv[0], argv[1:])
+    heavy = {"torch", "transformers", "datasets", "numpy"} & set(sys.modules)
+    print(len(recipe.tasks), sorted(heavy))
+    return 3
+
+
+if __name__ == "__main__":
+    run_script(main)
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script in a process of its own, as a launcher does."""
+    (tmp_path / "lora.yaml").write_text("tasks: {portraits: {data: pairs.jsonl}}\n")
+    (tmp_path / "count.py").write_text(SCRIPT)
+
+    def run(*argv: str, **ranks: str) -> subprocess.CompletedProcess:
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", *LAUNCHED)}
+        command = [sys.executable, "count.py", *argv]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment | ranks, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def test_reading_a_recipe_imports_nothing_heavy_and_main_gives_the_exit_status(script):
+    done = script("lora.yaml")
+    assert (done.stdout, done.stderr, done.returncode) == ("1 []\n", "", 3)
+
+
+def test_a_bad_recipe_is_refused_in_two_seconds_without_a_traceback(script):
+    start = time.perf_counter()
+    done = script("lora.yaml", "seed=x")
+    assert time.perf_counter() - start < 2  # importing torch alone takes longer
+    told = "lora.yaml: override 'seed=x': seed: got \"x\", wanted an integer from 0 to 4294967295\n"
+    assert (done.stdout, done.stderr, done.returncode) == ("", told, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "speaks"),
+    [
+        ({"RANK": "0"}, True),
+        ({"RANK": "4", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_only_the_first_process_of_a_machine_speaks_and_the_others_give_it_time(script, ranks, speaks):
+    start = time.perf_counter()
+    done = script("lora.yaml", "seed=x", **ranks)
+    assert (bool(done.stderr), done.returncode) == (speaks, 1)
+    # a launcher ends all of them when the first one ends
+    assert speaks or time.perf_counter() - start > SPEAK_FIRST_S
+
+
+def test_any_other_error_keeps_its_traceback(script):
+    done = script("bug")
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ValueError: a bug\n")
+    assert done.returncode == 1
+
+
+def test_help_is_the_docstring_of_the_script(script):
+    done = script("--help")
+    assert done.stdout.startswith("Count the tasks.\n")
+    assert done.returncode == 0
+
+
+def test_no_arguments_are_answered_with_the_docstring_as_an_error(script):
+    done = script()
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr.startswith("Count the tasks.\n")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_under_a_launcher_the_last_line_says_where_the_error_stands(script, launcher):
+    first, last = script("lora.yaml", "seed=x", **{launcher: "no"}).stderr.splitlines()
+    assert first.startswith("lora.yaml: override 'seed=x': seed: ")
+    assert last == "The error stands above; a traceback below is the launcher's."
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def options_of(path: Path) -> list[list[str]]:
+    """The names of every option that a file adds, its own first."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    calls = (call for call in calls if ast.unparse(call.func).endswith(".add_argument"))
+    names = ([ast.literal_eval(word) for word in call.args] for call in calls if not ast.unparse(call).count("*"))
+    return [given for given in names if given[0].startswith("-")]
+
+
+SCRIPTS = [path for path in sorted(PACKAGE.glob("*.py")) if options_of(path)]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_options_are_snake_case_and_the_help_names_each(path):
+    text = path.read_text(encoding="utf-8")
+    assert "Options()" in text and "ArgumentParser" not in text
+    told = ast.get_docstring(ast.parse(text))
+    for name, *_ in options_of(path):
+        assert re.fullmatch(r"--[a-z][a-z0-9]*(_[a-z0-9]+)*", name)
+        assert re.search(rf"{name}\b", told), name
+
+
+def test_there_are_scripts_with_options():
+    assert {path.stem for path in SCRIPTS} >= {"check", "convert", "export", "sampling", "tiny"}
+
+
+@pytest.mark.parametrize("name", ["--num_inference_steps", "--num-inference-steps", "--steps"])
+def test_an_option_goes_by_its_older_names_and_with_hyphens(name):
+    parser = Options()
+    parser.add_argument("--num_inference_steps", "--steps", type=wanted(Count))
+    assert parser.parse_args([name, "3"]).num_inference_steps == 3
+
+
+SAMPLE = ["r.yaml", "--instruction", "x", "--output", "o.png"]
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "told"),
+    [
+        (sampling.main, [*SAMPLE, "--steps", "0"], "--num_inference_steps: got 0, wanted an integer of at least 1"),
+        (sampling.main, [*SAMPLE, "--steps", "-1"], "--num_inference_steps: got -1, wanted an integer of at least 1"),
+        (sampling.main, [*SAMPLE, "--steps", "2.5"], "--num_inference_steps: got 2.5, wanted an integer"),
+        (sampling.main, [*SAMPLE, "--cfg", ".nan"], "--true_cfg_scale: got NaN, wanted a number of at least 0"),
+        (sampling.main, [*SAMPLE, "--cfg=nan"], '--true_cfg_scale: got "nan", wanted a number of at least 0'),
+        (sampling.main, [*SAMPLE, "--cfg", ".inf"], "--true_cfg_scale: got Infinity, wanted a number of at least 0"),
+        (sampling.main, [*SAMPLE, "--seed=-1"], "--seed: got -1, wanted an integer from 0 to 4294967295"),
+        (sampling.main, [*SAMPLE, "--stepz=2"], "--stepz: unknown option, did you mean '--steps'?"),
+        (sampling.main, SAMPLE[:1], "--instruction, --output: missing; --help shows the command line"),
+        (check.main, ["r.yaml", "--verify", "0"], "--verify: got 0, wanted an integer of at least 1"),
+        (check.main, ["--verify", "1"], "recipe: missing; --help shows the command line"),
+        (export.main, ["run", "--to", "lor"], "--to: invalid choice: 'lor' (choose from "),
+        (export.main, ["run", "--output", "$NOWHERE/x"], '--output: got "$NOWHERE/x": the environment variable '),
+        (convert.main, ["r.yaml", "--empty-text", "~nobody1/x"], '--empty_text: got "~nobody1/x": ~nobody1 is not '),
+    ],
+)  # fmt: skip
+def test_what_no_option_can_be_is_one_line_before_anything_else(main, argv, told):
+    with pytest.raises(InputError) as error:
+        main(argv)
+    assert str(error.value).startswith(told)
+
+
+def test_a_path_may_hold_the_home_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/disk")
+    assert [to_path(text) for text in ("~/a", "$DATA/a", "${DATA}_2/a", "./~/a", "a")] == [
+        Path(text) for text in ("/home/me/a", "/disk/a", "/disk_2/a", "./~/a", "a")
+    ]
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", ".nan", "inf", "-1", "x", "true", "", "1" + "0" * 400])
+def test_a_number_is_finite_and_not_below_its_least(text):
+    parser = Options()
+    parser.add_argument("--true_cfg_scale", type=wanted(Weight))
+    with pytest.raises(InputError, match=r"^--true_cfg_scale: got .*, wanted a number of at least 0$"):
+        parser.parse_args([f"--true_cfg_scale={text}"])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import pyarrow.compute as pc
@@ -51,7 +51,8 @@ def by_column(table: Dataset, task: Task) -> tuple[Dataset, Columns]:
             "rename the column"
         )
     lists = {"captions": all_of(columns.captions), "inverse_captions": all_of(columns.inverse_captions)}
-    columns = replace(columns, **lists, required=all_of(columns.required))
+    required = tuple(chain(*lists.values())) if new else columns.required  # what the set is made from names them
+    columns = replace(columns, **lists, required=required)
     return table.with_transform(partial(with_texts, become=become)), columns
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, List, Value, load_from_disk
+from datasets.info import DatasetInfosDict
 from hub import Hub
+from huggingface_hub import DatasetCardData
 from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
@@ -26,6 +28,7 @@ from hf_qie.rows import read_rows
 from hf_qie.tables import Embedded
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
+TEXT = "text_embeds_"
 TEXTS = ("instruction", "instruction_cn", "inverse_instruction")
 
 
@@ -535,7 +538,8 @@ def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
     files = tmp_path / "files"
     files.mkdir()
     embedded(rows[:1], edits).to_parquet(files / "test-00000-of-00001.parquet")
-    embedded(rows, edits).to_parquet(files / "train-00000-of-00001.parquet")
+    data = embedded(rows, edits).add_column("note", ["not needed"] * len(rows))
+    data.to_parquet(files / "train-00000-of-00001.parquet")
     with Hub(tmp_path / "hub") as hub:
         hub.upload("org/edits", files, kind="datasets")
         hub.tag("org/edits", "v1")
@@ -548,9 +552,14 @@ def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
         # on another machine, and without internet once it is in the cache
         assert read_from(hub, tmp_path / "other", "org/edits:default@v1") == found
         assert read_from(hub, tmp_path / "home", "org/edits", HF_HUB_OFFLINE="1") == found
-        (files / "README.md").write_text("More words, the same rows.")
+        card = DatasetCardData()
+        DatasetInfosDict({"default": DatasetInfo(features=data.features)}).to_dataset_card_data(card)
+        (files / "README.md").write_text(f"---\n{card.to_yaml()}\n---\nMore words, the same rows.")
         hub.upload("org/edits", files, kind="datasets")
-        assert read_from(hub, tmp_path / "home", "org/edits")["digest"] != found["digest"]
+        again = read_from(hub, tmp_path / "last", "org/edits")
+        assert again | {"digest": found["digest"]} == found != again
+        (copied,) = (tmp_path / "last").rglob("edits-train.arrow")
+        assert "note" not in Dataset.from_file(str(copied)).column_names  # the card says which columns there are
         for data in ("org/nothing", "org/edits@v2", "org/edits:small"):
             told = f"tasks.a.data: {data} is no file or folder here, and as a dataset of the Hub it cannot be loaded: "
             assert read_from(hub, tmp_path / "home", data)["error"].startswith(told)
@@ -571,6 +580,11 @@ def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, r
             "fields": {"data": str(write_csv(tmp_path / "a.csv", rows)), "image_root": str(edits)},
             "parquet": {"data": str(tmp_path / "a.parquet")},
             "saved": {"data": str(tmp_path / "saved")},
+            "lists": {
+                "data": str(write_jsonl(tmp_path / "lists.jsonl", [with_list(row) for row in rows])),
+                "image_root": str(edits),
+                "columns": {"captions": TEXTS[0]},
+            },
             "urls": {
                 "data": str(write_jsonl(tmp_path / "urls" / "a.jsonl", [with_urls(row, server) for row in rows]))
             },
@@ -578,7 +592,7 @@ def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, r
         columns = {"captions": TEXTS[:2], "inverse_captions": TEXTS[2:]}
         recipe = {
             "model": str(tiny("edit_plus")),
-            "tasks": {name: task | {"columns": columns} for name, task in tasks.items()},
+            "tasks": {name: {"columns": columns} | task for name, task in tasks.items()},
             "extract": {"output_dir": str(tmp_path / "sets"), "image_sample_size": 64, "source_sample_size": 64},
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
@@ -586,6 +600,8 @@ def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, r
         assert refused == TOO_MANY_BAD
         assert extract(tmp_path, "extract.allow_private_urls=true") == 0
     sets = {name: load_from_disk(str(tmp_path / "sets" / name)) for name in tasks}
+    lists = sets.pop("lists").rename_columns({f"{text}instruction_2": f"{text}instruction_cn" for text in ("", TEXT)})
+    sets["lists"] = lists.remove_columns("inverse_text_embeds_inverse_instruction_2")  # null, of the second caption
     given = ["source_image", "target_image"]
     for name, found in sets.items():
         assert len(found) == len(rows)
@@ -597,6 +613,10 @@ def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, r
     assert [row["row"] for row in bad] == list(range(6))
     told = "127.0.0.1 is no address of the open internet; extract.allow_private_urls: true lets it in"
     assert {row["reason"] for row in bad} == {told}
+
+
+def with_list(row: dict) -> dict:
+    return row | {"instruction": [row["instruction"], row["instruction_cn"]]}
 
 
 def with_urls(row: dict, server: PictureServer) -> dict:

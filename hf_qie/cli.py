@@ -4,6 +4,7 @@ An option is `--snake_case`, by the name that the recipe, diffusers or the Hub h
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -93,6 +94,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         words = str(error) if isinstance(error, InputError) else disk_trouble(error)
         if words is None:
             raise
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own traceback
+            Path(file).write_text(json.dumps({"message": words, "timestamp": int(time.time())}), encoding="utf-8")
         if any(name in os.environ for name in LAUNCHED):
             words += "\nThe error stands above; a traceback below is the launcher's."
         torch = sys.modules.get("torch")

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from test_layout import PACKAGE
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
 from hf_qie.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
@@ -45,9 +47,9 @@ def script(tmp_path):
     (tmp_path / "lora.yaml").write_text("tasks: {portraits: {data: pairs.jsonl}}\n")
     (tmp_path / "count.py").write_text(SCRIPT)
 
-    def run(*argv: str, **ranks: str) -> subprocess.CompletedProcess:
+    def run(*argv: str, launch: Sequence[str] = (), **ranks: str) -> subprocess.CompletedProcess:
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", *LAUNCHED)}
-        command = [sys.executable, "count.py", *argv]
+        command = [sys.executable, *launch, "count.py", *argv]
         return subprocess.run(
             command, cwd=tmp_path, env=environment | ranks, capture_output=True, text=True, check=False
         )
@@ -108,6 +110,20 @@ def test_under_a_launcher_the_last_line_says_where_the_error_stands(script, laun
     first, last = script("lora.yaml", "seed=x", **{launcher: "no"}).stderr.splitlines()
     assert first.startswith("lora.yaml: override 'seed=x': seed: ")
     assert last == "The error stands above; a traceback below is the launcher's."
+
+
+def test_of_several_ranks_the_launcher_repeats_the_message_at_its_end(script, tmp_path):
+    script("lora.yaml", "seed=x", RANK="0", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert failure.message.startswith("lora.yaml: override 'seed=x': seed: ")
+
+
+def test_of_one_process_the_launcher_adds_nothing_when_it_is_told_to_be_quiet(script):
+    launch = ["-m", "accelerate.commands.launch", "-q", "--num_processes", "1"]
+    done = script("lora.yaml", "seed=x", launch=launch)
+    assert done.returncode == 1
+    assert done.stderr.endswith("a traceback below is the launcher's.\n")
+    assert "Traceback" not in done.stderr
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

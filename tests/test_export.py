@@ -431,7 +431,7 @@ def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
         InputError, match=r"comfyui: .* has trained the transformer's own weights, so there is no LoRA"
     ):
         exported(full, tmp_path / "to", "--to", "comfyui")
-    with pytest.raises(InputError, match=r"no/where.* is no folder here"):
+    with pytest.raises(InputError, match=r"recipe.yaml: model: 'no/where' is not found from "):
         exported(another_base(done, tmp_path, "no/where"), tmp_path / "to", "--to", "merged")
     with pytest.raises(InputError, match="--public: nothing is pushed"):
         exported(lora, tmp_path / "to", "--public")

@@ -353,6 +353,13 @@ def test_the_script_tells_of_one_step_before_a_model_loads(tiny, recipe_of, tmp_
         main([str(recipe.path), *more])
 
 
+def test_training_that_draws_images_tells_of_one_step_before_a_model_loads(runs):
+    task = next(iter(load_recipe(runs / "lora" / "recipe.yaml").tasks))
+    asked = ["sampling.every=1", f"tasks.{task}.eval_rows=1", "sampling.num_inference_steps=1"]
+    with pytest.raises(InputError, match=r"^sampling.num_inference_steps: got 1, wanted at least 2"):
+        open_sets(load_recipe(runs / "lora" / "recipe.yaml", asked))
+
+
 def test_one_step_is_enough_where_the_scheduler_has_no_terminal(tiny, recipe_of, tmp_path):
     model = shutil.copytree(tiny("text_to_image"), tmp_path / "model")
     config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())

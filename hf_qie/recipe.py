@@ -3,6 +3,7 @@
 Each section is a dataclass whose annotations are the rules, so a new key is one line here.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -208,7 +209,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: the file, an override, or a value in either is wrong; the message has its address.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         raw = read_yaml(path.read_bytes(), str(path))
     except OSError as error:

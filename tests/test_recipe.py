@@ -241,6 +241,7 @@ def test_a_file_that_is_not_utf8_is_refused(write):
 def test_a_missing_file_says_what_comes_first(write):
     told = "No such file or directory; wanted a recipe, then overrides a.b.c=value"
     assert message("seed=1") == f"seed=1: {told}"
+    assert message("~nobody1/a.yaml") == f"~nobody1/a.yaml: {told}"
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------

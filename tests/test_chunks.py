@@ -79,7 +79,7 @@ def family(tiny) -> Family:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny, family) -> Models:
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), tiny(), {"task": Path("none.jsonl")}))
-    return load_models(recipe, family, device=torch.device("cpu"))
+    return load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.fixture

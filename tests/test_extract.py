@@ -309,7 +309,7 @@ def chunk(tmp_path, tiny, edits):
         recipe = load_recipe(write_recipe(tmp_path, tiny("edit_plus"), {"task": rows}, edits, **settings))
         family = read_family(recipe.model)
         plan = make_plan(recipe, recipe.tasks["task"], family, tmp_path)
-        models = load_models(recipe, family, device=torch.device("cpu"))
+        models = load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
         watch(models)
         with ChunkWriter(plan, models, progress=progress) as writer:
             (tmp_path / "aside").mkdir()

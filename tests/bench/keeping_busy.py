@@ -114,7 +114,7 @@ def measure(folder: Path) -> list[Figure]:
     family = read_family(recipe.model)
     (folder / "rows").mkdir()
     plan = make_plan(recipe, recipe.tasks["task"], family, folder / "rows")
-    models = load_models(recipe, family, device=torch.device("cpu"))
+    models = load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
     clock = Clock()
     chunks.prepare = clock.prepare
     open_folder(folder / "set", {"compat": {}}, recipe=recipe)

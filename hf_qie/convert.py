@@ -107,11 +107,12 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
     from tqdm import tqdm
 
     from hf_qie.embeddings import PROVENANCE
+    from hf_qie.foreign import dtype_in
     from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, request_of
 
     plan = foreign.plan
     recipe = replace(recipe, extract=plan.extract)
-    request = request_of(plan, compat_of(), recipe)
+    request = request_of(plan, compat_of(), recipe, dtype=dtype_in(foreign))
     open_folder(folder, request, recipe=recipe)
     if (folder / PROVENANCE).exists():
         return True

@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
 
 
-def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: torch.dtype) -> dict[str, Any]:
+def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: torch.dtype | str) -> dict[str, Any]:
     """All that decides the content of a set; a folder is only gone on with if this is unchanged.
 
     `dtype`: what encoder and VAE compute in. Not the batch sizes, though they move the last bits: who runs out of

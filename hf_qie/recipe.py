@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -71,12 +72,12 @@ class Columns:
         if not set(self.inverse_captions) <= set(self.required):  # the default
             object.__setattr__(self, "inverse_captions", self.inverse_captions[: len(self.captions)])
 
-    @property
+    @cached_property
     def source_columns(self) -> tuple[str, ...]:
         """The columns that hold sources, in order."""
         return (self.sources,) if isinstance(self.sources, str) else self.sources
 
-    @property
+    @cached_property
     def source_label(self) -> str:
         """The sources of a row in a message."""
         return ", ".join(self.source_columns)

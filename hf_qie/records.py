@@ -107,14 +107,14 @@ def text_lines(task: Task, files: Iterable[Path], digest: Any) -> Iterator[Line]
 
 def with_paths(lines: Iterator[Line], task: Task) -> Iterator[Line]:
     """`lines` with the sources as a list, in one column; paths are those of this system."""
-    names, target = task.columns.source_columns, task.columns.target
+    names, label, target = task.columns.source_columns, task.columns.source_label, task.columns.target
     for where, root, row in lines:
         if cells := [] if task.t2i else [row[name] for name in names if name in row]:
             several = len(names) > 1
             sources = [cell for cell in cells if cell not in (None, "", [])] if several else as_list(cells[0])
             if isinstance(sources, list):
                 sources = [local_path(path, root) for path in sources]
-            row[task.columns.source_label] = sources
+            row[label] = sources
         if target in row:
             row[target] = local_path(row[target], root)
         yield where, root, row

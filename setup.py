@@ -24,6 +24,7 @@ setup(
         "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
         "peft>=0.21",
         "huggingface_hub>=2.0",
+        "filelock>=4",  # one launch at a time in a folder; a forked child does not keep the lock of a killed one
         "jinja2>=3.1",  # cards
         "safetensors>=0.8",
         "pyarrow>=21",
@@ -37,7 +38,6 @@ setup(
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.8",
-            "filelock>=3.20",
             "tensorboard>=2.20",  # pictures and figures in a tracker are read back from its files
             "hypothesis>=6.140",
             "pillow-heif>=1.0",

@@ -29,15 +29,17 @@ WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 
 
-def mark_complete(folder: Path, *, step: int, ranks: int, identity: Mapping[str, Any]) -> None:
-    """Wait until every file of a checkpoint is on the disk, then say so in its `complete.json`."""
+def mark_complete(folder: Path, **known: Any) -> None:
+    """Wait until every file of a checkpoint is on the disk, then say so in its `complete.json`.
+
+    `known`: the step, the ranks, the identity of the run and the settings of its optimizer.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         flush(path)
         if path.is_file():
             files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    complete = {"step": step, "ranks": ranks, "identity": identity, "files": files}
-    write_durably(folder / COMPLETE, json.dumps(complete, indent=2))
+    write_durably(folder / COMPLETE, json.dumps(known | {"files": files}, indent=2))
 
 
 def file_digest(path: Path) -> str:
@@ -91,12 +93,12 @@ def misfit(folder: Path) -> str | None:
 def read_complete(folder: Path) -> dict[str, Any]:
     """What says that a checkpoint is whole; raises what reading JSON does, and ValueError where it says nothing."""
     complete = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-    files, identity = complete["files"], complete["identity"]
+    files, identity, settings = complete["files"], complete["identity"], complete.get("settings", {})
     inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
-    if not inside or not isinstance(identity, dict):
+    if not inside or not isinstance(identity, dict) or not isinstance(settings, dict):
         raise ValueError("files that lie elsewhere, or no identity")
     files = {name: {"bytes": was["bytes"], "sha256": was["sha256"]} for name, was in files.items()}
-    return {"files": files, "identity": identity}
+    return {"files": files, "identity": identity, "settings": settings}
 
 
 def is_state_of(path: Path, *, step: int) -> bool:

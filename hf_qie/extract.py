@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import run_script
+from hf_qie.launcher import check_ranks
 from hf_qie.recipe import InputError, Recipe, Task, load_recipe
 
 if TYPE_CHECKING:
@@ -41,16 +42,20 @@ def main(argv: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
     from hf_qie.alive import Alive
     from hf_qie.family import read_family
+    from hf_qie.lock import held
 
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         tasks = own_tasks(recipe)
         plans = {name: make_plan(recipe, task, family, Path(folder), refuse=True) for name, task in tasks.items()}
-    # the rows stay mapped without a name, and a killed run leaves none behind
-    with Alive(signs_folder(recipe)):
-        code = extract(recipe, family, plans)
-    if recipe.extract.push_to_hub:
-        push(recipe, list(plans), code)
+        # the rows stay mapped without a name, and a killed run leaves none behind
+    start()
+    remedy = "give another extract.output_dir, or an extract.shard that nobody works on"
+    with held(locks_of(recipe), remedy=remedy):
+        with Alive(signs_folder(recipe)):
+            code = extract(recipe, family, plans)
+        if recipe.extract.push_to_hub:
+            push(recipe, list(plans), code)
     return code
 
 
@@ -58,6 +63,12 @@ def signs_folder(recipe: Recipe) -> Path:
     """Where the ranks of this launch tell each other that they are alive."""
     i, n = recipe.extract.shard or (0, 1)
     return Path(recipe.extract.output_dir, f"signs-of-life-{i}-of-{n}")  # no task can have this name
+
+
+def locks_of(recipe: Recipe) -> list[Path]:
+    """What this launch holds while it runs: its shard of each task's set."""
+    i, n = recipe.extract.shard or (0, 1)
+    return [Path(recipe.extract.output_dir, f".{name}-{i}-of-{n}.lock") for name in own_tasks(recipe)]
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -91,11 +102,14 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
 
     from hf_qie.device import compute_dtype
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
+    from hf_qie.publish import open_repo
     from hf_qie.rows import most_bad
     from hf_qie.unfinished import request_of
 
-    state = start(recipe)
+    state = start()
     dtype = compute_dtype(recipe.extract.dtype, state.device)
+    if recipe.extract.push_to_hub and state.is_main_process:
+        open_repo(recipe.extract)  # finds out before the work whether the sets can be published
     if state.is_main_process:
         check_disk(recipe, family, plans)
     logger = get_logger("hf_qie.extract")  # run by path, this module is __main__
@@ -157,20 +171,17 @@ def make_set(
         state.wait_for_everyone()
 
 
-def start(recipe: Recipe) -> "PartialState":
-    """Join the other ranks; where the sets are to be published, find out before the work whether they can be."""
+def start() -> "PartialState":
+    """Join the other ranks."""
     import datasets
     import torch
     from accelerate import PartialState
 
-    from hf_qie.publish import open_repo
-
     # weeks, not minutes: ranks wait for each other only at the end of a task
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
+    check_ranks(os.environ)
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
-    if recipe.extract.push_to_hub and state.is_main_process:
-        open_repo(recipe.extract)
     return state
 
 

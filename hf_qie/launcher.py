@@ -45,6 +45,20 @@ def refuse_launcher(environment: Mapping[str, str]) -> None:
             raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Raise InputError where the launcher started more processes than have joined: each would do all of it alone."""
+    from accelerate import PartialState
+
+    state, started = PartialState(), int(environment.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise InputError(
+            f"accelerate launch: started {started} processes, but each runs alone, as {state.num_processes} process "
+            f"on {state.device.type}, and all would write the same files. If there are GPUs, find out why none is "
+            "visible (nvidia-smi, CUDA_VISIBLE_DEVICES); else launch with --num_processes 1, or, to train on several "
+            "CPUs, set training.use_cpu: true"
+        )
+
+
 def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, Any] | None:
     """`training.fsdp_config` in full: the recipe's keys, then the launcher's, then ours; None without FSDP.
 

@@ -85,6 +85,10 @@ image.save("output.png")
 - on {{ run.ranks }} x {{ run.device }}{% if run.sharded %}, sharded by FSDP2{% endif %}
 {{- ", arithmetic in " }}{{ run.arithmetic }}
 - learning rate {{ "%g" | format(run.learning_rate) }}, {{ run.schedule }} schedule, optimizer {{ run.optimizer }}
+{%- for at in run.changes | default([]) %}
+- from step {{ at.step | n }} on:
+{%- for key, two in at.changed.items() %} {{ key }} {{ two | join(" -> ") }}{{ "" if loop.last else "," }}{% endfor %}
+{%- endfor %}
 {%- endif %}
 - these weights are {{ dtype }}
 {% if run %}

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import run_script
-from hf_qie.launcher import fsdp_environment, fsdp_settings, refuse_launcher
-from hf_qie.recipe import InputError, Recipe, as_dict, load_recipe, save_recipe
-from hf_qie.settings import leaves
+from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, refuse_launcher
+from hf_qie.recipe import InputError, Recipe, load_recipe, save_recipe
 from hf_qie.storage import prove_writable
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from hf_qie.trainer import EditTrainer
 
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-# What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
-SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 
 
 def main(argv: list[str]) -> None:
@@ -46,13 +43,23 @@ def main(argv: list[str]) -> None:
 
 
 def run(recipe: Recipe) -> "EditTrainer":
-    """Open the sets and train on them, in sight of the other ranks."""
-    from hf_qie.alive import STUCK_S, Alive
+    """Open the sets and train on them, in sight of the other ranks and alone in the output folder."""
+    from hf_qie.alive import STUCK_S, Alive, at_any_length
+    from hf_qie.lock import held
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        training_arguments(recipe, num_rows=0)  # joins the ranks
+        check_ranks(os.environ)
     # with another shape a compiler takes minutes
     stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
-    with Alive(Path(recipe.training["output_dir"], "signs-of-life"), stuck_s=stuck_s):
-        return train(recipe, open_sets(recipe))
+    folder = Path(recipe.training["output_dir"])
+    with (
+        held([folder / ".lock"], remedy="give another training.output_dir"),
+        Alive(folder / "signs-of-life", stuck_s=stuck_s),
+    ):
+        with at_any_length("the opening of its sets"):
+            sets = open_sets(recipe)
+        return train(recipe, sets)
 
 
 def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
@@ -98,7 +105,8 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     from hf_qie.loss_chart import loss_chart
     from hf_qie.recorded import STATE, write_record
 
-    trainer, checkpoint = build_trainer(recipe, sets)
+    with at_any_length("the loading of the model"):
+        trainer, checkpoint = build_trainer(recipe, sets)
     log_start(trainer, checkpoint)
     if trainer.args.should_save:
         save_recipe(recipe, Path(trainer.args.output_dir, "recipe.yaml"))
@@ -118,15 +126,12 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
 
     Raises InputError where the output folder holds a run that cannot go on as this one.
     """
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
     from hf_qie.callbacks import PictureGrid
-    from hf_qie.checkpoints import check_identity, last_checkpoint
     from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
     from hf_qie.pictures import has_latents
+    from hf_qie.resume import changes, checkpoint_of, run_identity
     from hf_qie.trainer import EditTrainer
 
     held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
@@ -134,16 +139,10 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)
     draws, record = plan_draws(recipe, trained, arguments)
-    identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape)
-    # one rank looks, so that all go on from the same place
-    found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
-    (checkpoint,) = broadcast_object_list(found)
-    if checkpoint is not None:
-        if not checkpoint.is_dir():
-            raise InputError(
-                f"{checkpoint}: is not on this machine; output_dir must be a folder that all machines share"
-            )
-        check_identity(checkpoint, identity)
+    batch = global_batch_size(arguments)
+    identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape, global_batch_size=batch)
+    checkpoint = checkpoint_of(arguments, identity)
+    record["changes"] = changes(checkpoint, arguments) if checkpoint else []
     trainer = EditTrainer(
         make_model(recipe, arguments),
         arguments,
@@ -153,8 +152,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
         encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
         scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
+        record=record,
     )
-    trainer.record = record
     if recipe.sampling.every:
         trainer.add_callback(PictureGrid(trainer))
     return trainer, checkpoint
@@ -260,24 +259,6 @@ def plan_draws(
         logger.warning(warning)
     plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
     return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix), run_record(recipe, arguments, groups, shares)
-
-
-def run_identity(
-    recipe: Recipe, sets: Mapping[str, "Dataset"], arguments: "TrainingArguments", *, same_shape: int
-) -> dict[str, Any]:
-    """What decides the course of a run, by address: a checkpoint of a run with another is not gone on with.
-
-    Ranks, the cut of a step at the same global batch, the number of steps and all else of `training` may change.
-    """
-    identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
-    for name, data in sets.items():
-        task = recipe.tasks[name]
-        if task.weight > 0:
-            identity |= {f"tasks.{name}.{key}": getattr(task, key) for key in ("weight", "eval_rows")}
-            identity[f"tasks.{name}.embeddings"] = data._fingerprint
-    if arguments.fsdp:  # whole and sharded checkpoints have other files
-        identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
-    return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size(arguments)}
 
 
 def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:

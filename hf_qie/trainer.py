@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.alive import BETWEEN, at, at_any_length
-from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, states_of
+from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, read_complete, states_of
 from hf_qie.collate import Batch, collate
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flops import utilisation
@@ -35,6 +36,7 @@ from hf_qie.model import (
 from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
 from hf_qie.recipe import InputError, Recipe
+from hf_qie.resume import apply_settings, settings_of
 from hf_qie.shards import refuse_pickles
 from hf_qie.watch import Losses, Pace
 
@@ -47,6 +49,7 @@ class EditTrainer(Trainer):
     Overrides, and why:
         get_train_dataloader: one plan for the whole run, read by rank; accelerate would shuffle and shard it again.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
+        create_scheduler: what a resumed run may change is noted before any state is loaded.
         compute_loss: flow matching; Trainer knows no loss for such a model.
         get_eval_dataloader: the held-out rows by shape and rank; accelerate would shard them again.
         prediction_step: loss and noise level of each row, for `HeldOut.metrics`; Trainer computes none without labels.
@@ -63,7 +66,8 @@ class EditTrainer(Trainer):
         save_model: weights as diffusers loads them; Trainer writes them without a config, or, sharded, not at all.
         _save_checkpoint: `complete.json`, last of all, says that the others are whole; only then older ones go.
         _load_from_checkpoint: Trainer does not know our files.
-        _load_optimizer_and_scheduler, _load_rng_state: what Trainer takes, or raises, of states that do not fit.
+        _load_optimizer_and_scheduler, _load_rng_state: what Trainer takes, or raises, of states that do not fit; and
+            the settings that these states bring back are not those of the recipe.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss gives the micro-batch's mean, Trainer divides by accumulation
@@ -79,10 +83,11 @@ class EditTrainer(Trainer):
         encoder: LatentEncoder | None = None,
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
+        record: Mapping[str, Any],
     ):
         """`args.max_steps` is the run; `identity`: what a resumed run must share, kept in each `complete.json`.
 
-        `encoder` where a set has no latents.
+        `encoder` where a set has no latents. `record`: what is put on record of the run.
         """
         assert args.max_steps > 0, "the plan has a fixed length"
         if args.activation_checkpointing:
@@ -96,7 +101,7 @@ class EditTrainer(Trainer):
         super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         assert not self.is_deepspeed_enabled, "refused before anything is loaded"
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
-        self.recipe, self.identity, self.encoder = recipe, identity, encoder
+        self.recipe, self.identity, self.record, self.encoder = recipe, identity, record, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
         on_paper, precision = partial(model_on_paper, recipe), args.mixed_precision
@@ -151,26 +156,20 @@ class EditTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": slow, "lr": group["lr"] / 2})
         return super().create_optimizer(model)  # the one just made, if there is one
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
+        """Trainer's."""
+        schedule = super().create_scheduler(*args, **kwargs)
+        self.settings = settings_of(self.args, self.optimizer, schedule)
+        return schedule
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
         at(f"step {self.state.global_step + 1}")
         per_row, prediction = self.objective.of_draws(model, inputs)
         self.losses.note(inputs, per_row)
         return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """No loss of the batch; of each row (loss, sigma), and its number.
 
         The last row is repeated up to the size of a full batch: ranks gather equally many.
@@ -289,10 +288,13 @@ class EditTrainer(Trainer):
             load_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, in words where the states are not those of what trains."""
+        """Trainer's, in words where the states are not those of what trains; then the recipe's settings."""
         with states_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             check_shapes(self.optimizer)
+            if checkpoint:
+                was = read_complete(Path(checkpoint))["settings"]
+                apply_settings(was, self.settings, self.optimizer, self.lr_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's, in words where the generators' states are none."""
@@ -312,6 +314,7 @@ class EditTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step = self.state.global_step
-            mark_complete(folder, step=step, ranks=self.args.world_size, identity=self.identity)
+            settings = self.settings | {"changes": self.record["changes"]}
+            known = {"step": self.state.global_step, "ranks": self.args.world_size, "identity": self.identity}
+            mark_complete(folder, **known, settings=settings)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)

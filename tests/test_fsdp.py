@@ -56,6 +56,8 @@ def runs_in(folder: Path, model: Path) -> list[dict]:
             add(kind, state, *overrides, others=[f"model={folder / 'bare'}"])
             checkpoint = str(folder / kind / state / "checkpoint-2")
             add(kind, f"{state} resumed", *overrides, checkpoint=checkpoint)
+            if kind == "lora":
+                add(kind, f"{state} slower", *overrides, "training.learning_rate=1e-4", checkpoint=checkpoint)
     add("full", "other state", *fsdp("FULL"), checkpoint=str(folder / "full" / "SHARDED" / "checkpoint-2"))
     cut = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"
     add("full", "accumulated", *fsdp("SHARDED", CHECKPOINTING), *cut)
@@ -102,6 +104,12 @@ def hold(ours: Path, theirs: Path, kind: str, atol: float = 0.0) -> None:
 pytestmark = pytest.mark.two_rank
 both_kinds = pytest.mark.parametrize("kind", ["full", "lora"])
 both_states = pytest.mark.parametrize("state", ["SHARDED", "FULL"])
+
+
+@both_states
+def test_a_resumed_run_of_shards_has_the_rate_of_its_recipe(done, state):
+    slower = reports(done / "lora" / f"{state} slower")[0]["steps"]
+    assert [entry["learning_rate"] for entry in slower[2:]] == pytest.approx([5e-5, 2.5e-5])
 
 
 @both_states

@@ -333,8 +333,12 @@ def test_of_a_run_that_ended_with_its_best_step_the_card_is_that_steps(run, tiny
     (best / "recipe.yaml").write_text(recipe + "  load_best_model_at_end: true\n")
     state = json.loads((best / "trainer_state.json").read_text())
     (best / "trainer_state.json").write_text(json.dumps(state | {"best_model_checkpoint": "run/checkpoint-2"}))
+    record = json.loads((best / "run.json").read_text())
+    record["changes"] = [{"step": 1, "changed": {"learning_rate": [0.1, 0.05], "weight_decay": [0.0, 0.5]}}]
+    (best / "run.json").write_text(json.dumps(record))
     export.main([str(best)])
     text = (best / "export" / "lora" / "README.md").read_text(encoding="utf-8")
     assert "trained by hf_qie for 2 steps" in text
     assert "- 2 of 4 steps, the best by `loss`, of 4 rows\n" in text
+    assert "_fused\n- from step 1 on: learning_rate 0.1 -> 0.05, weight_decay 0.0 -> 0.5\n- these weights are" in text
     assert re.search(r"\| evaluation \| 2 \| (\S+) \| 2 \| \1 \|", text)

@@ -1,5 +1,6 @@
 """train.py as it is started: by path, under the launcher, with what people get wrong."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
 from safetensors.torch import load_file
 
-from hf_qie.recipe import load_recipe
-from hf_qie.train import global_batch_size, open_sets, train, training_arguments
+import hf_qie.extract
+from hf_qie.recipe import InputError, load_recipe
+from hf_qie.train import global_batch_size, main, open_sets, run, train, training_arguments
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 TWO_RANKS = (
@@ -149,6 +151,31 @@ def test_what_the_launcher_asks_for_and_would_not_happen_is_refused(root, tiny, 
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if message in line and not line.startswith("rank 1: ")]
     assert len([line for line in told if "traceback :" not in line]) == 1, done.stderr  # the launcher repeats it
+
+
+def test_ranks_that_would_each_train_alone_are_refused(tiny, tmp_path, monkeypatch):
+    """As under a launcher of two processes that no GPU is visible to."""
+    path = write_recipe(tmp_path, tiny(), training={"use_cpu": None})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = "started 2 processes, but each runs alone, as 1 process on cpu.* --num_processes 1"
+    with pytest.raises(InputError, match=alone):
+        run(load_recipe(path))
+    with pytest.raises(InputError, match=alone):
+        hf_qie.extract.start()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_trains_and_goes_on(tiny, tmp_path):
+    """Under an event loop that runs, as there, twice in one process."""
+    path = str(write_recipe(tmp_path, tiny(), trainable=LORA))
+
+    async def cell(*overrides: str) -> None:
+        main([path, *overrides])
+
+    asyncio.run(cell("training.max_steps=2"))
+    asyncio.run(cell())
+    assert (tmp_path / "run" / "checkpoint-4" / "complete.json").exists()
+    assert not list((tmp_path / "run").glob(".lock*"))
 
 
 def test_values_that_only_training_arguments_know_are_input_errors(root, tiny, tmp_path):

@@ -1,0 +1,100 @@
+"""One launch at a time in a folder: a lock of the operating system, and beside it a text that says whose it is.
+
+The lock of a process that was killed is free at once, on its machine and on file systems that lock for all machines.
+"""
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from hf_qie.recipe import InputError
+from hf_qie.storage import disk_trouble
+
+WAIT_S = 1.0  # for a launch that is just ending
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have none
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def held(locks: list[Path], *, remedy: str) -> Iterator[None]:
+    """Hold the lock files `locks` for all ranks of this launch, which have joined; rank 0 does.
+
+    Raises InputError, on every rank, where another launch holds one; `remedy` says what else could be done.
+    """
+    with ExitStack() as stack:
+        why = None
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                for lock in locks:
+                    stack.enter_context(_held(lock, remedy))
+            except (InputError, OSError) as error:
+                why = disk_trouble(error) or str(error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate.utils import broadcast_object_list  # seconds, that a process alone need not wait
+
+            (why,) = broadcast_object_list([why])
+        if why:
+            raise InputError(why)
+        yield
+
+
+@contextmanager
+def _held(path: Path, remedy: str) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.with_name(f"{path.name}.json")
+    lock = _acquire(path, text, remedy)
+    try:
+        if text.exists() and f" on {socket.gethostname()} " not in (before := _holder(text)):
+            logger.warning(
+                "%s: was in use by %s, which was killed, or runs still and this file system locks for one machine "
+                "alone; make sure that it has ended",
+                path.parent,
+                before,
+            )
+        me = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        text.write_text(json.dumps(me), encoding="utf-8")
+        yield
+    finally:
+        text.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+        lock.release()
+
+
+def _acquire(path: Path, text: Path, remedy: str) -> BaseFileLock:
+    """The lock, held; where the file system has no locks, the existence of another file is one."""
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=WAIT_S)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            lock = SoftFileLock(f"{path}.soft")
+            lock.acquire(timeout=WAIT_S)
+            logger.warning(
+                "%s: the file system has no locks, so that the existence of this file is one", lock.lock_file
+            )
+    except Timeout:
+        killed = f"; if it was killed, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
+        raise InputError(
+            f"{path.parent}: in use by {_holder(text)}; wait until it has ended, or {remedy}{killed}"
+        ) from None
+    return lock
+
+
+def _holder(text: Path) -> str:
+    """Who holds a lock, by the text beside it."""
+    try:
+        holder = json.loads(text.read_text(encoding="utf-8"))
+        return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another launch"

@@ -65,10 +65,10 @@ def signs_folder(recipe: Recipe) -> Path:
     return Path(recipe.extract.output_dir, f"signs-of-life-{i}-of-{n}")  # no task can have this name
 
 
-def locks_of(recipe: Recipe) -> list[Path]:
-    """What this launch holds while it runs: its shard of each task's set."""
-    i, n = recipe.extract.shard or (0, 1)
-    return [Path(recipe.extract.output_dir, f".{name}-{i}-of-{n}.lock") for name in own_tasks(recipe)]
+def locks_of(recipe: Recipe) -> dict[Path, Path]:
+    """What this launch holds while it runs: its shard of each task's set, beside the set, which may be deleted."""
+    folder, (i, n) = Path(recipe.extract.output_dir), recipe.extract.shard or (0, 1)
+    return {folder / name: folder / f".{name}-{i}-of-{n}.lock" for name in own_tasks(recipe)}
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:

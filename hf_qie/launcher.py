@@ -45,11 +45,17 @@ def refuse_launcher(environment: Mapping[str, str]) -> None:
             raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
+def num_started(environment: Mapping[str, str]) -> int:
+    """How many processes the launcher started; the names are those that accelerate looks for."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return max(int(environment.get(name, "1")) for name in names)
+
+
 def check_ranks(environment: Mapping[str, str]) -> None:
     """Raise InputError where the launcher started more processes than have joined: each would do all of it alone."""
     from accelerate import PartialState
 
-    state, started = PartialState(), int(environment.get("WORLD_SIZE", "1"))
+    state, started = PartialState(), num_started(environment)
     if state.num_processes != started:
         raise InputError(
             f"accelerate launch: started {started} processes, but each runs alone, as {state.num_processes} process "

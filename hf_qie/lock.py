@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(locks: list[Path], *, remedy: str) -> Iterator[None]:
-    """Hold the lock files `locks` for all ranks of this launch, which have joined; rank 0 does.
+def held(locks: Mapping[Path, Path], *, remedy: str) -> Iterator[None]:
+    """Hold `locks`, a file for each folder, for all ranks of this launch, which have joined; rank 0 does.
 
     Raises InputError, on every rank, where another launch holds one; `remedy` says what else could be done.
     """
@@ -34,8 +34,8 @@ def held(locks: list[Path], *, remedy: str) -> Iterator[None]:
         why = None
         if os.environ.get("RANK", "0") == "0":
             try:
-                for lock in locks:
-                    stack.enter_context(_held(lock, remedy))
+                for folder, path in locks.items():
+                    stack.enter_context(_held(folder, path, remedy))
             except (InputError, OSError) as error:
                 why = disk_trouble(error) or str(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -48,16 +48,16 @@ def held(locks: list[Path], *, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held(path: Path, remedy: str) -> Iterator[None]:
+def _held(folder: Path, path: Path, remedy: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.with_name(f"{path.name}.json")
-    lock = _acquire(path, text, remedy)
+    lock = _acquire(folder, path, text, remedy)
     try:
         if text.exists() and f" on {socket.gethostname()} " not in (before := _holder(text)):
             logger.warning(
                 "%s: was in use by %s, which was killed, or runs still and this file system locks for one machine "
                 "alone; make sure that it has ended",
-                path.parent,
+                folder,
                 before,
             )
         me = {"process": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
@@ -69,7 +69,7 @@ def _held(path: Path, remedy: str) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(path: Path, text: Path, remedy: str) -> BaseFileLock:
+def _acquire(folder: Path, path: Path, text: Path, remedy: str) -> BaseFileLock:
     """The lock, held; where the file system has no locks, the existence of another file is one."""
     lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
     try:
@@ -86,7 +86,7 @@ def _acquire(path: Path, text: Path, remedy: str) -> BaseFileLock:
     except Timeout:
         killed = f"; if it was killed, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
         raise InputError(
-            f"{path.parent}: in use by {_holder(text)}; wait until it has ended, or {remedy}{killed}"
+            f"{folder}: in use by {_holder(text)}; wait until it has ended, or {remedy}{killed}"
         ) from None
     return lock
 

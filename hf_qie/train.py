@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import run_script
-from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, refuse_launcher
+from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, load_recipe, save_recipe
 from hf_qie.storage import prove_writable
 
@@ -47,14 +47,14 @@ def run(recipe: Recipe) -> "EditTrainer":
     from hf_qie.alive import STUCK_S, Alive, at_any_length
     from hf_qie.lock import held
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_started(os.environ) > 1:
         training_arguments(recipe, num_rows=0)  # joins the ranks
         check_ranks(os.environ)
     # with another shape a compiler takes minutes
     stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
     folder = Path(recipe.training["output_dir"])
     with (
-        held([folder / ".lock"], remedy="give another training.output_dir"),
+        held({folder: folder / ".lock"}, remedy="give another training.output_dir"),
         Alive(folder / "signs-of-life", stuck_s=stuck_s),
     ):
         with at_any_length("the opening of its sets"):

@@ -25,7 +25,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from hf_qie.lock import held
-with held([Path(sys.argv[1])], remedy="go elsewhere"):
+with held({Path(sys.argv[1]).parent: Path(sys.argv[1])}, remedy="go elsewhere"):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -44,7 +44,7 @@ def other(tmp_path, root):
 
 def refusal(lock: Path) -> str:
     """What a launch that wants the lock is told."""
-    with pytest.raises(InputError) as refused, held([lock], remedy="go elsewhere"):
+    with pytest.raises(InputError) as refused, held({lock.parent: lock}, remedy="go elsewhere"):
         pass
     return str(refused.value)
 
@@ -55,23 +55,22 @@ def test_a_second_launch_is_told_who_holds_the_folder_and_a_killed_one_holds_it_
     assert re.fullmatch(told, refusal(lock))
     other.kill()
     other.wait()
-    with held([lock], remedy="go elsewhere"):
+    with held({lock.parent: lock}, remedy="go elsewhere"):
         assert json.loads(Path(f"{lock}.json").read_text())["process"] == os.getpid()
     assert list(lock.parent.iterdir()) == []
 
 
 def test_what_fails_gives_the_folder_back(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), held([tmp_path / ".lock"], remedy=""):
+        with pytest.raises(ZeroDivisionError), held({tmp_path: tmp_path / ".lock"}, remedy=""):
             raise ZeroDivisionError
 
 
 def test_all_is_given_back_where_one_of_several_folders_is_in_use(tmp_path, other):
-    locks = [tmp_path / ".one.lock", tmp_path / "run" / ".lock"]
+    locks = {tmp_path: tmp_path / ".lock", tmp_path / "run": tmp_path / "run" / ".lock"}
     with pytest.raises(InputError, match="in use"), held(locks, remedy=""):
         pass
-    with held(locks[:1], remedy=""):
-        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -81,7 +80,7 @@ def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_pat
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
     lock = tmp_path / ".lock"
-    with held([lock], remedy="go elsewhere"):
+    with held({lock.parent: lock}, remedy="go elsewhere"):
         assert f"{lock}.soft: the file system has no locks" in caplog.text
         assert re.search(f"in use by process {os.getpid()} .*; if it was killed, delete {lock}.soft$", refusal(lock))
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +89,7 @@ def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_pat
 def test_a_lock_that_another_machine_did_not_give_back_is_taken_with_a_warning(tmp_path, caplog):
     holder = {"process": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
     Path(tmp_path, ".lock.json").write_text(json.dumps(holder))
-    with caplog.at_level(logging.WARNING), held([tmp_path / ".lock"], remedy=""):
+    with caplog.at_level(logging.WARNING), held({tmp_path: tmp_path / ".lock"}, remedy=""):
         pass
     assert "was in use by process 1 on elsewhere since 2026-01-01 00:00:00, which was killed, or" in caplog.text
 
@@ -118,7 +117,7 @@ def test_an_extraction_that_is_at_work_is_not_begun_again_but_shared_by_shards(t
         time.sleep(0.1)
     assert Launch(recipe, "extract.shard=[0,2]", notes=tmp_path / "again").join(60) == [1]
     said = (tmp_path / "again.log").read_text()
-    assert f"sets: in use by process {first.ranks[0].pid} on " in said
+    assert f"sets/task: in use by process {first.ranks[0].pid} on " in said
     assert "extract.shard" in said
     assert not (tmp_path / "again").exists(), "it encodes no row"
     assert Launch(recipe, "extract.shard=[1,2]", notes=tmp_path / "other").join(60) == [0]

@@ -5,11 +5,8 @@ for an image that lies in the data itself it has an `Embedded` name, by which `T
 only the columns that the recipe names are read.
 """
 
-import ast
-import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from urllib.request import url2pathname
 
 from hf_qie.recipe import InputError, Task
 from hf_qie.tables import HUB_ID, Embedded, Line, Table, hub_table, parquet_table, refuse_split, saved_table
-from hf_qie.textfiles import SUFFIXES, suffix_of, text_rows
+from hf_qie.textfiles import SUFFIXES, list_in, suffix_of, text_rows
 
 KINDS = {**SUFFIXES, ".parquet": "Parquet"}
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -35,7 +32,7 @@ FROM_FOLDER = (
     "[print(json.dumps(dict(source_image='SOURCES/' + i.name, target_image=str(i), "
     "instruction=i.with_suffix('.txt').read_text('utf-8')))) "
     "for i in sorted(pathlib.Path('{folder}').resolve().iterdir()) "
-    "if i.suffix != '.txt' and i.with_suffix('.txt').is_file()]\" > {folder}.jsonl"
+    "if i.suffix != '.txt' and i.with_suffix('.txt').is_file()]\" > '{folder}.jsonl'"
 )
 
 
@@ -121,15 +118,11 @@ def with_paths(lines: Iterator[Line], task: Task) -> Iterator[Line]:
 
 
 def as_list(sources: Any) -> Any:
-    """No image, one or several as a list; as CSV has no lists, a string may hold one as JSON or Python write it."""
-    if isinstance(sources, str) and sources.startswith("["):
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a path may begin so too
-                if isinstance(found := read(sources), list):
-                    return found
-    if isinstance(sources, str | None):
-        return [sources] if sources else []
-    return sources
+    """No image, one or several as a list."""
+    if isinstance(sources, str):
+        found = list_in(sources)
+        return found if found is not None else [sources] if sources else []
+    return [] if sources is None else sources
 
 
 def local_path(path: Any, root: str) -> Any:

@@ -127,7 +127,7 @@ def parquet_table(task: Task, files: list[Path], digest: Any) -> Table:
             columns=there,
             features=Features.from_arrow_schema(pa.schema([fields[name] for name in there])),
         )
-        if not os.path.isdir(builder.cache_dir):
+        if not any(os.path.isdir(builder.cache_dir + ending) for ending in ("", ".incomplete")):  # or it is being made
             check_cache(task, sum(copied_bytes(footers[file], there) for file in some))
         found.append(prepared(task, builder, "train", lambda error, some=some, there=there: unreadable(some, there)))
     parts = [(str(file), task.image_root or str(file.parent), footer.num_rows) for file, footer in footers.items()]

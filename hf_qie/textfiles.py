@@ -3,11 +3,13 @@
 A row is its place in the file, as `:3` for a line or `, item 3` for one of an array, and its values by column.
 """
 
+import ast
 import csv
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[Row]:
 
 
 def csv_rows(file: Path, lines: Iterator[bytes]) -> Iterator[Row]:
-    """Fields by the names of the first line, placed by their last line; an empty field is null."""
+    """Fields by the names of the first line, placed by their last line; an empty field is null, one may be a list."""
     first = next(lines, b"")
     delimiter = max(DELIMITERS, key=lambda one: first.count(one.encode()))
     # with the mark that Excel puts before UTF-8
@@ -80,9 +82,21 @@ def csv_rows(file: Path, lines: Iterator[bytes]) -> Iterator[Row]:
                 raise InputError(
                     f"{file}:{reader.line_num}: more fields than the {len(names)} names of the first line"
                 )
-            yield f":{reader.line_num}", {name: value or None for name, value in row.items()}
+            yield f":{reader.line_num}", {name: list_in(value or "") or value or None for name, value in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{file}, after line {reader.line_num}: no CSV in UTF-8 ({error})") from error
+
+
+def list_in(text: str) -> list[str] | None:
+    """The list of strings that a string holds, as JSON or Python write it, since CSV has none; None for other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a path or a caption may begin so too
+            found = read(text)
+            if isinstance(found, list) and all(isinstance(item, str) for item in found):
+                return found
+    return None
 
 
 def clip(value: Any) -> str:

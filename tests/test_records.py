@@ -303,6 +303,13 @@ def test_a_csv_field_may_have_line_breaks_commas_and_quotes(tmp_path):
     assert where == f"{tmp_path}/a.csv:4"
 
 
+def test_a_csv_field_may_be_a_list_of_captions(tmp_path):
+    texts = [["Make it red.", "Don't."], "[trigger] Make it red.", "[1, 2]"]
+    rows = [{"source_image": None, "target_image": "a.png", "instruction": str(text)} for text in texts]
+    write_csv(tmp_path / "a.csv", rows)
+    assert [row["instruction"] for *_, row in read(task_of(tmp_path / "a.csv"))] == texts
+
+
 def test_a_path_may_begin_like_a_list(tmp_path):
     (tmp_path / "[1] a.png").touch()
     write_csv(tmp_path / "a.csv", [{"source_image": "[1] a.png", "target_image": "[1] a.png", "instruction": "x"}])

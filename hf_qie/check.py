@@ -5,8 +5,10 @@
 
 The first opens the header of every picture and counts the tokens of every caption, without any model, and tells of
 each task what extract.py will find and write. It leaves a contact sheet and a list of odd rows of each task under
-<extract.output_dir>/first-look: see there that sources and targets are not swapped. Beside them noise-levels.png
-shows how often train.py will draw which noise level, with which weight, and where the pipeline samples.
+<extract.output_dir>/first-look: see there that sources and targets are not swapped. Odd rows are bad ones, copies,
+rows without a caption, pairs whose aspect differs by more than 1 % (of several sources the last one counts), and
+images of less than half the side of extract.image_sample_size. Beside them noise-levels.png shows how often train.py
+will draw which noise level, with which weight, and where the pipeline samples.
 The second encodes that many rows of each finished set again, through the official pipeline, and compares.
 Exit codes: 0, 1 (the rows cannot be used, the disk is too small, or a set differs by more than rounding).
 """

@@ -60,9 +60,10 @@ def main(argv: list[str]) -> int:
 
 
 def signs_folder(recipe: Recipe) -> Path:
-    """Where the ranks of this launch tell each other that they are alive."""
+    """Where the ranks of this launch tell each other that they are alive; no other launch holds its first set."""
     i, n = recipe.extract.shard or (0, 1)
-    return Path(recipe.extract.output_dir, f"signs-of-life-{i}-of-{n}")  # no task can have this name
+    first = next(iter(own_tasks(recipe)))
+    return Path(recipe.extract.output_dir, f"signs-of-life-{first}-{i}-of-{n}")  # no task can have this name
 
 
 def locks_of(recipe: Recipe) -> dict[Path, Path]:

@@ -18,8 +18,9 @@ from launches import Launch
 from ranks import in_ranks
 from small_recipes import write_recipe
 
+from hf_qie.extract import signs_folder
 from hf_qie.lock import held
-from hf_qie.recipe import InputError
+from hf_qie.recipe import InputError, load_recipe
 
 HOLD = """
 import sys, time
@@ -92,6 +93,12 @@ def test_a_lock_that_another_machine_did_not_give_back_is_taken_with_a_warning(t
     with caplog.at_level(logging.WARNING), held({tmp_path: tmp_path / ".lock"}, remedy=""):
         pass
     assert "was in use by process 1 on elsewhere since 2026-01-01 00:00:00, which was killed, or" in caplog.text
+
+
+def test_launches_that_share_an_output_folder_keep_their_signs_of_life_apart(tmp_path):
+    one, other = (load_recipe(write_recipe(tmp_path, tmp_path, {task: []})) for task in ("one", "other"))
+    shards = [load_recipe(other.path, [f"extract.shard=[{i},2]"]) for i in (0, 1)]
+    assert len({signs_folder(recipe) for recipe in (one, other, *shards)}) == 4
 
 
 @pytest.mark.two_rank

@@ -23,7 +23,7 @@ from typing import Any
 
 from hf_qie.recipe import InputError
 
-BETWEEN = "its start or its end"  # or between two steps; nobody can say how long that takes
+BETWEEN = "its start or its end"  # or between two steps, which may take any time
 BEAT_S = 2.0
 SILENT_BEATS = 15  # without a new sign a rank is taken for dead,
 SAVING_BEATS = 300  # at what may take any time: a disk that is written to as fast as it can holds up the signs too

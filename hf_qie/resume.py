@@ -97,13 +97,13 @@ def changes(checkpoint: Path, arguments: TrainingArguments) -> list[dict[str, An
 
 
 def settings_of(arguments: TrainingArguments, optimizer: Any, schedule: Any) -> dict[str, Any]:
-    """The settings of an optimizer and its schedule before the first step, in numbers and words.
+    """The settings of an optimizer and its schedule before the first step, as JSON has them.
 
-    What differs from those of another such start are settings; all else that states hold, they have come to.
+    Two such records differ in settings alone; what else the states hold was computed during training.
     """
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     for group in groups:
-        group["lr"] = group.get("initial_lr", group["lr"])  # before the schedule had its first word
+        group["lr"] = group.get("initial_lr", group["lr"])  # without the schedule's factor
     state = {key: value for key, value in schedule.state_dict().items() if key not in ("_last_lr", "lr_lambdas")}
     return {"keys": _keys(arguments), "groups": _plain(groups), "schedule": _plain(state)}
 
@@ -128,7 +128,7 @@ def apply_settings(was: Mapping[str, Any], now: Mapping[str, Any], optimizer: An
         schedule.base_lrs = [group["lr"] for group in now["groups"]]
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    else:  # it has no formula: what it took off stays off
+    else:  # no closed form: the reductions made so far are kept
         pairs = zip(optimizer.param_groups, before, now["groups"], strict=True)
         rates = [
             float(group["lr"]) * new["lr"] / old["lr"] if old.get("lr") else new["lr"] for group, old, new in pairs

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_qie.collate import Batch, collate
-from hf_qie.device import compute_dtype
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flow import shift_mu
-from hf_qie.latents import LatentEncoder, pack_latents
+from hf_qie.latents import pack_latents
 from hf_qie.lettering import font_for, legible, wrap, write
 from hf_qie.model import predict
+from hf_qie.pictures import load_vae
 
 logger = get_logger(__name__)
 
@@ -62,9 +62,7 @@ class PictureGrid(TrainerCallback):
         """`trainer` is an EditTrainer with held-out rows; where it has no VAE, the first rank loads one to decode."""
         self.trainer, self.vae, recipe = trainer, trainer.encoder, trainer.recipe
         if self.vae is None and trainer.is_world_process_zero():
-            device = trainer.args.device
-            where = {"dtype": compute_dtype(recipe.extract.dtype, device), "device": device}
-            self.vae = LatentEncoder(recipe.model, revision=recipe.revision, **where)
+            self.vae = load_vae(recipe, trainer.args.device)
         self.held_out: HeldOut = trainer.eval_dataset
         self.settings, self.seed = recipe.sampling, recipe.seed
         self.numbers = spread(self.held_out, self.settings.rows)

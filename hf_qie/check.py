@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.arguments import training_arguments
 from hf_qie.cli import Options, run_script, wanted
+from hf_qie.installed import training_arguments
 from hf_qie.recipe import Count, InputError, Recipe, load_recipe
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_qie.collate import Batch
 from hf_qie.fsdp import gathered
+from hf_qie.lora_files import UNEVEN, read_lora
 from hf_qie.recipe import InputError, Lora, Recipe
 
 logger = get_logger(__name__)
@@ -45,8 +46,8 @@ PRESETS = {
 def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = False) -> nn.Module:
     """The transformer of `recipe.model`, on the CPU, with `requires_grad` on what trains.
 
-    What trains is float32. The frozen base of a LoRA is bfloat16 where `mixed_precision` is "bf16". An `empty` one has
-    no values yet, though memory of its own: accelerate tells parameters apart by their addresses.
+    What trains is float32; what is frozen is bfloat16 where `mixed_precision` is "bf16", as in the pipeline. An
+    `empty` one has no values yet, though memory of its own: accelerate tells parameters apart by their addresses.
     Raises InputError where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
     model = _build(recipe, mixed_precision=mixed_precision, empty=empty)
@@ -76,6 +77,9 @@ def _build(recipe: Recipe, *, mixed_precision: str, empty: bool) -> nn.Module:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"trainable: nothing trains; what {recipe.model!r} has by those names gets no gradient")
     low_lr_parameters(model, recipe.trainable.low_lr_modules)  # a name that matches nothing shows before all else
+    for parameter in model.parameters() if mixed_precision == "bf16" and not lora else ():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
@@ -284,17 +288,12 @@ def adapters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def load_lora(model: PeftModel, source: str | Path) -> None:
-    """Fill the adapters from a LoRA file, a folder with one, or a Hub id, in any layout that diffusers reads.
+    """Fill the adapters from a LoRA file, a folder with one, or a Hub id, in any layout that `read_lora` knows.
 
-    Raises InputError unless its layers, rank and alpha are those of `model`.
+    Raises InputError unless all of it is taken, and its layers, rank and alpha are those of `model`.
     """
     where = f"trainable.lora: {source}"
-    try:
-        tensors, metadata = QwenImageLoraLoaderMixin.lora_state_dict(
-            str(source), use_safetensors=True, return_lora_metadata=True
-        )
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{where} does not load as a LoRA: {error}") from error
+    tensors, metadata = read_lora(source, where=where)
     wanted = adapters(model)
     config = model.peft_config["default"]
     misfits = sorted(wanted.keys() ^ tensors.keys())
@@ -305,7 +304,10 @@ def load_lora(model: PeftModel, source: str | Path) -> None:
             f"{where} is no LoRA of rank {config.r} on the layers that the recipe names: {len(misfits)} tensors "
             f"differ, the first is {misfits[0]}; set trainable.lora.rank and .target_modules to those of the file"
         )
-    alpha = (metadata or {}).get("transformer.lora_alpha", config.r)  # without metadata diffusers takes alpha = rank
+    settings = {key.removeprefix("transformer."): value for key, value in (metadata or {}).items()}
+    if uneven := [key for key in UNEVEN if settings.get(key)]:
+        raise InputError(f"{where} was trained with {uneven[0]}, which trainable.lora does not have; take another one")
+    alpha = settings.get("lora_alpha", config.r)  # without metadata diffusers takes alpha = rank
     if alpha != config.lora_alpha:
         raise InputError(
             f"{where} has alpha {alpha}, the recipe {config.lora_alpha}; set trainable.lora.alpha: {alpha}"

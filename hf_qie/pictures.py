@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_qie.device import compute_dtype
 from hf_qie.images import BadImage, read_image, resize
 from hf_qie.latents import PIXELS_PER_TOKEN, LatentEncoder
-from hf_qie.recipe import InputError
+from hf_qie.recipe import InputError, Recipe
 
 
 def has_latents(data: Dataset) -> bool:
@@ -85,3 +86,9 @@ def encode_pictures(pictures: Sequence[Tensor], encoder: LatentEncoder, *, batch
 def to_pixels(pictures: Tensor) -> Tensor:
     """`[B, 3, H, W]` float32 in [-1, 1] of `[B, H, W, 3]` uint8, by the arithmetic of `images.to_pixels`."""
     return 2.0 * (pictures.float() / 255.0).permute(0, 3, 1, 2) - 1.0
+
+
+def load_vae(recipe: Recipe, device: torch.device) -> LatentEncoder:
+    """The checkpoint's VAE, as extraction loads it."""
+    dtype = compute_dtype(recipe.extract.dtype, device)
+    return LatentEncoder(recipe.model, revision=recipe.revision, dtype=dtype, device=device)

@@ -7,20 +7,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from hf_qie.arguments import check_training, training_arguments
+from hf_qie.arguments import check_training
 from hf_qie.settings import (
     InputError,
     Misfit,
     PathName,
     build,
     derived,
-    leaves,
     override,
     read_yaml,
     show,
@@ -194,14 +192,6 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)  # TrainingArguments, with our defaults
 
 
-# Addresses whose capability is not built yet: anything but the default is refused. Remove the line that gets built.
-LATER = {
-    "training.deepspeed": "DeepSpeed",
-    "training.push_to_hub": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
-    "training.hub_*": "pushing while training; afterwards hf_qie/export.py --push_to_hub does",
-}
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and put `a.b.c=value` overrides over it.
 
@@ -222,7 +212,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = build(Recipe, raw, path=path)
         recipe = replace(recipe, training=MappingProxyType(check_training(recipe.training)))
-        _check_available(recipe)
         _check_together(recipe)
     except Misfit as misfit:
         at, message = misfit.args
@@ -249,15 +238,6 @@ def as_dict(value: Any) -> Any:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe to the file `path`; loading it gives an equal `Recipe`."""
     path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
-
-
-def _check_available(recipe: Recipe) -> None:
-    known = training_arguments()
-    training = ((f"training.{key}", value, known[key][1]) for key, value in recipe.training.items())
-    for at, value, default in (*leaves(recipe), *training):
-        for pattern, capability in LATER.items():
-            if fnmatchcase(at, pattern) and value != default:
-                raise Misfit(at, f"not available yet ({capability}); leave it out")
 
 
 def _check_together(recipe: Recipe) -> None:

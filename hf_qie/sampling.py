@@ -280,19 +280,20 @@ class Sampler:
 
 def load_lora(pipeline: Any, path: Path) -> None:
     """Put the LoRA in the file `path` into `pipeline`; raises InputError unless all of it has found its place."""
-    from safetensors import SafetensorError
+    from hf_qie.lora_files import read_lora
 
+    where = f"--checkpoint: {path}"
+    tensors, metadata = read_lora(path, where=where)
     try:
-        tensors = pipeline.lora_state_dict(path.parent, weight_name=path.name, use_safetensors=True)
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"--checkpoint: {path} does not load as a LoRA of this model: {error}") from error
+        pipeline.load_lora_into_transformer(
+            tensors, transformer=pipeline.transformer, metadata=metadata, _pipeline=pipeline
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{where} does not load as a LoRA of this model: {error}") from error
     loaded = sum(".lora_" in name for name, _ in pipeline.transformer.named_parameters())
-    wanted = sum(".lora_" in name for name in tensors)
-    if not loaded or loaded != wanted:  # diffusers leaves out what it does not know, with a log line at most
+    if loaded != len(tensors):  # diffusers leaves out what it does not know, with a log line at most
         raise InputError(
-            f"--checkpoint: of the {wanted} tensors of the LoRA {path} diffusers has loaded {loaded}; it is of "
-            "another model, or in a layout that diffusers does not read"
+            f"{where}: of its {len(tensors)} tensors diffusers has loaded {loaded}; it is a LoRA of another model"
         )
 
 

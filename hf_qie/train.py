@@ -15,18 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.arguments import check_packages
 from hf_qie.cli import run_script
 from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
 from hf_qie.recipe import InputError, Recipe, load_recipe, save_recipe
 from hf_qie.storage import prove_writable
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from torch import nn
     from transformers import TrainingArguments
 
-    from hf_qie.latents import LatentEncoder
     from hf_qie.loader import Draws
     from hf_qie.trainer import EditTrainer
 
@@ -36,6 +35,7 @@ COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 def main(argv: list[str]) -> None:
     """Train by the recipe `argv[0]` with the overrides `argv[1:]`."""
     recipe = load_recipe(argv[0], argv[1:])
+    check_packages(recipe.training)
     refuse_launcher(os.environ)
     fsdp_settings(recipe, os.environ)  # what does not fit shows before anything is imported
     prove_writable(Path(recipe.training["output_dir"]))
@@ -130,7 +130,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
     from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
-    from hf_qie.pictures import has_latents
+    from hf_qie.pictures import has_latents, load_vae
     from hf_qie.resume import changes, checkpoint_of, run_identity
     from hf_qie.trainer import EditTrainer
 
@@ -164,13 +164,11 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.device import warn_if_emulated
     from hf_qie.family import read_config
     from hf_qie.footprint import footprint
     from hf_qie.model import build_model, compile_blocks, model_on_paper
 
-    if (precision := arguments.mixed_precision) == "bf16":
-        warn_if_emulated(arguments.device)
+    precision = arguments.mixed_precision
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised, and so cannot be sharded")
@@ -187,15 +185,6 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     return model
 
 
-def load_vae(recipe: Recipe, device: "torch.device") -> "LatentEncoder":
-    """The checkpoint's VAE, as extraction loads it."""
-    from hf_qie.device import compute_dtype
-    from hf_qie.latents import LatentEncoder
-
-    dtype = compute_dtype(recipe.extract.dtype, device)
-    return LatentEncoder(recipe.model, revision=recipe.revision, dtype=dtype, device=device)
-
-
 def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     """The recipe's `training` section as TrainingArguments; epochs over `num_rows` become steps.
 
@@ -205,6 +194,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     from hf_qie.fsdp import BF16_POLICY, fsdp_arguments
+    from hf_qie.precision import settle
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
@@ -220,12 +210,13 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
         arguments = TrainingArguments(**section | forced)
     except (ValueError, TypeError) as error:
         raise InputError(f"{recipe.path}: training: {error}") from error
+    if epochs is not None:
+        arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
+    settle(arguments, recipe.training)
     if settings and settings.get("version", 2) == 1:
         get_logger("hf_qie.train").info("FSDP: version 1 was asked for, version 2 is used; there is no other here")
     if settings and arguments.mixed_precision == "bf16":
         arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
-    if epochs is not None:
-        arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
     return arguments
 
 

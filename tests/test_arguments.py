@@ -1,12 +1,18 @@
 """`training:`: TrainingArguments' own names, what we refuse of them, and the reasons."""
 
+import importlib.util
 from dataclasses import fields
 
 import pytest
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.training_args import OptimizerNames
 
-from hf_qie.arguments import check_training, training_arguments
-from hf_qie.settings import Misfit, read_yaml
+from hf_qie.arguments import NO_EFFECT, REFUSED, WORKS, check_packages, check_training
+from hf_qie.installed import choices, missing_package, training_arguments
+from hf_qie.settings import InputError, Misfit, read_yaml
 
 
 def test_the_names_read_from_source_are_training_arguments_own():
@@ -25,6 +31,175 @@ def test_training_arguments_take_the_section_as_it_is():
     arguments = TrainingArguments(**check_training(section))
     assert (arguments.learning_rate, arguments.max_steps, arguments.remove_unused_columns) == (1e-4, 512, False)
 
+
+# --- every field works, is refused, or means nothing ----------------------------------------------------------------
+
+
+def test_every_field_of_the_installed_release_is_in_one_of_the_lists():
+    refused = {key for key in REFUSED if "." not in key} - {"group_by_length"}  # a name of older releases
+    lists = [WORKS, refused, NO_EFFECT.keys()]
+    assert sum(map(len, lists)) == len(training_arguments())
+    assert set().union(*lists) == training_arguments().keys()
+
+
+TAKEN = """
+output_dir: other
+per_device_train_batch_size: 3
+num_train_epochs: 2.0
+max_steps: 7
+learning_rate: 0.5
+lr_scheduler_type: cosine
+lr_scheduler_kwargs: {num_cycles: 2}
+warmup_steps: 0.25
+optim: adamw_torch
+optim_args: a=1
+weight_decay: 0.25
+adam_beta1: 0.5
+adam_beta2: 0.5
+adam_epsilon: 0.25
+optim_target_modules: all-linear
+gradient_accumulation_steps: 2
+max_grad_norm: 0.5
+bf16: true
+fp16: true
+tf32: false
+activation_checkpointing: true
+activation_checkpointing_kwargs: {use_reentrant: false}
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+torch_compile: true
+torch_compile_backend: eager
+torch_compile_mode: default
+torch_empty_cache_steps: 2
+logging_steps: 20
+logging_first_step: true
+log_on_each_node: false
+log_level: info
+log_level_replica: info
+disable_tqdm: true
+report_to: [tensorboard]
+run_name: mine
+project: ours
+trackio_space_id: a/b
+trackio_bucket_id: c
+trackio_static_space_id: a/d
+eval_steps: 5
+eval_delay: 2
+per_device_eval_batch_size: 3
+eval_on_start: true
+eval_accumulation_steps: 2
+save_only_model: true
+save_steps: 200
+save_total_limit: 2
+load_best_model_at_end: true
+metric_for_best_model: eval_loss_edit
+full_determinism: true
+use_cpu: true
+accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}
+dataloader_num_workers: 2
+dataloader_pin_memory: false
+dataloader_prefetch_factor: 3
+ddp_bucket_cap_mb: 20
+ddp_broadcast_buffers: true
+ddp_static_graph: true
+ddp_backend: gloo
+ddp_timeout: 60
+fsdp: true
+fsdp_config: {fsdp_version: 2}
+debug: [underflow_overflow]
+skip_memory_metrics: false
+"""
+TAKEN = {line.partition(":")[0]: line for line in TAKEN.strip().splitlines()}
+BESIDE = {  # what a key needs beside it
+    "optim_args": {"optim": "sgd"},
+    "optim_target_modules": {"optim": "galore_adamw"},
+    "logging_steps": {"save_steps": 100},
+    "load_best_model_at_end": {"eval_strategy": "steps", "eval_steps": 50},
+    "dataloader_prefetch_factor": {"dataloader_num_workers": 1},
+}
+
+
+def test_the_fields_tried_are_those_that_work():
+    assert TAKEN.keys() == WORKS
+
+
+@pytest.mark.parametrize("key", sorted(WORKS))
+def test_what_works_reaches_training_arguments(key):
+    given = read_yaml(TAKEN[key], "here")
+    assert given[key] != training_arguments()[key][1]
+    section = check_training(given | BESIDE.get(key, {}))
+    assert section[key] == given[key]
+    if key not in ("fsdp", "ddp_backend"):  # which need several processes
+        made = getattr(TrainingArguments(**{"use_cpu": True} | section), key)
+        made = made.to_dict() if key == "accelerator_config" else getattr(made, "value", made)
+        assert given[key].items() <= made.items() if isinstance(made, dict) else made == given[key]
+
+
+OTHER_THAN_DEFAULT = {bool: "true", int: "3", float: "0.25", str: "x", list: "[x]", dict: "{x: 1}"}
+
+
+@pytest.mark.parametrize("key", sorted(NO_EFFECT))
+def test_what_means_nothing_here_is_refused_where_it_is_set(key):
+    kind, default = training_arguments()[key]
+    check_training({} if default is None else {key: default})
+    text = next(text for each, text in OTHER_THAN_DEFAULT.items() if each in (kind, *getattr(kind, "__args__", ())))
+    text = "false" if default is True else text
+    with pytest.raises(Misfit) as caught:
+        check_training(read_yaml(f"{key}: {text}", "here"))
+    assert caught.value.args[0] == f"training.{key}"
+    assert caught.value.args[1].endswith(f", leave it out: {NO_EFFECT[key]}")
+
+
+# --- names, and the packages behind them -----------------------------------------------------------------------------
+
+
+def test_the_names_read_from_source_are_the_librarys_own():
+    assert choices("optim") == [name.value for name in OptimizerNames]
+    assert choices("lr_scheduler_type") == [name.value for name in TYPE_TO_SCHEDULER_FUNCTION]
+    for name in choices("report_to"):
+        get_reporting_integration_callbacks([name] if name not in ("all", "none") else name)
+
+
+@pytest.mark.parametrize("name", choices("optim"))
+def test_an_optimizer_lacks_a_package_where_trainer_says_so(name, tmp_path):
+    targets = {"optim_target_modules": "all-linear"} if name.startswith(("galore", "apollo")) else {}
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, **targets)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, nn.Sequential(nn.Linear(2, 2)))
+        lacks = False
+    except (ImportError, ValueError):  # Trainer says it by either
+        lacks = True
+    assert lacks == (missing_package("optim", name) is not None)
+
+
+@pytest.mark.parametrize("name", sorted(set(choices("report_to")) - {"all", "none", "kubeflow"}))
+def test_a_tracker_lacks_a_package_where_its_callback_says_so(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEARML_TASK", "1")
+    (callback,) = get_reporting_integration_callbacks([name])
+    try:
+        callback()
+        lacks = False
+    except Exception:  # each its own, neptune's even a class that its package would have
+        lacks = True
+    assert lacks == (missing_package("report_to", name) is not None)
+
+
+def test_a_package_that_is_not_here_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = {
+        "optim: adamw_8bit": "optim: adamw_8bit needs a package that is not here: pip install bitsandbytes",
+        "optim: schedule_free_adamw": "optim: schedule_free_adamw needs a package that is not here: pip install "
+        "schedulefree",
+        "report_to: [none, wandb]": "report_to: wandb needs a package that is not here: pip install wandb",
+    }
+    for text, message in told.items():
+        with pytest.raises(InputError) as caught:
+            check_packages(check_training(read_yaml(text, "here")))
+        assert str(caught.value) == f"training.{message}"
+    check_packages(check_training({"optim": "adafactor", "report_to": "none"}))
+
+
+# --- what a bad key is told ------------------------------------------------------------------------------------------
 
 REASONS = {
     "order": "the seed and the global batch alone fix the order of the draws",
@@ -64,7 +239,7 @@ BAD_TRAINING = {
     "that trains gets a gradient",
     "ignore_data_skip: true": "ignore_data_skip: got true, wanted false: a resumed run goes on at the draw where it "
     "stopped",
-    "fsdp_config: fsdp.json": 'fsdp_config: got "fsdp.json", wanted a mapping; write the keys of the file here',
+    "fsdp_config: a.json": 'fsdp_config: got "a.json", wanted a mapping or null; write the keys of the file here',
     "fsdp_config: {fsdp_stat_dict_type: x}": "fsdp_config.fsdp_stat_dict_type: unknown key, did you mean "
     "'state_dict_type'?",
     "fsdp_config: {state_dict_type: LOCAL_STATE_DICT}": 'fsdp_config.state_dict_type: got "LOCAL_STATE_DICT", wanted '
@@ -72,6 +247,33 @@ BAD_TRAINING = {
     "fsdp_config: {version: true}": "fsdp_config.version: got true, wanted 2 | 1",
     "fsdp_config: {cpu_offload: yes}": 'fsdp_config.cpu_offload: got "yes", wanted true or false',
     "remove_unused_columns: true": "remove_unused_columns: got true, wanted false: the collator needs every column",
+    "resume_from_checkpoint: outputs/run": 'resume_from_checkpoint: got "outputs/run", wanted null: a run resumes by '
+    "itself from the last complete checkpoint in training.output_dir; to start from other weights, set "
+    "trainable.lora.init_from, or name their folder as model",
+    "warmup_ratio: 0.1": "warmup_ratio: unknown key, warmup_steps below 1 is a share of all steps: warmup_steps: 0.1",
+    "mixed_precision: bf16": "mixed_precision: unknown key, set training.bf16: true, or launch with accelerate launch "
+    "--mixed_precision bf16",
+    "zzz: 1": "zzz: unknown key; wanted one of transformers.TrainingArguments",
+    "accelerator_config: {even_batches: false}": "accelerator_config.even_batches: got false, wanted true: "
+    + REASONS["order"],
+    "accelerator_config: {even_batch: false}": "accelerator_config.even_batch: unknown key, did you mean "
+    "'even_batches'?",
+    "accelerator_config: a.json": 'accelerator_config: got "a.json", wanted a mapping or null; write the keys of the '
+    "file here",
+    "per_device_train_batch_size: 0": "per_device_train_batch_size: got 0, wanted a whole number of at least 1",
+    "weight_decay: -1": "weight_decay: got -1, wanted a number of at least 0",
+    "adam_beta2: 1": "adam_beta2: got 1, wanted a number from 0 to below 1",
+    "report_to: wandbb": "report_to: got \"wandbb\": unknown name, did you mean 'wandb'?",
+    "report_to: [tensorboard, foo]": 'report_to: got "foo": unknown name, known here: azure_ml, comet_ml, mlflow, '
+    "neptune, tensorboard, trackio, wandb, codecarbon, clearml, dagshub, flyte, dvclive, swanlab, kubeflow, all, none",
+    "lr_scheduler_type: cosin": "lr_scheduler_type: got \"cosin\": unknown name, did you mean 'cosine'?",
+    "log_level: loud": 'log_level: got "loud", wanted detail | debug | info | warning | error | critical | passive',
+    "lr_scheduler_type: constant\nlr_scheduler_kwargs: {num_cycles: 2}": "lr_scheduler_kwargs: without effect on the "
+    "schedule constant; leave it out",
+    "optim_args: a=1": "optim_args: without effect on adamw_torch; leave it out",
+    "optim: sgd\noptim_args: momentum": 'optim_args: got "momentum", wanted name=value,name=value',
+    "optim: galore_adamw": "optim_target_modules: galore_adamw needs it: the layers, or all-linear",
+    "optim_target_modules: all-linear": "optim_target_modules: adamw_torch does not use it",
     "logging_nan_inf_filter: true": "logging_nan_inf_filter: got true, wanted false: a loss that is not finite must "
     "show",
 }

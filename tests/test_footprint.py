@@ -58,6 +58,15 @@ def test_sharded_full_fine_tuning_takes_sixteen_bytes_a_parameter_over_the_devic
     assert total == pytest.approx(16 * NUM_PARAMETERS / 8, rel=0.01)  # but for the last block's frozen tensors
 
 
+def test_of_four_blocks_that_train_the_frozen_rest_takes_two_bytes_a_parameter(tmp_path):
+    blocks = [f"transformer_blocks.{i}" for i in range(56, 60)]
+    recipe = released(tmp_path, trainable={"modules": blocks})
+    found = footprint(model_on_paper(recipe, mixed_precision="bf16"), optimizer="adamw_torch", num_shards=1)
+    assert found.weight_bytes == 2 * NUM_PARAMETERS + 2 * found.num_trained
+    total_gb = (found.weight_bytes + found.gradient_bytes + found.state_bytes) / 1e9
+    assert total_gb == pytest.approx(58.7, abs=0.05)  # with 3.6 GB of activations it fits 80
+
+
 def test_it_is_said_before_a_weight_is_read(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="hf_qie.train")
     recipe = released(tmp_path, trainable={"lora": {}}, training={"use_cpu": True, "optim": "sgd"})
@@ -69,14 +78,18 @@ def test_it_is_said_before_a_weight_is_read(tmp_path, caplog):
     ) in caplog.text
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "target_modules": "all-linear"}])
-def test_on_paper_is_as_loaded(tiny, tmp_path, lora):
-    recipe = load_recipe(write_recipe(tmp_path, tiny(), trainable={"lora": lora}))
+@pytest.mark.parametrize(
+    "trainable", [{}, {"modules": ["attn"]}, {"lora": {"rank": 4, "target_modules": "all-linear"}}]
+)
+def test_on_paper_is_as_loaded(tiny, tmp_path, trainable):
+    recipe = load_recipe(write_recipe(tmp_path, tiny(), trainable=trainable))
     on_paper, loaded = model_on_paper(recipe, mixed_precision="bf16"), build_model(recipe, mixed_precision="bf16")
     how = {"optimizer": "adafactor", "num_shards": 2}
     assert footprint(on_paper, **how) == footprint(loaded, **how)
+    storages = {parameter.untyped_storage().data_ptr(): parameter for parameter in loaded.parameters()}.values()
+    assert sum(p.untyped_storage().nbytes() for p in storages) / 2 == footprint(loaded, **how).weight_bytes
     assert {parameter.device.type for parameter in on_paper.parameters()} == {"meta"}
-    assert isinstance(loaded.get_base_model() if lora else loaded, QwenImageTransformer2DModel)
+    assert isinstance(loaded.get_base_model() if "lora" in trainable else loaded, QwenImageTransformer2DModel)
 
 
 def test_an_optimizer_that_is_not_known_is_not_guessed_at(tiny, tmp_path):

@@ -175,7 +175,7 @@ def test_adapters_that_fsdp_saved_load_in_diffusers(done, tiny, state):
 
 def test_peoples_flags_train_a_frozen_base_in_bfloat16_and_what_trains_in_float32(done):
     (full, *_), (lora, *_) = reports(done / "full" / "flags"), reports(done / "lora" / "flags")
-    assert full["dtypes"] == ["False: torch.float32", "True: torch.float32"]
+    assert full["dtypes"] == ["False: torch.bfloat16", "True: torch.float32"]
     assert "False: torch.bfloat16" in lora["dtypes"]
     assert "True: torch.float32" in lora["dtypes"]
     assert "True: torch.bfloat16" not in lora["dtypes"]

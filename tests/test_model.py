@@ -212,14 +212,40 @@ def test_an_empty_model_is_the_loaded_one_but_for_its_values(tiny, tmp_path, lor
     assert len({p.data_ptr() for p in empty.parameters()}) == len(facts(loaded))
 
 
-def test_what_trains_is_float32_and_a_frozen_base_follows_mixed_precision(tiny):
-    full = build_model(recipe(tiny()), mixed_precision="bf16")
-    lora = build_model(recipe(tiny(), lora=LORA), mixed_precision="bf16")
-    assert {p.dtype for p in full.parameters()} == {torch.float32}
-    assert {p.dtype for p in adapters(lora).values()} == {torch.float32}
-    assert {p.dtype for n, p in parameters(lora).items() if ".lora_" not in n} == {torch.bfloat16}
-    unmixed = build_model(recipe(tiny(), lora=LORA))
-    assert {p.dtype for p in unmixed.parameters()} == {torch.float32}
+PART = {"modules": ("transformer_blocks.0",)}
+
+
+@pytest.mark.parametrize("trainable", [{}, PART, {"lora": LORA}], ids=["full", "part", "lora"])
+def test_what_trains_is_float32_and_what_is_frozen_follows_mixed_precision(tiny, trainable):
+    mixed = build_model(recipe(tiny(), **trainable), mixed_precision="bf16")
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in mixed.parameters()}
+    if "lora" in trainable:  # two adapters on the last block's text output, which get no gradient
+        dtypes.remove((False, torch.float32))
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    unmixed = build_model(recipe(tiny(), **trainable))
+    assert {parameter.dtype for parameter in unmixed.parameters()} == {torch.float32}
+
+
+def test_what_trains_keeps_every_bit_of_the_checkpoint_and_what_is_frozen_is_what_the_pipeline_has(tiny):
+    exact, rounded = (
+        dict(QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer", dtype=d).named_parameters())
+        for d in (torch.float32, torch.bfloat16)
+    )
+    for name, parameter in build_model(recipe(tiny(), **PART), mixed_precision="bf16").named_parameters():
+        assert torch.equal(parameter, (exact if parameter.requires_grad else rounded)[name]), name
+
+
+def test_frozen_blocks_in_bfloat16_change_loss_and_gradients_by_its_rounding_alone(tiny):
+    found = []
+    for precision in ("no", "bf16"):
+        model = build_model(recipe(tiny(), **PART), mixed_precision=precision)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = some_loss(model.train())
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
+    (whole, gradient), (mixed, other) = found
+    assert mixed == pytest.approx(whole, rel=2**-7)  # bfloat16 keeps 8 bits
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

@@ -179,8 +179,8 @@ def test_a_notebook_trains_and_goes_on(tiny, tmp_path):
 
 
 def test_values_that_only_training_arguments_know_are_input_errors(root, tiny, tmp_path):
-    message = refused(root, write_recipe(tmp_path, tiny()), "training.lr_scheduler_type=linaer")
-    assert "training: linaer is not a valid SchedulerType" in message
+    message = refused(root, write_recipe(tmp_path, tiny()), "training.debug=overflow")
+    assert "training: overflow is not a valid DebugOption" in message
 
 
 def test_a_ready_set_is_taken_from_where_it_lies(root, tiny, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from diffusers import QwenImageTransformer2DModel, TorchAoConfig
 from embedding_sets import write_recipe
+from safetensors.torch import load_file
 
 from hf_qie.model import parameters
 from hf_qie.recipe import InputError, load_recipe
@@ -61,6 +62,26 @@ def test_an_optimizer_trains_all_that_trains_and_resumes(tiny, tmp_path, optim, 
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name, value in weights(again).items():
         assert torch.equal(value, after[name]), name
+
+
+def test_a_part_that_trains_beside_frozen_bfloat16_resumes_bit_for_bit_and_loads_in_diffusers(tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), trainable={"modules": ["transformer_blocks.0"]}, training={"bf16": True})
+    trainer = trainer_of(path)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    saved = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = weights(trainer)
+    assert {name: tensor.dtype for name, tensor in saved.items()} == {name: own[name].dtype for name in own}
+    assert {tensor.dtype for tensor in own.values()} == {torch.float32, torch.bfloat16}
+    again = trainer_of(path)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    for name, value in weights(again).items():
+        assert torch.equal(value, own[name]), name
+    again.save_model()
+    for folder, dtype in ((checkpoint, torch.float32), (tmp_path / "run", torch.bfloat16)):
+        loaded = QwenImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert all(torch.equal(value, own[name].to(dtype)) for name, value in loaded.named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""LoRA files of other tools: all of one is taken, to start a run from and to sample with, or it is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_qie import sampling
+from hf_qie.lora_files import read_lora
+from hf_qie.model import LORA_FILE, adapters, build_model, save_weights
+from hf_qie.recipe import InputError, Lora, Recipe, Task, Trainable
+
+RANK = 4
+LORA = Lora(rank=RANK, alpha=RANK, target_modules="all-linear")
+DIFFUSERS = "transformer."
+
+
+def recipe(model: Path, **changes) -> Recipe:
+    lora = Lora(**vars(LORA) | changes)
+    tasks = {"edit": Task(name="edit", data=("none.jsonl",))}
+    return Recipe(path=Path(), model=str(model), tasks=tasks, trainable=Trainable(lora=lora))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> dict[str, Tensor]:
+    """The tensors of a LoRA that does something, as diffusers has them."""
+    PartialState(cpu=True)
+    model = build_model(recipe(tiny()))
+    torch.manual_seed(3)
+    for parameter in adapters(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("lora")
+    save_weights(model, folder)
+    return load_file(folder / LORA_FILE)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny) -> QwenImageEditPlusPipeline:
+    """The tiny pipeline's transformer, in a pipeline without anything else."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
+    absent = ("vae", "scheduler", "text_encoder", "tokenizer", "processor")
+    pipeline = QwenImageEditPlusPipeline.__new__(QwenImageEditPlusPipeline)
+    pipeline.register_modules(transformer=transformer, **dict.fromkeys(absent))
+    return pipeline
+
+
+def halves(key: str) -> str:
+    return key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+def with_alpha(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    layers = {key.partition(".lora_")[0] for key in tensors}
+    return tensors | {f"{layer}.alpha": torch.tensor(alpha) for layer in layers}
+
+
+def flat(prefix: str, key: str) -> str:
+    layer, dot, rest = halves(key.removeprefix(DIFFUSERS)).partition(".lora_")
+    return prefix + layer.replace(".", "_") + dot + rest
+
+
+LAYOUTS = {  # of a tool: its key for diffusers'
+    "bare": lambda key: key.removeprefix(DIFFUSERS),
+    "peft": lambda key: key.replace(DIFFUSERS, "base_model.model.", 1),
+    "peft of a pipeline": lambda key: f"base_model.model.{key}",
+    "an adapter by name": lambda key: key.removeprefix(DIFFUSERS).replace(".weight", ".default.weight"),
+    "ComfyUI": lambda key: key.replace(DIFFUSERS, "diffusion_model.", 1),
+    "OneTrainer": halves,
+    "OneTrainer, flat": lambda key: flat("lora_transformer_", key),
+    "kohya": lambda key: flat("lora_unet_", key),
+    "lycoris": lambda key: flat("lycoris_", key),
+}
+ALPHAS = {"OneTrainer": 2.0, "OneTrainer, flat": 4.0, "kohya": 4.0, "lycoris": 4.0, "ComfyUI": 8.0}
+
+
+def write_layout(trained: dict[str, Tensor], layout: str, folder: Path) -> Path:
+    tensors = {LAYOUTS[layout](key): tensor for key, tensor in trained.items()}
+    if layout in ALPHAS:
+        tensors = with_alpha(tensors, ALPHAS[layout])
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": RANK, "use_rslora": False}))
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_starts_from_every_tensor_of_a_file_in_any_layout(trained, tiny, tmp_path, layout):
+    path = write_layout(trained, layout, tmp_path)
+    scale = ALPHAS.get(layout, RANK) / RANK  # is in one half
+    for source in (path, tmp_path):
+        started = adapters(build_model(recipe(tiny(), init_from=str(source))))
+        assert started.keys() == trained.keys()
+        for key, parameter in started.items():
+            torch.testing.assert_close(parameter.detach(), trained[key] * (scale if "lora_A" in key else 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampling_takes_every_tensor_of_a_file_in_any_layout(trained, pipeline, tmp_path, layout):
+    sampling.load_lora(pipeline, write_layout(trained, layout, tmp_path))
+    named = dict(pipeline.transformer.named_parameters())
+    loaded = {key.replace(".default_0.", "."): tensor for key, tensor in named.items() if ".lora_" in key}
+    pipeline.unload_lora_weights()
+    assert {DIFFUSERS + key for key in loaded} == trained.keys()
+    key = next(key for key in loaded if "lora_B" in key)
+    assert torch.equal(loaded[key], trained[DIFFUSERS + key])
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+FOREIGN = {  # keys beside those of a LoRA, or in their place, and what is said of them
+    f"transformer.{LAYER}.dora_scale": "is a DoRA: 1 of its 69 keys, as transformer.transformer_bl",
+    f"base_model.model.{LAYER}.lora_magnitude_vector.weight": "is a DoRA: 1 of its 69 keys",
+    f"diffusion_model.{LAYER}.lokr_w1": "is a LoKr: 1 of its 69 keys",
+    f"lycoris_{LAYER.replace('.', '_')}.hada_w1_a": "is a LoHa: 1 of its 69 keys",
+    f"diffusion_model.{LAYER}.diff": "is a file of whole differences: 1 of its 69 keys",
+    f"transformer.{LAYER}.lora_B.bias": "is no LoRA: 1 of its 69 keys would be left out: transformer.transformer_bl",
+    "transformer.norm_out.weight": "is no LoRA: 1 of its 69 keys would be left out: transformer.norm_out.weight; want",
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_keys_that_a_loader_would_leave_out_are_refused_by_name(trained, tiny, pipeline, tmp_path, key):
+    path = tmp_path / "lora.safetensors"
+    save_file(trained | {key: torch.zeros(2)}, path)
+    with pytest.raises(InputError) as error:
+        build_model(recipe(tiny(), init_from=str(path)))
+    assert f"trainable.lora: {path} {FOREIGN[key]}" in str(error.value)
+    with pytest.raises(InputError) as error:
+        sampling.load_lora(pipeline, path)
+    assert f"--checkpoint: {path} {FOREIGN[key]}" in str(error.value)
+
+
+def test_half_an_adapter_is_refused(trained, tmp_path):
+    one = min(key for key in trained if "lora_B" in key)
+    for layout in ("bare", "kohya"):
+        tensors = {LAYOUTS[layout](key): tensor for key, tensor in trained.items() if key != one}
+        save_file(tensors, tmp_path / "lora.safetensors")
+        with pytest.raises(InputError, match="half of an adapter is missing"):
+            read_lora(tmp_path / "lora.safetensors", where="here")
+
+
+def test_a_text_encoders_part_is_refused(trained, tiny, pipeline, tmp_path):
+    text = {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(RANK, 8)}
+    text |= {"text_encoder.layers.0.q_proj.lora_B.weight": torch.zeros(8, RANK)}
+    save_file(trained | text, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match=r"2 tensors differ, the first is transformer\.text_encoder"):
+        build_model(recipe(tiny(), init_from=str(tmp_path / "lora.safetensors")))
+    with pytest.raises(InputError, match=r"of its 70 tensors diffusers has loaded 68|does not load as a LoRA"):
+        sampling.load_lora(pipeline, tmp_path / "lora.safetensors")
+
+
+def test_pefts_alpha_is_that_of_its_config_and_without_one_nobody_guesses(trained, tiny, tmp_path):
+    path = write_layout(trained, "peft", tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"r": RANK, "lora_alpha": 16}))
+    with pytest.raises(InputError, match=r"has alpha 16, the recipe 4; set trainable\.lora\.alpha: 16"):
+        build_model(recipe(tiny(), init_from=str(path)))
+    config.write_text(json.dumps({"r": RANK, "lora_alpha": RANK, "use_rslora": True}))
+    with pytest.raises(InputError, match=r"was trained with use_rslora, which trainable\.lora does not have"):
+        build_model(recipe(tiny(), init_from=str(path)))
+    config.unlink()
+    with pytest.raises(InputError, match=r"has peft's layout, whose alpha stands beside it in adapter_config\.json"):
+        build_model(recipe(tiny(), init_from=str(path)))

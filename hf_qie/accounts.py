@@ -11,6 +11,7 @@ from typing import Any
 from hf_qie.durable import is_noted, misfit, move_durably, note, write_durably, written
 
 UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
+REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
 
 
 @dataclass(kw_only=True)
@@ -19,6 +20,7 @@ class Account:
 
     rows_in: int = 0
     rows_out: int = 0
+    rows_kept: int = 0  # of these, from before the data changed
     rows_without_caption: int = 0
     num_tokens: int = 0  # that the encoder ran
     num_tokens_padded: int = 0  # with the padding of its batches
@@ -36,27 +38,34 @@ def account_path(path: Path) -> Path:
     return path.parent / UNFINISHED / f"{path.stem}.json"
 
 
-def keep_chunk(aside: Path, path: Path, account: Account) -> None:
-    """Let the finished file `aside` appear under the chunk's name."""
+def keep_chunk(aside: Path, path: Path, account: Account, *, data: str) -> None:
+    """Let the finished file `aside` appear under the chunk's name; `data` is the digest of what it is made from."""
     file = written(aside)
-    write_durably(account_path(path), json.dumps({"rows": vars(account), "file": file}, ensure_ascii=False))
+    noted = {"rows": vars(account), "file": file, "data": data}
+    write_durably(account_path(path), json.dumps(noted, ensure_ascii=False))
     move_durably(aside, path)
     note(path, file["sha256"])
 
 
-def read_account(path: Path) -> tuple[Account, dict[str, Any]]:
-    """The account of a chunk file, and its `bytes` and `sha256` as written; raises ValueError where it is damaged."""
+def read_account(path: Path, *, data: str | None = None) -> tuple[Account, dict[str, Any]]:
+    """The account of a chunk file, and its `bytes` and `sha256` as written.
+
+    Raises ValueError where it is damaged, or the chunk is not made from `data`.
+    """
     try:
         noted = json.loads(account_path(path).read_text(encoding="utf-8"))
-        return Account(**noted["rows"]), {name: noted["file"][name] for name in ("bytes", "sha256")}
+        account, file = Account(**noted["rows"]), {name: noted["file"][name] for name in ("bytes", "sha256")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{account_path(path)} cannot be read ({error})") from error
+        raise ValueError(f"has no account: {account_path(path)} cannot be read ({error})") from error
+    if data and noted.get("data", data) != data:
+        raise ValueError("was made by another launch, of data that have changed since")
+    return account, file
 
 
-def damage(path: Path) -> str | None:
-    """Why a chunk file is not to be used; None where it is what was written, and has not changed since."""
+def damage(path: Path, *, data: str) -> str | None:
+    """Why a chunk file is not to be used; None where it is what was written of `data`, and has not changed since."""
     try:
-        _, was = read_account(path)
+        _, was = read_account(path, data=data)
     except ValueError as error:
-        return f"has no account: {error}"
+        return str(error)
     return None if is_noted(path, was["sha256"]) else misfit(path, was)

@@ -22,12 +22,14 @@ from datasets import Dataset
 
 from hf_qie.accounts import Account, keep_chunk
 from hf_qie.alive import at, at_any_length
-from hf_qie.batches import Pass, like_length, same_size, shared_passes
-from hf_qie.embeddings import LATENT_CHANNELS, to_table
-from hf_qie.encoder import Encoder, PromptStates
+from hf_qie.batches import like_length, same_size, shared_passes
+from hf_qie.embeddings import to_table
+from hf_qie.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
+from hf_qie.encoder import Encoder
 from hf_qie.images import to_pixels
+from hf_qie.kept import Kept, in_order
 from hf_qie.latents import LatentEncoder
-from hf_qie.prepare import Direction, Picture, Pictures, Plan, Prepared, prepare
+from hf_qie.prepare import Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 
@@ -50,21 +52,21 @@ class Models:
 class Chunk:
     """A range of rows under way."""
 
-    def __init__(self, table: Dataset, plan: Plan):
+    def __init__(self, table: Dataset, plan: Plan, kept: Kept | None):
         self.table = table
         self.account = Account()
-        self.pictures = Pictures(table, plan)
+        self.pictures = Pictures((row for row in table if not (kept and kept.has(row["row"]))), plan)
         self.latents: dict[Picture, Future[np.ndarray]] = {}  # of pictures that several rows use
-        self.reads: dict[int, Future[Prepared | BadRow]] = {}  # by row, begun ahead
+        self.reads: dict[int, Future[Prepared | BadRow | pa.Table]] = {}  # by row, begun ahead
         self.claimed = Event()  # by the last window so far: it has taken its part of the pictures
         self.claimed.set()
 
 
 class ChunkWriter:
-    """Turns ranges of rows into chunk files. One a task and rank."""
+    """Turns ranges of rows into chunk files. One a task and rank; rows that are `kept` pass no model."""
 
-    def __init__(self, plan: Plan, models: Models, *, progress: Callable[[int], Any]):
-        self.plan, self.models, self.progress = plan, models, progress
+    def __init__(self, plan: Plan, models: Models, *, progress: Callable[[int], Any], kept: Kept | None = None):
+        self.plan, self.models, self.progress, self.kept = plan, models, progress, kept
         self.features = plan.features(models.encoder.width)
         self.batch_size = plan.extract.batch_size
 
@@ -83,7 +85,7 @@ class ChunkWriter:
 
     def open(self, rows: range) -> Chunk:
         """Begin a chunk: its first window is read while the models still work on the last of another chunk."""
-        chunk = Chunk(self.plan.rows.table.select(rows), self.plan)
+        chunk = Chunk(self.plan.rows.table.select(rows), self.plan, self.kept)
         first = range(min(len(chunk.table), WINDOW_BATCHES * self.batch_size))
         chunk.reads = {row["row"]: self.readers.submit(self.read, row, chunk) for row in chunk.table.select(first)}
         return chunk
@@ -129,10 +131,12 @@ class ChunkWriter:
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
         with at_any_length("the writing of a chunk"):
-            keep_chunk(aside, path, chunk.account)
+            keep_chunk(aside, path, chunk.account, data=self.plan.rows.digest)
 
-    def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow:
-        """Read the pictures of a row and make its prompts. Runs in many threads."""
+    def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow | pa.Table:
+        """Read the pictures of a row and make its prompts, or fetch what is kept of it. Runs in many threads."""
+        if self.kept and self.kept.has(row["row"]):
+            return self.kept.row(row["row"])
         try:
             return prepare(row, chunk.pictures, plan=self.plan, processor=self.models.processor)
         except BadRow as error:
@@ -144,7 +148,7 @@ class ChunkWriter:
         try:
             begun = [chunk.reads.pop(row["row"], None) or self.readers.submit(self.read, row, chunk) for row in rows]
             ready = [read.result() for read in begun]
-            good = [one for one in ready if not isinstance(one, BadRow)]
+            good = [one for one in ready if isinstance(one, Prepared)]
             before.wait()  # windows take pictures in their order, or batches would depend on who was faster
             latents, mine = self.claim(good, chunk)
         finally:
@@ -220,22 +224,28 @@ class ChunkWriter:
     def to_table(
         self,
         rows: Sequence[dict[str, Any]],
-        ready: Sequence[Prepared | BadRow],
+        ready: Sequence[Prepared | BadRow | pa.Table],
         states: Mapping[int, dict[str, np.ndarray]],
         latents: Mapping[Picture, np.ndarray],
         account: Account,
     ) -> pa.Table:
         """The good rows in the order of the input; the bad ones go to `account`."""
-        kept = []
+        made, places, captions = [], [], self.plan.task.columns.captions
         for row, one in zip(rows, ready, strict=True):
-            result = one if isinstance(one, BadRow) else self.columns(one, states, latents)
+            result = self.columns(one, states, latents) if isinstance(one, Prepared) else one
             if isinstance(result, BadRow):
                 self.note_bad(row, result, account)
+                continue
+            if isinstance(result, pa.Table):
+                account.rows_kept += 1
+                places.append(result)
             else:
-                kept.append(result)
-                account.rows_out += 1
-                account.rows_without_caption += not one.directions[0].captions
-        return to_table(kept, self.features)
+                places.append(len(made))
+                made.append(result)
+            account.rows_without_caption += not any(row["texts"][caption] for caption in captions)
+        account.rows_out += len(places)
+        table = to_table(made, self.features)
+        return in_order(table, places) if len(made) < len(places) else table
 
     def columns(
         self,
@@ -281,40 +291,3 @@ def use_device(device: torch.device) -> None:
     """
     if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device)
-
-
-def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.ndarray]]:
-    """The columns of states of each direction of a pass, by its identity."""
-    image = to_float16(states.image)
-    columns = {}
-    for direction, texts in one.split(states):
-        names = [f"text_embeds_{caption}" for caption in (*direction.captions, "drop")]
-        values = {"image_embeds": image, **dict(zip(names, map(to_float16, texts), strict=True))}
-        columns[id(direction)] = {direction.prefix + name: value for name, value in values.items()}
-    return columns
-
-
-def grid_columns(direction: Direction) -> dict[str, Any]:
-    """The columns of grids of one direction."""
-    values = {"target_grid": direction.target_grid, "source_grids": direction.source_grids}
-    return {direction.prefix + name: value for name, value in values.items()}
-
-
-def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of latents of one direction."""
-    sources = [latents[picture] for picture in direction.sources]
-    values = {
-        "target_latents": latents[direction.target],
-        "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
-    }
-    return {direction.prefix + name: value for name, value in values.items()}
-
-
-def to_float16(values: torch.Tensor) -> np.ndarray:
-    """As stored: exact for bfloat16 from 2^-17 to 65504, at most 2^-25 off below."""
-    return values.to(torch.float16).cpu().numpy()
-
-
-def fits_float16(values: np.ndarray) -> bool:
-    """False where rounding to float16 made an infinity, or the model gave none of a number."""
-    return bool(np.isfinite(values).all())

@@ -178,7 +178,7 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
             if good:
                 writer.write_table(to_table(good, features))
         writer.finalize()
-    keep_chunk(aside, path, account)
+    keep_chunk(aside, path, account, data=foreign.plan.rows.digest)
 
 
 def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:

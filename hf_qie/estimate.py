@@ -6,7 +6,7 @@ No pixel is decoded and no model is there, so it is known before anything takes 
 import functools
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,14 +204,17 @@ def estimate_bytes(plan: Plan, processor: Any, *, width: int) -> int:
     return round(len(table) * np.mean([look.num_bytes if isinstance(look, Outlook) else 0 for look in outlooks]))
 
 
-def check_space(num_bytes: Mapping[str, int], output_dir: Path) -> str:
+def check_space(num_bytes: Mapping[str, int], output_dir: Path, *, remade: Collection[str] = ()) -> str:
     """What is still to be written under `output_dir`, and what is free, in words; `num_bytes`: each task's whole set.
 
+    Of tasks that are `remade`, what is there stays until they are whole again.
     Raises InputError where it does not fit. What is there already is kept, or deleted to make room for as much.
     """
     wanted = 0
     for name, size in num_bytes.items():
-        if not (output_dir / name / PROVENANCE).exists():
+        if name in remade:
+            wanted += size
+        elif not (output_dir / name / PROVENANCE).exists():
             wanted += max(0, size - sum(chunk.stat().st_size for chunk in (output_dir / name).glob("*.arrow")))
     folder = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -125,12 +125,13 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     code = 0
     for name, plan in plans.items():
         started, folder = time.monotonic(), Path(recipe.extract.output_dir, name)
-        make_set(plan, folder, recipe, request_of(plan, compat, recipe, dtype=dtype), models, state)
+        is_new = make_set(plan, folder, recipe, request_of(plan, compat, recipe, dtype=dtype), models, state)
         if not (folder / PROVENANCE).exists():
             logger.info("%s: chunks are left to other launches; the one that does the last ends the set", name)
             continue
         counts = read_provenance(folder)["record"]["counts"]
-        logger.info(closing_line(name, folder, counts, minutes=(time.monotonic() - started) / 60))
+        minutes = (time.monotonic() - started) / 60
+        logger.info(closing_line(name, folder, counts, minutes=minutes) if is_new else old_line(name, folder, counts))
         if counts["bad"] > most_bad(recipe.extract, counts["rows_in"]):
             logger.error("%s: more bad rows than extract.max_bad_share allows", name)
             code = TOO_MANY_BAD
@@ -144,23 +145,19 @@ def make_set(
     request: Mapping[str, Any],
     models: Callable[[], "Models"],
     state: "PartialState",
-) -> None:
-    """Make one set; rank 0 opens and closes it, every rank does chunks."""
-    from accelerate.logging import get_logger
-
+) -> bool:
+    """Make one set, unless it was finished before; rank 0 opens and closes it, every rank does chunks."""
     from hf_qie.alive import at_any_length
     from hf_qie.embeddings import PROVENANCE
+    from hf_qie.kept import digests_of
     from hf_qie.unfinished import finish, is_done, open_folder, record_of
 
     with at_any_length("the opening of a set"):
         if state.is_main_process:
-            open_folder(folder, request, recipe=recipe)
+            open_folder(folder, request, recipe=recipe, digests=digests_of(plan.rows.table))
         state.wait_for_everyone()
     if (folder / PROVENANCE).exists():
-        get_logger("hf_qie.extract").info(
-            "%s: finished before, nothing to do; delete %s to extract it again", plan.task.name, folder
-        )
-        return
+        return False
     with at_any_length("the loading of models"):
         loaded = models()
     write_chunks(plan, loaded, folder, recipe=recipe, rank=state.process_index)
@@ -170,6 +167,7 @@ def make_set(
             made = {"features": plan.features(loaded.encoder.width), "record": record_of(recipe, loaded)}
             finish(plan, folder, recipe=recipe, request=request, **made)
         state.wait_for_everyone()
+    return True
 
 
 def start() -> "PartialState":
@@ -192,11 +190,14 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 
     from hf_qie.encoder import load_processor
     from hf_qie.estimate import check_space, encoder_width, estimate_bytes
+    from hf_qie.kept import keeps_some
 
+    output_dir = Path(recipe.extract.output_dir)
+    remade = [name for name, plan in plans.items() if keeps_some(output_dir / name, plan.rows)]
     processor = load_processor(recipe.model, family=family, revision=recipe.revision)
     width = encoder_width(recipe.model, revision=recipe.revision)
     num_bytes = {name: estimate_bytes(plan, processor, width=width) for name, plan in plans.items()}
-    get_logger("hf_qie.extract").info(check_space(num_bytes, Path(recipe.extract.output_dir)))
+    get_logger("hf_qie.extract").info(check_space(num_bytes, output_dir, remade=remade))
 
 
 def load_models(recipe: Recipe, family: "Family", *, dtype: "torch.dtype", device: "torch.device") -> "Models":
@@ -218,13 +219,15 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
     from tqdm import tqdm
 
     from hf_qie.chunks import ChunkWriter
+    from hf_qie.kept import find_kept
     from hf_qie.unfinished import chunk_files, claim_chunks, rows_done, writing
 
+    kept = find_kept(folder, plan.rows.table, plan.features(models.encoder.width), task=plan.task.name)
     claims = claim_chunks(plan, folder, recipe)
     total, done = sum(map(len, chunk_files(plan, folder).values())), rows_done(plan, folder)
     with (
         tqdm(desc=plan.task.name, unit="row", total=total, initial=done, disable=rank != 0) as bar,
-        ChunkWriter(plan, models, progress=bar.update) as writer,
+        ChunkWriter(plan, models, progress=bar.update, kept=kept) as writer,
     ):
         waiting = [(path, writer.open(rows)) for path, rows in islice(claims, 1)]
         while waiting:
@@ -238,14 +241,27 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
             bar.update(rows_done(plan, folder) - bar.n)
 
 
+def old_line(name: str, folder: Path, counts: Mapping[str, int]) -> str:
+    """One line on a set that there was nothing to do for."""
+    from hf_qie.embeddings import PROVENANCE
+
+    finished = datetime.fromtimestamp((folder / PROVENANCE).stat().st_mtime)
+    return (
+        f"{name}: finished before, nothing to do; delete {folder} to extract it again. It was made until "
+        f"{finished:%Y-%m-%d %H:%M} of the same data and images: {counts['rows_in']:,} rows in, "
+        f"{counts['rows_out']:,} out, {counts['bad']:,} bad"
+    )
+
+
 def closing_line(name: str, folder: Path, counts: Mapping[str, int], *, minutes: float) -> str:
     """One line on what became of the rows of a task, and what it cost."""
+    kept = f" ({counts['rows_kept']:,} of them kept)" if counts.get("rows_kept") else ""
     bad = f"{counts['bad']:,} bad" + (f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "")
     empty = f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
     share = counts["num_tokens"] / max(counts["num_tokens_apart"], 1)
     padding = 1 - counts["num_tokens"] / max(counts["num_tokens_padded"], 1)
     return (
-        f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out, {bad}{empty}; "
+        f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out{kept}, {bad}{empty}; "
         f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
         f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
         f"left in {folder}"

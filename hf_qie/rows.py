@@ -65,6 +65,7 @@ class Rows:
     stored: Table | None = None  # the data where images may lie in it
     has_inverse: bool  # some row has one
     digest: str  # sha256 over the rows'
+    identity: str  # sha256 of the data alone, whatever became of the images that it names
 
 
 def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extract: Extract | None = None) -> Rows:
@@ -90,7 +91,7 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     check_columns(task, reader.seen)
     reader.refuse(extract)
     table, columns = by_column(Dataset.from_file(str(path)), task)
-    known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest()}
+    known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest(), "identity": identity.hexdigest()}
     return Rows(table=table, columns=columns, stored=stored, **known)
 
 

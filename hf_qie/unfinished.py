@@ -12,23 +12,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import DatasetInfo, Features
 from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 
-from hf_qie.accounts import UNFINISHED, Account, damage, read_account
+from hf_qie.accounts import REQUEST, UNFINISHED, Account, damage, read_account
 from hf_qie.alive import at_any_length
 from hf_qie.chunks import Models
 from hf_qie.device import AUTO
 from hf_qie.durable import check_files, move_durably, write_durably, written
 from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance
+from hf_qie.kept import (
+    ROW_DIGESTS,
+    differences,
+    is_interrupted,
+    read_digests,
+    read_request,
+    set_aside,
+    share,
+    write_digests,
+)
 from hf_qie.prepare import Plan
 from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
 
 logger = get_logger(__name__)
-
-REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
 
 
 def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: torch.dtype | str) -> dict[str, Any]:
@@ -41,7 +50,8 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: 
     roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
     sizes = {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
     compat = dict(compat) | {field: compat.get(field, value) for field, value in sizes.items()}
-    request = {"compat": compat, "data": plan.rows.digest, "image_root": roots, "t2i": task.t2i}
+    request = {"compat": compat, "data": plan.rows.digest, "identity": plan.rows.identity}
+    request |= {"image_root": roots, "t2i": task.t2i}
     request |= {"columns": as_dict(task.columns)}
     request |= {"dtype": str(dtype).removeprefix("torch.")}
     return request | {name: settings[name] for name in ("image_sample_size", "inverse", "latents", "chunk_rows")}
@@ -53,27 +63,25 @@ def writing(folder: Path, recipe: Recipe) -> Path:
     return folder / UNFINISHED / f"writing-{i}-of-{n}"
 
 
-def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> None:
+def open_folder(
+    folder: Path, request: Mapping[str, Any], *, recipe: Recipe, digests: np.ndarray | None = None
+) -> None:
     """Make `folder` ready for `request`: new, or gone on with where an earlier run with the same request stopped.
 
-    Raises InputError for a folder made from something else, unless `extract.overwrite` is set.
+    `digests[rows, 16]` uint8, of the rows: where nothing but the data differ, what was made of the others is set aside
+    to take over the rows that are the same. Raises InputError for a folder made from something else, unless
+    `extract.overwrite` is set.
     """
-    aside = folder.with_name(f".{folder.name}-deleted")
-    shutil.rmtree(aside, ignore_errors=True)  # a launch was killed at it
+    shutil.rmtree(deleted(folder), ignore_errors=True)  # a launch was killed at it
     found = read_request(folder)
-    if found is not None and recipe.extract.dtype == AUTO and (folder / PROVENANCE).exists():
-        request = {**request, "dtype": found.get("dtype")}  # a finished set is right whatever device opens it
-    if found is not None and found != request:
-        before, now = ({**one, **one["compat"], "compat": None} for one in (found, request))
-        differing = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
-        if not recipe.extract.overwrite:
-            raise InputError(
-                f"{folder}: was made with another {', '.join(differing)}; give another extract.output_dir, or set "
-                "extract.overwrite: true to delete it and start again"
-            )
-        with suppress(FileNotFoundError):  # several launches may start at once
-            folder.rename(aside)  # half deleted under its name, it would pass for a whole set
-        shutil.rmtree(aside, ignore_errors=True)
+    differing = differences(found or request, request)
+    is_finished = (folder / PROVENANCE).exists() and not is_interrupted(folder)
+    if differing == ["dtype"] and recipe.extract.dtype == AUTO and is_finished:
+        differing = []  # such a set is right whatever device opens it
+    if is_remade(folder, request, digests):
+        set_aside(folder)
+    elif differing:
+        refuse_or_delete(folder, found, request, differing, recipe)
     elif found is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
@@ -83,23 +91,47 @@ def open_folder(folder: Path, request: Mapping[str, Any], *, recipe: Recipe) -> 
     shutil.rmtree(writing(folder, recipe), ignore_errors=True)  # of a launch that was killed
     writing(folder, recipe).mkdir(parents=True)
     if read_request(folder) is None:
+        if digests is not None:
+            write_digests(digests, folder / UNFINISHED / ROW_DIGESTS, aside=writing(folder, recipe))
         write_durably(folder / REQUEST, json.dumps(request))
 
 
-def read_request(folder: Path) -> dict[str, Any] | None:
-    """What the set in `folder`, finished or not, is made from; None where there is none."""
-    if (folder / PROVENANCE).exists():
-        request = read_provenance(folder)["record"].get("request")
-    elif (folder / REQUEST).exists():
-        try:
-            request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            request = None
-    else:
-        return None
-    if not isinstance(request, dict) or not isinstance(request.get("compat"), dict):
-        raise InputError(f"{folder}: does not say what it is made from, as extract.py does; delete it and start again")
-    return request
+def deleted(folder: Path) -> Path:
+    """The name of a set under which it is deleted: half gone under its own, it would pass for a whole one."""
+    return folder.with_name(f".{folder.name}-deleted")
+
+
+def is_remade(folder: Path, request: Mapping[str, Any], digests: np.ndarray | None) -> bool:
+    """Whether a set differs in its data alone and is to be made anew of what it has.
+
+    A finished one only if some rows are the same, or a launch was killed while it set aside what is there.
+    """
+    found = read_request(folder)
+    differing = differences(found or request, request)
+    if found is None or digests is None or differing not in ([], ["data"]):
+        return False
+    if is_interrupted(folder):
+        return True
+    return bool(differing) and (not (folder / PROVENANCE).exists() or share(read_digests(folder), digests))
+
+
+def refuse_or_delete(
+    folder: Path, found: Mapping[str, Any], request: Mapping[str, Any], differing: list[str], recipe: Recipe
+) -> None:
+    """Raise InputError for a set that is made from something else, or delete it where the recipe says so."""
+    if not recipe.extract.overwrite:
+        fields = ", ".join(differing)
+        if differing == ["data"] and (old := read_digests(folder)) is not None:
+            same = found.get("identity") == request.get("identity")
+            what = "size or time of their images" if same else "the data"
+            fields += f" ({what} changed in all of its {len(old):,} rows)"
+        raise InputError(
+            f"{folder}: was made with another {fields}; give another extract.output_dir, or set "
+            "extract.overwrite: true to delete it and start again"
+        )
+    with suppress(FileNotFoundError):  # several launches may start at once
+        folder.rename(deleted(folder))
+    shutil.rmtree(deleted(folder), ignore_errors=True)
 
 
 def chunk_files(plan: Plan, folder: Path) -> dict[Path, range]:
@@ -136,7 +168,7 @@ def claim_chunks(plan: Plan, folder: Path, recipe: Recipe) -> Iterator[tuple[Pat
             continue
         if path.exists():
             with at_any_length("the reading of chunks of an earlier launch"):
-                why = damage(path)
+                why = damage(path, data=plan.rows.digest)
             if why is None:
                 continue
             logger.warning("%s %s; it is written again", path, why, main_process_only=False)
@@ -177,7 +209,10 @@ def write_rest(
     """Write what stands beside the chunk files; `provenance.json`, the last, says that the set is whole."""
     total, aside, files = Account(), writing(folder, recipe), {}
     for path in chunk_files(plan, folder):
-        account, files[path.name] = read_account(path)
+        try:
+            account, files[path.name] = read_account(path, data=plan.rows.digest)
+        except ValueError as error:
+            raise InputError(f"{path} {error}; start again") from error
         total.add(account)
     assert total.rows_in == total.rows_out + len(total.bad) == len(plan.rows.table)
     compat = request["compat"]
@@ -198,7 +233,11 @@ def write_rest(
     lines = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
     write_durably(folder / "bad_rows.jsonl", "".join(lines), aside=aside)
     counts = vars(total) | {"bad": len(total.bad), "num_bytes": sum(file["bytes"] for file in files.values())}
-    for name in (DATASET_STATE_JSON_FILENAME, DATASET_INFO_FILENAME):
+    names = [DATASET_STATE_JSON_FILENAME, DATASET_INFO_FILENAME]
+    if (digests := read_digests(folder)) is not None:
+        write_digests(digests, folder / ROW_DIGESTS, aside=aside)
+        names.append(ROW_DIGESTS)
+    for name in names:
         files[name] = written(folder / name)
     record = {"request": request, "counts": counts, "files": files, **record}
     provenance = {"compat": compat, "fingerprint": fingerprint(compat), "record": record}

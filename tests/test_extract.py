@@ -162,7 +162,14 @@ def test_a_set_is_nothing_but_its_files(extracted):
         assert {
             str(path.relative_to(extracted / "sets" / task)) for path in (extracted / "sets" / task).rglob("*")
         } == {
-            *("state.json", "dataset_info.json", "provenance.json", "recipe.yaml", "bad_rows.jsonl"),
+            *(
+                "state.json",
+                "dataset_info.json",
+                "provenance.json",
+                "recipe.yaml",
+                "bad_rows.jsonl",
+                "row_digests.npy",
+            ),
             *(f"data-{i:05d}-of-{chunks:05d}.arrow" for i in range(chunks)),
         }
 
@@ -587,8 +594,8 @@ def test_a_changed_recipe_is_refused_by_field(again, tmp_path, override, field):
 def test_changed_data_or_another_place_of_the_pictures_are_refused(again, tmp_path, edits, rows):
     shutil.copytree(edits, tmp_path / "moved")
     assert "was made with another data, image_root; " in refusal(again, f"tasks.edit.image_root={tmp_path}/moved")
-    write_jsonl(tmp_path / "edit.jsonl", rows["edit"][1:])
-    assert "was made with another data; " in refusal(again)
+    write_jsonl(tmp_path / "edit.jsonl", [{**row, "instruction": "other"} for row in rows["edit"]])
+    assert "was made with another data (the data changed in all of its 15 rows); " in refusal(again)
 
 
 def test_another_checkpoint_is_refused_by_part(again, tmp_path, tiny):
@@ -599,7 +606,7 @@ def test_another_checkpoint_is_refused_by_part(again, tmp_path, tiny):
 
 
 def test_overwrite_starts_again_what_changed_and_nothing_else(again, tmp_path, rows):
-    write_jsonl(tmp_path / "edit.jsonl", rows["edit"][:2])
+    write_jsonl(tmp_path / "edit.jsonl", [{**row, "instruction": "other"} for row in rows["edit"][:2]])
     untouched = stamps(tmp_path / "sets" / "combine")
     assert again("extract.overwrite=true") == 0
     assert len(load_from_disk(tmp_path / "sets" / "edit")) == 2

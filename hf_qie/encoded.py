@@ -1,0 +1,49 @@
+"""What the models made of a row, as the columns of a set."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_qie.batches import Pass
+from hf_qie.embeddings import LATENT_CHANNELS
+from hf_qie.encoder import PromptStates
+from hf_qie.prepare import Direction, Picture
+
+
+def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.ndarray]]:
+    """The columns of states of each direction of a pass, by its identity."""
+    image = to_float16(states.image)
+    columns = {}
+    for direction, texts in one.split(states):
+        names = [f"text_embeds_{caption}" for caption in (*direction.captions, "drop")]
+        values = {"image_embeds": image, **dict(zip(names, map(to_float16, texts), strict=True))}
+        columns[id(direction)] = {direction.prefix + name: value for name, value in values.items()}
+    return columns
+
+
+def grid_columns(direction: Direction) -> dict[str, Any]:
+    """The columns of grids of one direction."""
+    values = {"target_grid": direction.target_grid, "source_grids": direction.source_grids}
+    return {direction.prefix + name: value for name, value in values.items()}
+
+
+def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of latents of one direction."""
+    sources = [latents[picture] for picture in direction.sources]
+    values = {
+        "target_latents": latents[direction.target],
+        "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
+    }
+    return {direction.prefix + name: value for name, value in values.items()}
+
+
+def to_float16(values: torch.Tensor) -> np.ndarray:
+    """As stored: exact for bfloat16 from 2^-17 to 65504, at most 2^-25 off below."""
+    return values.to(torch.float16).cpu().numpy()
+
+
+def fits_float16(values: np.ndarray) -> bool:
+    """False where rounding to float16 made an infinity, or the model gave none of a number."""
+    return bool(np.isfinite(values).all())

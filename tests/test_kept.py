@@ -1,0 +1,326 @@
+"""Data or images that changed: what is the same is kept, all else is extracted again, and never are both mixed."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import load_from_disk
+from PIL import Image
+from small_recipes import write_recipe
+
+from hf_qie import extract, unfinished
+from hf_qie.accounts import Account, damage, keep_chunk
+from hf_qie.chunks import ChunkWriter, Models
+from hf_qie.device import compute_dtype
+from hf_qie.embeddings import PROVENANCE, read_provenance
+from hf_qie.extract import load_models, main, make_plan
+from hf_qie.family import read_family
+from hf_qie.recipe import InputError, load_recipe
+
+ROWS = 7
+SETTINGS = {"batch_size": 1, "chunk_rows": 3, "max_bad_share": 1.0}  # alone in its batch, a row has the same bits
+
+
+class Killed(Exception):
+    """What ends a launch where a test wants it to."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny) -> Models:
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), tiny(), {"task": Path("none.jsonl")}))
+    device = torch.device("cpu")
+    return load_models(
+        recipe, read_family(recipe.model), dtype=compute_dtype(recipe.extract.dtype, device), device=device
+    )
+
+
+class Task:
+    """Rows of a target each, extracted into `sets`; `encoded` are the rows of the last launch that passed a model."""
+
+    def __init__(self, home: Path, model: Path):
+        self.home, self.model, self.encoded = home, model, []
+        self.rows = [{"source_image": None, "target_image": f"{i}.png", "instruction": f"a {i}"} for i in range(ROWS)]
+        for i in range(ROWS + 2):
+            self.paint(i, seed=i)
+
+    def paint(self, i: int, seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(self.home / f"{i}.png")
+        os.utime(self.home / f"{i}.png", ns=(seed, seed))  # else two edits within a moment of the disk look the same
+
+    def recipe(self, name: str = "sets") -> Path:
+        settings = SETTINGS | {"output_dir": str(self.home / name)}
+        return write_recipe(self.home, self.model, {"task": self.rows}, extract=settings)
+
+    def run(self, *overrides: str, name: str = "sets") -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.encoded.clear()
+        return main([str(self.recipe(name)), *overrides])
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "sets" / "task"
+
+    @property
+    def kept(self) -> int:
+        return read_provenance(self.folder)["record"]["counts"]["rows_kept"]
+
+    def check(self, *overrides: str) -> None:
+        """The set is what a first extraction of the same data leaves, byte for byte."""
+        shutil.rmtree(self.home / "fresh", ignore_errors=True)
+        encoded = [*self.encoded]
+        self.run(*overrides, name="fresh")
+        assert content(self.folder) == content(self.home / "fresh" / "task")
+        counts = [
+            read_provenance(home / "task")["record"]["counts"] for home in (self.folder.parent, self.home / "fresh")
+        ]
+        for name in ("rows_in", "rows_out", "rows_without_caption", "bad", "num_bytes"):
+            assert counts[0][name] == counts[1][name]
+        self.encoded[:] = encoded
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.name not in ("provenance.json", "recipe.yaml")
+    }
+
+
+@pytest.fixture
+def task(tmp_path, tiny, models, monkeypatch) -> Task:
+    """A task that is extracted; models are loaded once for all tests."""
+    made, encode_prompts = Task(tmp_path, tiny()), ChunkWriter.encode_prompts
+
+    def noted(self, rows, *rest):
+        made.encoded.extend(row.columns["row"] for row in rows)
+        return encode_prompts(self, rows, *rest)
+
+    monkeypatch.setattr(ChunkWriter, "encode_prompts", noted)
+    monkeypatch.setattr(extract, "load_models", lambda *_, **__: models)
+    assert made.run() == 0
+    return made
+
+
+def change_rows(change: Callable[[list[dict]], object]) -> Callable[[Task], object]:
+    return lambda task: change(task.rows)
+
+
+CHANGES = {
+    "an image": (lambda task: task.paint(4, seed=90), [4]),
+    "an image and back": (lambda task: [task.paint(4, seed=90), task.paint(4, seed=4)], None),
+    "a caption": (change_rows(lambda rows: rows[1].update(instruction="other")), [1]),
+    "no caption": (change_rows(lambda rows: rows[1].update(instruction=None)), [1]),
+    "a row more": (change_rows(lambda rows: rows.insert(0, {**rows[0], "target_image": "7.png"})), [0]),
+    "a row less": (change_rows(lambda rows: rows.pop(2)), []),
+    "a row twice": (change_rows(lambda rows: rows.append(rows[0])), []),
+    "another order": (change_rows(lambda rows: rows.reverse()), []),
+    "an image gone": (lambda task: (task.home / "3.png").unlink(), []),
+    "an inverse": (
+        change_rows(lambda rows: rows[5].update(source_image="0.png", inverse_instruction="undo")),
+        [5],
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_rows_that_changed_pass_the_models_and_the_set_is_that_of_a_first_extraction(task, change):
+    before = load_from_disk(task.folder)._fingerprint
+    edit, redone = CHANGES[change]
+    edit(task)
+    assert task.run() == 0
+    assert sorted(task.encoded) == (redone or [])
+    assert (load_from_disk(task.folder)._fingerprint == before) == (redone is None)  # training compares it
+    assert not (task.folder / "unfinished").exists()
+    task.check()
+
+
+def test_columns_of_inverses_come_and_go_with_the_rows_that_have_them(task):
+    task.rows[5].update(source_image="0.png", inverse_instruction="undo")
+    task.run()
+    assert "inverse_image_embeds" in load_from_disk(task.folder).column_names
+    task.rows.pop(5)
+    task.run()
+    assert task.encoded == []
+    task.check()
+
+
+def test_bad_rows_are_tried_again_and_listed_anew(task):
+    whole = (task.home / "3.png").read_bytes()
+    (task.home / "3.png").write_bytes(whole[:50])
+    task.rows[0]["instruction"] = "<|image_pad|>"
+    task.run()
+    assert task.kept == ROWS - 2
+    (task.home / "3.png").write_bytes(whole)
+    task.run()
+    assert task.encoded == [3]
+    bad = [json.loads(line)["row"] for line in (task.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert bad == [0]
+    task.check()
+
+
+def test_what_is_kept_and_what_is_not_is_said_once_and_a_set_that_is_left_alone_says_since_when(task, caplog):
+    caplog.set_level(logging.INFO, logger="hf_qie")
+    task.paint(4, seed=90)
+    task.rows.pop(0)
+    task.run()
+    size = sum(path.stat().st_size for path in task.folder.glob("*.arrow"))
+    told = int(re.search(r"about ([\d,]+) bytes to write", caplog.text)[1].replace(",", ""))
+    assert size / 2 < told < 2 * size  # the old one stays until the new one is whole
+    assert caplog.text.count("task: its data or images changed: 5 rows kept, 1 new or changed, 1 removed") == 1
+    assert "6 rows in, 6 out (5 of them kept), 0 bad; " in caplog.text
+    caplog.clear()
+    task.run()
+    assert "task: finished before, nothing to do; delete " in caplog.text
+    assert "of the same data and images: 6 rows in, 6 out, 0 bad" in caplog.text
+    assert "tokens run" not in caplog.text
+
+
+def test_a_finished_set_without_a_row_of_the_present_data_is_left_alone_unless_told_otherwise(task):
+    before = content(task.folder)
+    for i in range(ROWS):
+        task.paint(i, seed=90 + i)
+    with pytest.raises(InputError, match=r"another data \(size or time of their images changed in all of its 7 rows"):
+        task.run()
+    task.rows = [{**row, "instruction": "other"} for row in task.rows]
+    with pytest.raises(InputError, match=r"another data \(the data changed in all of its 7 rows\); give"):
+        task.run()
+    assert content(task.folder) == before
+    task.run("extract.overwrite=true")
+    task.check()
+
+
+def test_a_set_from_before_rows_had_digests_is_left_alone_while_its_data_are_the_same(task, caplog):
+    caplog.set_level(logging.INFO, logger="hf_qie")
+    provenance = json.loads((task.folder / PROVENANCE).read_text())
+    record = provenance["record"]
+    record["request"]["data"] = record["request"].pop("identity")
+    del record["files"]["row_digests.npy"]
+    (task.folder / "row_digests.npy").unlink()
+    (task.folder / PROVENANCE).write_text(json.dumps(provenance))
+    task.run()
+    assert "finished before" in caplog.text
+    task.rows.pop()
+    with pytest.raises(InputError, match="was made with another data; give another"):
+        task.run()
+
+
+def test_a_launch_that_is_killed_at_any_move_loses_nothing(task, monkeypatch):
+    """Of a finished set; and each time also of the unfinished one that the kill before has left."""
+    replace, moves = Path.replace, 0
+    while True:
+        task.paint(0, seed=100 + moves)
+        done = [0]
+
+        def move(path, target, done=done, last=moves):
+            if done[0] == last:
+                raise Killed
+            done[0] += 1
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", move)
+            try:
+                task.run()
+                break
+            except Killed:
+                moves += 1
+        if moves % 3 == 0:
+            task.paint(1, seed=200 + moves)  # edited again before the next launch
+        task.run()
+        assert task.encoded == ([0, 1] if moves % 3 == 0 else [0])
+    assert moves > 5
+    task.check()
+
+
+def test_no_row_is_kept_that_was_made_with_other_settings(task, monkeypatch):
+    task.paint(0, seed=90)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(unfinished, "write_digests", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        task.run()  # killed when all is set aside, and nothing says yet what is to be made of it
+    task.run("extract.image_sample_size=96")
+    assert task.encoded == [*range(ROWS)]
+    task.check("extract.image_sample_size=96")
+
+
+def test_data_that_are_changed_back_while_a_set_is_made_anew_find_all_rows_again(task, monkeypatch):
+    before = content(task.folder)
+    task.rows.reverse()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ChunkWriter, "write", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        task.run()
+    assert not (task.folder / PROVENANCE).exists()
+    task.rows.reverse()
+    task.run()
+    assert task.encoded == []
+    assert content(task.folder) == before
+
+
+def test_of_a_killed_launch_only_chunks_of_the_present_images_are_kept(task, monkeypatch):
+    shutil.rmtree(task.folder)
+    write, chunks = ChunkWriter.write, []
+
+    def killed(self, path, chunk, **settings):
+        if chunks:
+            raise Killed
+        chunks.append(path)
+        write(self, path, chunk, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ChunkWriter, "write", killed)
+        task.run()
+    for i in (1, 5):
+        task.paint(i, seed=90)
+    task.run()
+    assert task.encoded == [1, 3, 4, 5, 6]
+    task.check()
+
+
+def test_rows_of_a_file_that_is_damaged_are_extracted_again(task, monkeypatch, caplog):
+    task.paint(0, seed=90)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(extract, "write_chunks", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        task.run()
+    (victim,) = (task.folder / "unfinished").glob("before-0/data-00001-*")
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.write_bytes(damaged)
+    task.run()
+    assert task.encoded == [0, 3, 4, 5]
+    assert "is not what was written; its rows are extracted again" in caplog.text
+    task.check()
+
+
+def test_an_image_that_is_edited_before_it_is_read_is_read_again_by_the_next_launch(task, tmp_path):
+    shutil.rmtree(task.folder)
+    recipe = load_recipe(task.recipe())
+    family = read_family(recipe.model)
+    plan = make_plan(recipe, recipe.tasks["task"], family, tmp_path)
+    task.paint(2, seed=90)  # between the first pass and the reading
+    extract.extract(recipe, family, {"task": plan})
+    task.run()
+    assert task.encoded == [2]
+    task.check()
+
+
+def test_a_chunk_of_other_data_is_not_used(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "aside").write_text("chunk")
+    keep_chunk(tmp_path / "aside", tmp_path / "chunk.arrow", Account(), data="old")
+    assert damage(tmp_path / "chunk.arrow", data="old") is None
+    assert "of data that have changed since" in damage(tmp_path / "chunk.arrow", data="new")

@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 PORTS = {"http": 80, "https": 443}  # by scheme; no other is fetched
+STARTS = tuple(f"{scheme}://" for scheme in PORTS)
 MAX_BYTES = 64 << 20
 DEADLINE_S = 120.0  # of one URL in all, redirects, pauses and further tries included
 CONNECT_TIMEOUT_S = 10.0  # of one address
@@ -47,7 +48,7 @@ class Passing(Exception):
 
 def is_url(path: str) -> bool:
     """Whether a picture is to be fetched rather than opened."""
-    return path.lower().startswith(tuple(f"{scheme}://" for scheme in PORTS))
+    return path[: len("https://")].lower().startswith(STARTS)
 
 
 def holds_password(url: str) -> bool:

@@ -126,7 +126,7 @@ class Reader:
         with ThreadPoolExecutor(LOOKERS, "look") as lookers:
             while batch := list(islice(lines, BATCH_ROWS)):
                 parsed = [self.parse(*line) for line in batch]
-                files = list({file for _, row, _ in parsed for *_, file in self.files_of(row)})
+                files = list({file for *_, there in parsed for *_, file in there})
                 parts = [files[start::LOOKERS] for start in range(min(LOOKERS, len(files)))]
                 waiting.append((parsed, [(part, lookers.submit(look_at, part)) for part in parts]))
                 if len(waiting) > AHEAD:
@@ -134,40 +134,37 @@ class Reader:
             while waiting:
                 yield self.finish(*waiting.popleft())
 
-    def parse(self, where: str, root: str, line: Mapping[str, Any]) -> tuple[str, dict[str, Any], BadRow | None]:
-        """Where a row stands, and the row as far as it is known without its files, or what is wrong with it."""
+    def parse(self, where: str, root: str, line: Mapping[str, Any]) -> tuple[str, dict, BadRow | None, list]:
+        """Where a row stands; the row, or what is wrong with it, as far as is known without its files; and these."""
         row = {"row": self.num_rows, "root": root}
         self.num_rows += 1
         self.seen.update(line.keys() - self.merged)
         try:
-            return where, row | check_row(line, task=self.task, max_sources=self.max_sources), None
+            row |= check_row(line, task=self.task, max_sources=self.max_sources)
         except BadRow as error:
-            return where, row | nothing(self.task), error
-
-    def files_of(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """Column, path and file of each image of a row that should be a file here."""
+            return where, row | nothing(self.task), error, []
         columns = [*(self.task.columns.source_label for _ in row["sources"]), self.task.columns.target]
-        for column, path in zip(columns, (*row["sources"], row["target"]), strict=True):
-            if path is not None and not isinstance(path, Embedded) and not is_url(path):
-                yield column, path, os.path.join(row["root"], path)
+        paths = zip(columns, (*row["sources"], row["target"]), strict=True)
+        local = [(column, path) for column, path in paths if not (isinstance(path, Embedded) or is_url(path))]
+        return where, row, None, [(column, path, os.path.join(root, path)) for column, path in local]
 
     def finish(self, parsed: list, looks: list) -> list[dict[str, Any]]:
         """The rows of a batch, once their files are looked at."""
         found = {file: one for part, look in looks for file, one in zip(part, look.result(), strict=True)}
         return [self.row(*one, found) for one in parsed]
 
-    def row(self, where: str, row: dict[str, Any], bad: BadRow | None, found: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, where: str, row: dict, bad: BadRow | None, files: list, found: Mapping[str, Any]) -> dict[str, Any]:
         """One row of the table; a bad one is counted."""
-        files = []
         self.has_inverse = self.has_inverse or has_inverse(row, self.task)
-        for column, path, file in self.files_of(row):
-            files.append(found[file])
+        for column, path, file in files:
             if isinstance(found[file], str) and bad is None:
                 bad = BadRow(found[file], column=column, path=path)
                 self.roots[row["root"]] += 1
         names = [path for path in (*row["sources"], row["target"]) if isinstance(path, Embedded)]
         known = {**row, "row": None, "bad": vars(bad) if bad else None}  # a row may move
-        content = json.dumps([known, self.task.t2i, files, names and self.identity], sort_keys=True)
+        content = json.dumps(
+            [known, self.task.t2i, [found[file] for *_, file in files], names and self.identity], sort_keys=True
+        )
         digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
         self.digest.update(digest)
         if bad:

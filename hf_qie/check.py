@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", type=wanted(Count))
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from hf_qie.extract import make_plan, own_tasks
     from hf_qie.family import check_steps, read_family
+    from hf_qie.plans import make_plan, own_tasks
 
     check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     family = read_family(recipe.model, revision=recipe.revision)

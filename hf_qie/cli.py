@@ -21,6 +21,10 @@ SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one t
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
 
 
+class Told(InputError):
+    """What the first rank found wrong for all of a launch, and says itself."""
+
+
 class Options(argparse.ArgumentParser):
     """The command line of a script, whose docstring says what it may be; a mistake is an InputError of one line."""
 
@@ -101,7 +105,9 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         torch = sys.modules.get("torch")
         if speaks:
             sys.stderr.write(f"{words}\n")
-        elif torch and torch.distributed.is_initialized():  # what this rank found, perhaps no other rank knows
+        elif (
+            torch and torch.distributed.is_initialized() and not isinstance(error, Told)
+        ):  # what this rank found, perhaps no other rank knows
             sys.stderr.write(f"rank {rank}: {words}\n")
         else:  # the launcher ends all ranks when one ends, and the first has to speak before
             time.sleep(SPEAK_FIRST_S)

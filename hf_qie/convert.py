@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import Options, run_script, to_path
-from hf_qie.extract import TOO_MANY_BAD, check_disk, make_plan, own_tasks, push, start
+from hf_qie.extract import TOO_MANY_BAD, check_disk, push, start
 from hf_qie.recipe import InputError, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict
     from hf_qie.estimate import encoder_width
     from hf_qie.family import read_family
     from hf_qie.foreign import has_inverse_files, open_foreign
+    from hf_qie.plans import make_plan, own_tasks
 
     family, sources = read_family(recipe.model, revision=recipe.revision), {}
     width = encoder_width(recipe.model, revision=recipe.revision)
@@ -74,10 +75,13 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
     from accelerate.logging import get_logger
 
     from hf_qie.embeddings import read_provenance
+    from hf_qie.publish import open_repo
     from hf_qie.rows import most_bad
 
-    if start(recipe).num_processes > 1:
+    if start().num_processes > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
+    if recipe.extract.push_to_hub:
+        open_repo(recipe.extract)  # finds out before the work whether the sets can be published
     plans = {name: foreign.plan for name, foreign in sources.items()}
     check_disk(recipe, next(iter(plans.values())).family, plans)
     logger, code = get_logger("hf_qie.convert"), 0

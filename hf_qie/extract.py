@@ -10,10 +10,9 @@ launch` itself makes 1 of all but 0.
 """
 
 import os
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from functools import cache, partial
 from itertools import islice
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import run_script
 from hf_qie.launcher import check_ranks
-from hf_qie.recipe import InputError, Recipe, Task, load_recipe
+from hf_qie.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +42,19 @@ def main(argv: list[str]) -> int:
     from hf_qie.alive import Alive
     from hf_qie.family import read_family
     from hf_qie.lock import held
+    from hf_qie.plans import own_tasks, read_plans, rows_folder
 
-    family = read_family(recipe.model, revision=recipe.revision)
-    with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
-        tasks = own_tasks(recipe)
-        plans = {name: make_plan(recipe, task, family, Path(folder), refuse=True) for name, task in tasks.items()}
-        # the rows stay mapped without a name, and a killed run leaves none behind
-    start()
+    family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
+    state = start()
     remedy = "give another extract.output_dir, or an extract.shard that nobody works on"
-    with held(locks_of(recipe), remedy=remedy):
+    with held(locks_of(recipe, tasks), remedy=remedy):
         with Alive(signs_folder(recipe)):
-            code = extract(recipe, family, plans)
+            try:
+                plans = read_plans(recipe, tasks, family, state)
+                code = extract(recipe, family, plans)
+            finally:
+                if state.is_main_process:
+                    shutil.rmtree(rows_folder(recipe, tasks), ignore_errors=True)
         if recipe.extract.push_to_hub:
             push(recipe, list(plans), code)
     return code
@@ -62,39 +63,14 @@ def main(argv: list[str]) -> int:
 def signs_folder(recipe: Recipe) -> Path:
     """Where the ranks of this launch tell each other that they are alive; no other launch holds its first set."""
     i, n = recipe.extract.shard or (0, 1)
-    first = next(iter(own_tasks(recipe)))
+    first = next(name for name, task in recipe.tasks.items() if task.embeddings is None)
     return Path(recipe.extract.output_dir, f"signs-of-life-{first}-{i}-of-{n}")  # no task can have this name
 
 
-def locks_of(recipe: Recipe) -> dict[Path, Path]:
+def locks_of(recipe: Recipe, tasks: Iterable[str]) -> dict[Path, Path]:
     """What this launch holds while it runs: its shard of each task's set, beside the set, which may be deleted."""
     folder, (i, n) = Path(recipe.extract.output_dir), recipe.extract.shard or (0, 1)
-    return {folder / name: folder / f".{name}-{i}-of-{n}.lock" for name in own_tasks(recipe)}
-
-
-def own_tasks(recipe: Recipe) -> dict[str, Task]:
-    """The tasks to extract: those without a ready set. Raises InputError if there are none."""
-    tasks = {name: task for name, task in recipe.tasks.items() if task.embeddings is None}
-    if not tasks:
-        raise InputError(f"{recipe.path}: every task has embeddings already; there is nothing to extract")
-    return tasks
-
-
-def make_plan(recipe: Recipe, task: Task, family: "Family", folder: Path, *, refuse: bool = False) -> "Plan":
-    """Read the data of a task before any model is loaded; with `refuse`, too many bad rows are an error."""
-    from hf_qie.embeddings import source_area
-    from hf_qie.prepare import Plan
-    from hf_qie.rows import read_rows
-
-    limits = recipe.extract if refuse else None
-    rows = read_rows(task, folder=folder, max_sources=family.max_sources, extract=limits)
-    return Plan(
-        task=replace(task, columns=rows.columns),
-        family=family,
-        extract=recipe.extract,
-        rows=rows,
-        source_area_px=source_area(family, recipe.extract.source_sample_size),
-    )
+    return {folder / name: folder / f".{name}-{i}-of-{n}.lock" for name in tasks}
 
 
 def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> int:
@@ -176,7 +152,7 @@ def start() -> "PartialState":
     import torch
     from accelerate import PartialState
 
-    # weeks, not minutes: ranks wait for each other only at the end of a task
+    # weeks, not minutes: ranks wait for the first one to read the data, and for each other at the end of a task
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
     check_ranks(os.environ)
     torch.set_num_threads(THREADS)

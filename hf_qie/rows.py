@@ -9,7 +9,7 @@ import stat
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,11 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     table, columns = by_column(Dataset.from_file(str(path)), task)
     known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest(), "identity": identity.hexdigest()}
     return Rows(table=table, columns=columns, stored=stored, **known)
+
+
+def open_rows(task: Task, rows: Rows) -> Rows:
+    """The rows of `task` as another process has read them, with what is stored in the data opened here."""
+    return replace(rows, stored=open_data(task, hashlib.sha256())[1])
 
 
 def most_bad(extract: Extract, num_rows: int) -> float:

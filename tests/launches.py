@@ -1,7 +1,7 @@
 """Launches of RUN 1 whose ranks are forked from a process that has imported all there is: none costs seconds.
 
 What a launcher does for its ranks is done here: the environment that says who they are. Each rank notes the rows that
-it encodes, so that a test can count what was done twice.
+it encodes, so that a test can count what was done twice, and that it looked at image files.
 """
 
 import multiprocessing
@@ -12,6 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from hf_qie import rows
 from hf_qie.chunks import ChunkWriter
 from hf_qie.extract import main
 from hf_qie.prepare import Prepared
@@ -80,18 +81,23 @@ def run_rank(
     os.environ.update(environment)
     with notes.with_suffix(".log").open("ab") as log:
         os.dup2(log.fileno(), 2)
-    encode_prompts, done = ChunkWriter.encode_prompts, []
+    encode_prompts, look_at, done = ChunkWriter.encode_prompts, rows.look_at, []
 
-    def noted(self: ChunkWriter, rows: list[Prepared], *rest: object) -> dict:
+    def looked_at(files: list[str]) -> list:
+        with notes.with_suffix(".looked").open("a") as file:
+            file.write(os.environ.get("RANK", "0"))
+        return look_at(files)
+
+    def noted(self: ChunkWriter, given: list[Prepared], *rest: object) -> dict:
         with notes.open("a") as file:
-            file.write("".join(f"{row.columns['row']}\n" for row in rows))
-        done.extend(rows)
+            file.write("".join(f"{row.columns['row']}\n" for row in given))
+        done.extend(given)
         if stops and len(done) >= stops[0]:
             notes.with_suffix(".stopped").touch()
             stop(stops[1])
-        return encode_prompts(self, rows, *rest)
+        return encode_prompts(self, given, *rest)
 
-    ChunkWriter.encode_prompts = noted
+    ChunkWriter.encode_prompts, rows.look_at = noted, looked_at
     raise SystemExit(main(argv))
 
 

@@ -26,10 +26,11 @@ from hf_qie.accounts import read_account
 from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.embeddings import read_provenance
 from hf_qie.encoder import Encoder, load_processor
-from hf_qie.extract import extract, load_models, main, make_plan
+from hf_qie.extract import extract, load_models, main
 from hf_qie.family import read_family
 from hf_qie.images import area_size, read_image, resize, to_pixels
 from hf_qie.latents import LatentEncoder, grid_of
+from hf_qie.plans import make_plan
 from hf_qie.prepare import Prepared
 from hf_qie.prompts import make_prompt
 from hf_qie.recipe import InputError, load_recipe
@@ -490,7 +491,7 @@ def test_data_are_refused_before_any_weight_is_read(run, rows, tmp_path, tiny):
         weights.write_text("no weights at all")
     with pytest.raises(InputError, match=r"edit\.jsonl:1: target_image: gone\.png: No such file"):
         run({"edit": [{**rows["edit"][0], "target_image": "gone.png"}]}, model=model)
-    assert not (tmp_path / "sets").exists()
+    assert not list((tmp_path / "sets").iterdir())
     with pytest.raises(InputError, match=r"safetensors is no safetensors file; fetch it again"):
         run({"edit": rows["edit"]}, model=model)
 

@@ -21,8 +21,9 @@ from hf_qie.accounts import Account, damage, keep_chunk
 from hf_qie.chunks import ChunkWriter, Models
 from hf_qie.device import compute_dtype
 from hf_qie.embeddings import PROVENANCE, read_provenance
-from hf_qie.extract import load_models, main, make_plan
+from hf_qie.extract import load_models, main
 from hf_qie.family import read_family
+from hf_qie.plans import make_plan
 from hf_qie.recipe import InputError, load_recipe
 
 ROWS = 7

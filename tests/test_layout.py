@@ -11,10 +11,10 @@ PACKAGE = ROOT / "hf_qie"
 LAYERS = (
     "settings installed arguments storage recipe cli launcher device precision lock durable alive family fetch "
     "textfiles tables records captions rows images prompts encoder latents embeddings columns sets cards public "
-    "publish prepare estimate batches encoded accounts kept chunks unfinished extract foreign convert mix pictures "
-    "loader collate flow losses noise_chart loss_chart flops watch evaluation fsdp lora_files model footprint "
-    "objective lettering callbacks checkpoints resume shards trainer recorded train trained formats model_card export "
-    "sampling survey sheet verify check shapes tiny_vae tiny demo"
+    "publish prepare plans estimate batches encoded accounts kept chunks unfinished extract foreign convert mix "
+    "pictures loader collate flow losses noise_chart loss_chart flops watch evaluation fsdp lora_files model "
+    "footprint objective lettering callbacks checkpoints resume shards trainer recorded train trained formats "
+    "model_card export sampling survey sheet verify check shapes tiny_vae tiny demo"
 ).split()
 
 

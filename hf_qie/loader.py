@@ -19,7 +19,8 @@ from hf_qie.images import BadImage
 from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
 from hf_qie.pictures import has_latents, read_pixels
-from hf_qie.recipe import InputError, Mix
+from hf_qie.recipe import InputError, Mix, Recipe
+from hf_qie.settings import unknown
 
 TEXT = "text_embeds_"
 
@@ -135,6 +136,17 @@ class Draws(Dataset):
         index = cell.value("rows")[draw % self.same_shape].as_py()
         task, inverse = cell.value("task").as_py(), cell.value("inverse").as_py()
         return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draw": draw}
+
+
+def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:
+    """Raise InputError where `mix.caption_weights` names what no set and no task with data has as a caption."""
+    columns = {name: None for data in sets.values() for name in data.column_names}
+    captions = {name.removeprefix(TEXT): None for name in columns if name.startswith(TEXT) and name != TEXT + "drop"}
+    for task in recipe.tasks.values():
+        captions |= dict.fromkeys(() if task.embeddings else task.columns.captions)
+    for caption in recipe.mix.caption_weights or ():
+        if caption not in captions:
+            raise InputError(f"mix.caption_weights.{caption}: {unknown(caption, captions)}")
 
 
 def text_weights(

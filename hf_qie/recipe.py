@@ -259,7 +259,9 @@ def _check_together(recipe: Recipe) -> None:
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):
             raise Misfit(f"mix.{key}", "wanted at least one weight above 0, or null")
+    if any(task.embeddings for task in recipe.tasks.values()):
+        return  # a ready set has captions of its own, which are known once it is open
     captions = {caption: None for task in recipe.tasks.values() for caption in task.columns.captions}
     for caption in recipe.mix.caption_weights or ():
-        if caption not in captions:
+        if caption not in captions and re.sub(r"_[0-9]+$", "", caption) not in captions:  # a text of a list
             raise Misfit(f"mix.caption_weights.{caption}", unknown(caption, captions))

@@ -89,8 +89,10 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     if os.environ.get("RANK", "0") == "0":
         for warning in unverified(provenances):
             logging.getLogger("hf_qie.train").warning(warning)
-    from hf_qie.pictures import has_latents, made_from, with_files  # seconds, so it waits until all sets are there
+    from hf_qie.loader import check_caption_weights  # seconds, so these wait until all sets are there
+    from hf_qie.pictures import has_latents, made_from, with_files
 
+    check_caption_weights(recipe, {name: data for name, (data, _) in opened.items()})
     sets = {}
     for name, (data, provenance) in opened.items():
         # a set of the Hub does not say where it was made

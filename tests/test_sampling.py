@@ -322,7 +322,7 @@ def test_a_lora_that_is_not_of_this_model_is_refused(runs, tiny, recipe_of, tmp_
     save_file(
         {name.replace("attn", "attn1"): tensor for name, tensor in tensors.items()}, tmp_path / "flux.safetensors"
     )
-    with pytest.raises(InputError, match=r"--checkpoint: \S+flux.safetensors: of its \d+ tensors diffusers has loaded \d+"):
+    with pytest.raises(InputError, match=r"--checkpoint: \S+flux.safetensors: of its \d+ tensors diffusers has"):
         Sampler(recipe_of(tiny()), checkpoint=tmp_path / "flux.safetensors")("A red boat", **QUICK)
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
 from safetensors.torch import load_file
 
 import hf_qie.extract
+from hf_qie.embeddings import PROVENANCE
 from hf_qie.recipe import InputError, load_recipe
 from hf_qie.train import global_batch_size, main, open_sets, run, train, training_arguments
 
@@ -199,3 +201,17 @@ def test_epochs_are_passes_over_the_rows_of_the_weighted_tasks(tiny, tmp_path):
     arguments = training_arguments(load_recipe(path), num_rows=17)
     assert global_batch_size(arguments) == 4
     assert arguments.max_steps == 7  # 25.5 draws in steps of 4
+
+
+def test_the_captions_of_a_ready_set_are_weighed_by_its_own_names(tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), tasks={"edit": {"embeddings": str(tmp_path / "own")}})
+    write_set(tmp_path / "own", tiny())
+    data = load_from_disk(str(tmp_path / "own")).rename_column("text_embeds_instruction", "text_embeds_prompt")
+    data.save_to_disk(tmp_path / "renamed")
+    shutil.copy(tmp_path / "own" / PROVENANCE, tmp_path / "renamed")
+    given = [f"tasks.edit.embeddings={tmp_path / 'renamed'}", "tasks.text_to_image.weight=0"]
+    assert open_sets(load_recipe(path, [*given, "mix.caption_weights={prompt: 1, instruction: 0}"]))
+    with pytest.raises(InputError, match=r"^mix\.caption_weights\.promt: unknown key, did you mean 'prompt'\?"):
+        open_sets(load_recipe(path, [*given, "mix.caption_weights={promt: 1}"]))
+    with pytest.raises(InputError, match=r"mix\.caption_weights\.prompt: unknown key, known here: instruction"):
+        load_recipe(path, ["tasks.edit={data: a.jsonl}", "mix.caption_weights={prompt: 1}"])

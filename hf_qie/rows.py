@@ -254,7 +254,8 @@ def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -
 def check_path(path: Any, *, column: str) -> None:
     """Raise BadRow for what is neither the path nor the URL of an image."""
     if not is_text(path) or not path:
-        raise BadRow(f"{kind_of(path)}, wanted the path or URL of an image", column=column, path=legible(path))
+        shown = None if path is None else legible(path)
+        raise BadRow(f"{kind_of(path)}, wanted the path or URL of an image", column=column, path=shown)
     if is_url(path) and holds_password(path):
         raise BadRow(PASSWORD, column=column, path=re.sub("//[^/?#]*@", "//", path, count=1))
 

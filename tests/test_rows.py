@@ -286,7 +286,7 @@ def test_a_line_that_is_no_json_is_named_by_file_and_line(data, tmp_path, line, 
 PATH, TEXT = "wanted the path or URL of an image", "wanted text or null"
 PASSWORD = "the URL holds a user name or password, which would be stored with the row; leave it out"
 BAD_ROWS = {
-    '{"target_image": null}': ("target_image", "null", f"null, {PATH}"),
+    '{"target_image": null}': ("target_image", None, f"null, {PATH}"),
     '{"target_image": ""}': ("target_image", '""', f"an empty string, {PATH}"),
     '{"target_image": ["b.png"]}': ("target_image", '["b.png"]', f"a list, {PATH}"),
     '{"target_image": 7.5}': ("target_image", "7.5", f"a number, {PATH}"),
@@ -298,7 +298,7 @@ BAD_ROWS = {
     '{"target_image": "half \\ud83d"}': ("target_image", '"half ?"', f"not UTF-8, {PATH}"),
     '{"source_image": ["a.png", "gone.png"]}': ("source_image", "gone.png", "No such file or directory"),
     '{"source_image": 3}': ("source_image", "3", f"a number, {PATH}"),
-    '{"source_image": ["a.png", null]}': ("source_image", "null", f"null, {PATH}"),
+    '{"source_image": ["a.png", null]}': ("source_image", None, f"null, {PATH}"),
     '{"source_image": ["a.png", ""]}': ("source_image", '""', f"an empty string, {PATH}"),
     '{"source_image": [["a.png"]]}': ("source_image", '["a.png"]', f"a list, {PATH}"),
     '{"source_image": {"bytes": "eA=="}}': ("source_image", '{"bytes": "eA=="}', f"an object, {PATH}"),
@@ -360,7 +360,7 @@ def test_one_bad_row_is_always_allowed_and_none_usable_never(data, tmp_path):
     file = data([bad, bad])
     for extract in (None, Extract(max_bad_share=1.0)):
         assert refusal(tmp_path, file, extract=extract).splitlines() == [
-            *(f"{file}:{i}: target_image: null: null, wanted the path or URL of an image" for i in (1, 2)),
+            *(f"{file}:{i}: target_image: null, wanted the path or URL of an image" for i in (1, 2)),
             "tasks.faces: 2 of 2 rows are bad, none is left:",
             "  2: target_image: null, wanted the path or URL of an image",
             "the columns in the data are instruction, source_image, target_image; name others with "

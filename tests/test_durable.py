@@ -185,7 +185,7 @@ def test_the_record_of_a_set_has_the_digest_of_each_of_its_files(recipe, tmp_pat
     assert extract.main([str(recipe)]) == 0
     folder = tmp_path / "sets" / "task"
     files = read_provenance(folder)["record"]["files"]
-    assert set(files) == {*content(folder), "state.json", "dataset_info.json"}
+    assert set(files) == {*content(folder), "state.json", "row_digests.npy", "dataset_info.json"}
     assert all(written(folder / name) == was for name, was in files.items())
 
 

@@ -392,7 +392,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, data: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | dict(headers or {})).items():
+        known = {"Content-Length": str(len(data)), "Connection": "close" if self.close_connection else ""}
+        for name, value in (known | dict(headers or {})).items():
             if value:
                 self.send_header(name, value)
         self.end_headers()

@@ -49,6 +49,7 @@ class Alive:
         self.rank, self.num_ranks = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
         self.place, self.since = BETWEEN, time.monotonic()
         self.latest: deque[float] = deque(maxlen=LATEST)  # seconds at the places before
+        self.writing = Lock()
         self.excused, self.lock = 0, Lock()  # how many threads are at what may take any time
         self.beats, self.left = 0, Event()
         self.seen: dict[int, tuple[Any, int]] = {}  # by rank: its latest sign, and the beats without a new one
@@ -90,11 +91,12 @@ class Alive:
 
     def write(self, *, ended: str | None = None) -> None:
         """Give a sign."""
-        self.beats += 1
-        sign = self.sign() | {"beat": self.beats, "ended": ended}
-        beside = self.path(self.rank).with_suffix(".new")
-        beside.write_text(json.dumps(sign), encoding="utf-8")
-        os.replace(beside, self.path(self.rank))
+        with self.writing:  # the thread gives signs too
+            self.beats += 1
+            sign = self.sign() | {"beat": self.beats, "ended": ended}
+            beside = self.path(self.rank).with_suffix(".new")
+            beside.write_text(json.dumps(sign), encoding="utf-8")
+            os.replace(beside, self.path(self.rank))
 
     def sign(self) -> dict[str, Any]:
         """What this rank is at, for how many seconds, and after how many it would be taken to hang, if at all."""
@@ -194,14 +196,20 @@ def at(place: str) -> None:
 
 
 @contextmanager
-def at_any_length(place: str) -> Iterator[None]:
-    """Around what may take any time: waiting for other ranks, or for what has a limit of its own."""
+def at_any_length(place: str, *, tell: bool = False) -> Iterator[None]:
+    """Around what may take any time: waiting for other ranks, or for what has a limit of its own.
+
+    `tell`: give a sign of it at once, as the disk may be too busy for the next one.
+    """
     if (alive := Alive.current) is None:
         yield
         return
     with alive.lock:
         alive.excused += 1
     alive.place = place
+    if tell:
+        with suppress(OSError):
+            alive.write()
     try:
         yield
     finally:

@@ -183,7 +183,7 @@ def check_training(given: Mapping[str, Any]) -> dict[str, Any]:
         if value not in accepted:
             wanted = f"wanted {' | '.join(map(show, accepted))}" if accepted else "leave it out"
             raise Misfit(at, f"got {show(value)}, {wanted}: {reason}")
-        if key in NO_EFFECT and value not in (None, known[key][1]):
+        if key in NO_EFFECT and value not in (None, [], known.get(key, (None, None))[1]):
             raise Misfit(at, f"got {show(value)}, leave it out: {NO_EFFECT[key]}")
         if key not in known and key in given:
             raise Misfit(at, _unknown(key, known))

@@ -130,7 +130,7 @@ class ChunkWriter:
         outside_loops(encode)
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
         chunk.account.bad.sort(key=lambda bad: bad["row"])
-        with at_any_length("the writing of a chunk"):
+        with at_any_length("the writing of a chunk", tell=True):
             keep_chunk(aside, path, chunk.account, data=self.plan.rows.digest)
 
     def read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow | pa.Table:

@@ -29,7 +29,7 @@ class Options(argparse.ArgumentParser):
     """The command line of a script, whose docstring says what it may be; a mistake is an InputError of one line."""
 
     def __init__(self):
-        super().__init__(add_help=False)
+        super().__init__(add_help=False, allow_abbrev=False)
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         """An argument as argparse has it; the first name is its own, others are older or shorter ones."""
@@ -71,7 +71,7 @@ def wanted(kind: Any) -> Callable[[str], Any]:
 def to_path(text: str) -> Path:
     """For the `type` of an argument: a path with `~` and variables replaced."""
     try:
-        return Path(expanded(text))
+        return Path(text) if os.path.lexists(text) else Path(expanded(text))  # the shell may have expanded it
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {show(text)}: {error}") from None
 
@@ -105,10 +105,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         torch = sys.modules.get("torch")
         if speaks:
             sys.stderr.write(f"{words}\n")
-        elif (
-            torch and torch.distributed.is_initialized() and not isinstance(error, Told)
-        ):  # what this rank found, perhaps no other rank knows
-            sys.stderr.write(f"rank {rank}: {words}\n")
         else:  # the launcher ends all ranks when one ends, and the first has to speak before
             time.sleep(SPEAK_FIRST_S)
+            if torch and torch.distributed.is_initialized() and not isinstance(error, Told):
+                sys.stderr.write(f"rank {rank}: {words}\n")  # what this rank found, perhaps no other rank knows
         sys.exit(1)

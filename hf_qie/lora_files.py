@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from hf_qie.recipe import InputError
 PEFT_CONFIG = "adapter_config.json"
 PEFT = "base_model.model."
 # Before a layer's name: of peft, of peft around a pipeline's part, of ComfyUI, of diffusers and OneTrainer
-PREFIXES = (f"{PEFT}transformer.", PEFT, "diffusion_model.", "transformer.")
+PREFIXES = (f"{PEFT}transformer.", PEFT, "model.diffusion_model.", "diffusion_model.", "transformer.")
 FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
 ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight")
 DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")  # what it saves
@@ -27,8 +28,8 @@ OTHER_KINDS = {  # by a part of their keys
     "hada_": "LoHa",
     "oft_": "OFT",
     "ia3_": "IA3",
-    ".diff": "file of whole differences",
 }
+WHOLE = (".diff", ".diff_b")  # ends of the keys of whole differences
 # Where metadata says so, alpha / rank is not the factor of every layer.
 UNEVEN = ("use_rslora", "alpha_pattern")
 
@@ -66,8 +67,10 @@ def read_lora(source: str | Path, *, where: str) -> tuple[dict[str, Tensor], dic
 
 def _check_keys(tensors: dict[str, Tensor], where: str) -> None:
     """Every key is one half of an adapter, or its alpha."""
-    for part, kind in OTHER_KINDS.items():
-        if of_kind := [key for key in tensors if part in key]:
+    kinds = [(kind, [key for key in tensors if part in key]) for part, kind in OTHER_KINDS.items()]
+    kinds.append(("file of whole differences", [key for key in tensors if key.endswith(WHOLE)]))
+    for kind, of_kind in kinds:
+        if of_kind:
             raise InputError(
                 f"{where} is a {kind}: {len(of_kind)} of its {len(tensors)} keys, as {of_kind[0]}, are none of a "
                 "plain LoRA and would be left out; merge it into the checkpoint with the tool that made it, and name "
@@ -95,6 +98,8 @@ def _peft_metadata(source: Path, tensors: dict[str, Tensor], where: str) -> dict
     """Rank and alpha, which peft writes into a file of their own."""
     path = (source if source.is_dir() else source.parent) / PEFT_CONFIG
     try:
+        if not source.exists():  # a Hub id
+            path = Path(hf_hub_download(str(source), PEFT_CONFIG))
         config = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]
         uneven = [key for key in UNEVEN if config.get(key)]

@@ -18,6 +18,8 @@ def settle(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
     accelerate sends it as well where nothing was said. `bf16: false` in the recipe does.
     Raises InputError where the schedule does not take its lr_scheduler_kwargs.
     """
+    if given.get("bf16") is False and arguments.mixed_precision == "bf16":  # the launcher's; the recipe goes first
+        arguments.mixed_precision = "no"
     if arguments.mixed_precision == "no" and "bf16" not in given:
         device = arguments.device
         if device.type != "cpu" and computes_bfloat16(device):

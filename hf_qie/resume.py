@@ -110,7 +110,7 @@ def settings_of(arguments: TrainingArguments, optimizer: Any, schedule: Any) -> 
 
 def apply_settings(was: Mapping[str, Any], now: Mapping[str, Any], optimizer: Any, schedule: Any) -> None:
     """Give an optimizer and a schedule with the states of a run of settings `was` the settings `now`."""
-    if was == now:
+    if all(was.get(key) == value for key, value in now.items()):  # a checkpoint's has `changes` beside them
         return
     before = was.get("groups") or [{}] * len(now["groups"])
     changed = set()

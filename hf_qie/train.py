@@ -115,7 +115,7 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
         write_record(trainer.args.output_dir, trainer.record)
         Path(trainer.args.output_dir, STATE).unlink(missing_ok=True)  # the run has not ended any more
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    with at_any_length("the saving of what trained"):
+    with at_any_length("the saving of what trained", tell=True):
         trainer.save_model()
         trainer.save_state()  # after the weights: says that the run has ended
     if trainer.args.should_save:

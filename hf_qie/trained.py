@@ -136,7 +136,8 @@ def find_trained(path: Path) -> Trained:
         raise InputError(f"{folder}: the checkpoint is not whole, {reason}; export {output_dir}, or another one of it")
     recipe = load_recipe(output_dir / "recipe.yaml")
     record = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
-    if (base := Path(record.get("started_in", ""), recipe.model)).is_dir():
+    base = Path(record.get("started_in", ""), recipe.model)
+    if base.is_dir() and base.resolve() != Path(recipe.model).resolve():  # else it is found from here as it stands
         recipe = replace(recipe, model=str(base))
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
         recipe = replace(recipe, revision=record["commit"])

@@ -231,7 +231,7 @@ class EditTrainer(Trainer):
             self.losses.end_step(self.state.global_step, 0.0 if skipped else grad_norm)
             self.losses.check(last=due or self.control.should_training_stop)
             self.pace.end_step()
-        with at_any_length("logging, evaluation or saving"):
+        with at_any_length("logging, evaluation or saving", tell=due):
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
             if due:
                 self.accelerator.wait_for_everyone()  # rank 0 alone reports, flushes, digests and rotates

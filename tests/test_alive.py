@@ -64,6 +64,19 @@ def rank(tmp_path, root) -> Iterator[Callable[..., subprocess.Popen]]:
         process.communicate()
 
 
+def test_a_rank_says_at_once_that_it_saves_as_the_disk_may_then_be_too_busy_for_a_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("hf_qie.alive.BEAT_S", 1e6)  # none comes by itself
+    with Alive(tmp_path / "signs") as one:
+        at("step 7")
+        one.write()
+        assert not one.read(0)["excused"]
+        with at_any_length("saving", tell=True):
+            assert one.read(0)["excused"]
+            assert one.read(0)["place"] == "saving"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("lost", [0, 1])
 def test_ranks_end_when_one_gives_no_sign_any_more(rank, lost, sent):

@@ -142,6 +142,8 @@ OTHER_THAN_DEFAULT = {bool: "true", int: "3", float: "0.25", str: "x", list: "[x
 def test_what_means_nothing_here_is_refused_where_it_is_set(key):
     kind, default = training_arguments()[key]
     check_training({} if default is None else {key: default})
+    if list in (kind, *getattr(kind, "__args__", ())):
+        check_training({key: []})
     text = next(text for each, text in OTHER_THAN_DEFAULT.items() if each in (kind, *getattr(kind, "__args__", ())))
     text = "false" if default is True else text
     with pytest.raises(Misfit) as caught:

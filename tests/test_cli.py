@@ -1,5 +1,6 @@
 """The scripts' command lines: one style of options, checked where they are read; an error is one line."""
 
+import argparse
 import ast
 import os
 import re
@@ -203,3 +204,18 @@ def test_a_number_is_finite_and_not_below_its_least(text):
     parser.add_argument("--true_cfg_scale", type=wanted(Weight))
     with pytest.raises(InputError, match=r"^--true_cfg_scale: got .*, wanted a number of at least 0$"):
         parser.parse_args([f"--true_cfg_scale={text}"])
+
+
+def test_a_file_that_is_there_needs_no_variable_for_its_name(tmp_path):
+    (tmp_path / "price$5.png").touch()
+    assert to_path(str(tmp_path / "price$5.png")) == tmp_path / "price$5.png"
+    with pytest.raises(argparse.ArgumentTypeError, match="variable 5 is not set"):
+        to_path(str(tmp_path / "price$5.jpg"))
+
+
+def test_an_option_is_written_out():
+    options = Options()
+    options.add_argument("--push_to_hub")
+    with pytest.raises(InputError, match="--push: unknown option, did you mean '--push_to_hub'"):
+        options.parse_args(["--push", "org/x"])
+    assert options.parse_args(["--push-to-hub", "org/x"]).push_to_hub == "org/x"

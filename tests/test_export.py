@@ -285,6 +285,26 @@ def test_a_relative_base_is_looked_for_where_training_was_started(done, tiny, tm
     assert (run / "export" / "merged" / "config.json").is_file()
 
 
+def test_a_relative_base_that_is_found_from_here_stays_as_it_was_written(done, tiny, tmp_path, monkeypatch):
+    run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
+    record, recipe = json.loads((run / "run.json").read_text()), (run / "recipe.yaml").read_text()
+    (run / "run.json").write_text(json.dumps(record | {"started_in": str(tmp_path)}))
+    (run / "recipe.yaml").write_text(recipe.replace(f"model: {tiny()}\n", "model: base\n"))
+    (tmp_path / "base").symlink_to(tiny())
+    monkeypatch.chdir(tmp_path)
+    assert find_trained(run).recipe.model == "base"  # the code on its card is to run here
+
+
+def test_values_of_a_checkpoint_are_those_of_what_trained_not_of_what_is_frozen(done, tmp_path, caplog):
+    run = shutil.copytree(done / "full" / "alone", tmp_path / "run")
+    path = run / "transformer" / formats.WEIGHTS_FILE
+    tensors = load_file(path)
+    mixed = {name: tensor if ".1." in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, path, metadata={"format": "pt"})
+    exported(run, tmp_path / "to")
+    assert "holds" not in caplog.text
+
+
 def test_a_lora_without_its_alpha_is_refused(done, tmp_path):
     run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
     save_file(load_file(run / LORA_FILE), run / LORA_FILE)

@@ -69,6 +69,7 @@ LAYOUTS = {  # of a tool: its key for diffusers'
     "peft of a pipeline": lambda key: f"base_model.model.{key}",
     "an adapter by name": lambda key: key.removeprefix(DIFFUSERS).replace(".weight", ".default.weight"),
     "ComfyUI": lambda key: key.replace(DIFFUSERS, "diffusion_model.", 1),
+    "of a whole checkpoint": lambda key: key.replace(DIFFUSERS, "model.diffusion_model.", 1),
     "OneTrainer": halves,
     "OneTrainer, flat": lambda key: flat("lora_transformer_", key),
     "kohya": lambda key: flat("lora_unet_", key),

@@ -71,6 +71,7 @@ def test_an_accelerator_with_units_for_bfloat16_trains_in_it_and_the_log_says_wh
         ([], {"fp16": True}, "fp16"),
         (["--mixed_precision", "fp16"], {}, "fp16"),
         (["--mixed_precision", "bf16"], {}, "bf16"),
+        (["--mixed_precision", "bf16"], {"bf16": False}, "no"),  # the recipe goes first
         (["--mixed_precision", "no"], {}, "bf16"),  # accelerate says the same where nothing was said
     ],
 )

@@ -170,6 +170,19 @@ def test_a_schedule_that_follows_a_metric_keeps_what_it_took_off(tmp_path):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-6)
 
 
+def test_settings_that_did_not_change_touch_no_rate():
+    """Reductions that were made would come out different in the last bit."""
+    optimizer = optimizer_of(2e-5)
+    schedule = ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    now = settings_of(TrainingArguments(output_dir="run", use_cpu=True), optimizer, schedule)
+    for _ in range(3):
+        schedule.step(1.0)
+    rate = optimizer.param_groups[0]["lr"]
+    assert rate * 2e-5 / 2e-5 != rate
+    apply_settings(now | {"changes": []}, now, optimizer, schedule)
+    assert optimizer.param_groups[0]["lr"] == rate
+
+
 def test_a_rate_that_is_a_tensor_stays_that_tensor_and_what_an_optimizer_counts_in_its_groups_stays(tmp_path):
     """As torchao's 8-bit optimizers have it, which are compiled, and as schedule-free ones count."""
     made = []

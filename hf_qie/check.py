@@ -61,6 +61,7 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     from hf_qie.encoder import load_processor
     from hf_qie.estimate import check_space, encoder_width
     from hf_qie.family import read_config
+    from hf_qie.kept import keeps_some
     from hf_qie.noise_chart import noise_chart, noise_of
     from hf_qie.sheet import contact_sheet
     from hf_qie.survey import findings_of, survey, table_of
@@ -86,7 +87,8 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     noise_chart(noise_of(recipe, scheduler)).save(chart)
     say(f"{chart}: the noise that training draws, and the steps that sampling takes")
     try:
-        say(check_space(num_bytes, output_dir))
+        remade = [name for name, plan in plans.items() if keeps_some(output_dir / name, plan.rows)]
+        say(check_space(num_bytes, output_dir, remade=remade))
     except InputError as error:
         problems.append(str(error))
     if problems:

@@ -106,6 +106,14 @@ def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArra
     )
 
 
+def request_differences(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    """In what a set is made from something else than `request`; `identity` only tells what of the data changed."""
+    before, now = ({**one, **one["compat"], "compat": None, "identity": None} for one in (found, request))
+    if "identity" in request and found.get("data") == request["identity"]:  # of a set from before rows had digests
+        before["data"] = now["data"]
+    return sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
+
+
 def files_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """`bytes` and `sha256` of each file of a set on disk; {} of a set that was written before they were recorded."""
     files = provenance["record"].get("files", {})

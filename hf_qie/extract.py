@@ -69,8 +69,11 @@ def signs_folder(recipe: Recipe) -> Path:
 
 def locks_of(recipe: Recipe, tasks: Iterable[str]) -> dict[Path, Path]:
     """What this launch holds while it runs: its shard of each task's set, beside the set, which may be deleted."""
-    folder, (i, n) = Path(recipe.extract.output_dir), recipe.extract.shard or (0, 1)
-    return {folder / name: folder / f".{name}-{i}-of-{n}.lock" for name in tasks}
+    from hf_qie.lock import lock_of
+
+    i, n = recipe.extract.shard or (0, 1)
+    folders = [Path(recipe.extract.output_dir, name) for name in tasks]
+    return {folder: lock_of(folder, f"{i}-of-{n}") for folder in folders}
 
 
 def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> int:
@@ -220,11 +223,13 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
 def old_line(name: str, folder: Path, counts: Mapping[str, int]) -> str:
     """One line on a set that there was nothing to do for."""
     from hf_qie.embeddings import PROVENANCE
+    from hf_qie.kept import read_digests
 
+    same = "data" if read_digests(folder) is None else "data and images"  # older sets do not know of their images
     finished = datetime.fromtimestamp((folder / PROVENANCE).stat().st_mtime)
     return (
         f"{name}: finished before, nothing to do; delete {folder} to extract it again. It was made until "
-        f"{finished:%Y-%m-%d %H:%M} of the same data and images: {counts['rows_in']:,} rows in, "
+        f"{finished:%Y-%m-%d %H:%M} of the same {same}: {counts['rows_in']:,} rows in, "
         f"{counts['rows_out']:,} out, {counts['bad']:,} bad"
     )
 

@@ -20,7 +20,7 @@ from datasets import Dataset, Features
 from hf_qie.accounts import REQUEST, UNFINISHED, read_account
 from hf_qie.alive import at_any_length
 from hf_qie.durable import misfit, move_durably
-from hf_qie.embeddings import PROVENANCE, files_of, read_provenance
+from hf_qie.embeddings import PROVENANCE, files_of, read_provenance, request_differences
 from hf_qie.recipe import InputError
 from hf_qie.rows import Rows
 
@@ -94,7 +94,7 @@ def find_kept(folder: Path, table: Dataset, features: Features, *, task: str) ->
 
 def fits(found: Mapping[str, Any] | None, request: Mapping[str, Any] | None) -> bool:
     """Whether rows of a set are those of another one whose data alone differ."""
-    return bool(found and request) and differences(found, request) in ([], ["data"])
+    return bool(found and request) and request_differences(found, request) in ([], ["data"])
 
 
 def open_file(path: Path) -> pa.Table:
@@ -107,7 +107,10 @@ def is_whole(path: Path) -> bool:
     with at_any_length("the reading of what was extracted before"):
         try:
             finished = (path.parent / PROVENANCE).exists()
-            was = files_of(read_provenance(path.parent))[path.name] if finished else read_account(path)[1]
+            if finished:
+                was = files_of(read_provenance(path.parent))[path.name]
+            else:  # a launch that began with other data may have written it among those of this request
+                was = read_account(path, data=read_request(path.parent)["data"])[1]
             why = misfit(path, was)
         except (InputError, ValueError, KeyError) as error:
             why = str(error)
@@ -155,14 +158,6 @@ def read_request(folder: Path) -> dict[str, Any] | None:
     if not isinstance(request, dict) or not isinstance(request.get("compat"), dict):
         raise InputError(f"{folder}: does not say what it is made from, as extract.py does; delete it and start again")
     return request
-
-
-def differences(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
-    """In what a set is made from something else than `request`; `identity` only tells what of the data changed."""
-    before, now = ({**one, **one["compat"], "compat": None, "identity": None} for one in (found, request))
-    if "identity" in request and found.get("data") == request["identity"]:  # of a set from before rows had digests
-        before["data"] = now["data"]
-    return sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
 
 
 def keeps_some(folder: Path, rows: Rows) -> bool:

@@ -47,6 +47,36 @@ def held(locks: Mapping[Path, Path], *, remedy: str) -> Iterator[None]:
         yield
 
 
+def lock_of(folder: Path, part: str) -> Path:
+    """The lock of a part of what is done in `folder`; beside it, as the folder may be deleted."""
+    return folder.with_name(f".{folder.name}-{part}.lock")
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other launch opens or ends `folder`, and let none do so meanwhile; without locks none waits."""
+    path = lock_of(folder, "opening")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held, as below
+        lock.release()
+
+
+def refuse_holder(folder: Path, path: Path, *, remedy: str) -> None:
+    """Raise InputError where a launch holds the lock `path`."""
+    lock = _acquire(folder, path, path.with_name(f"{path.name}.json"), remedy)
+    path.unlink(missing_ok=True)
+    lock.release()
+
+
 @contextmanager
 def _held(folder: Path, path: Path, remedy: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)

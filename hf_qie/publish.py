@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
 from hf_qie.durable import move_durably
-from hf_qie.embeddings import matrix_width, parse_provenance, read_provenance
+from hf_qie.embeddings import matrix_width, parse_provenance, read_provenance, request_differences
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.recipe import Extract, InputError, Task
 from hf_qie.sets import open_set, published_shards
@@ -195,7 +195,7 @@ class Repo:
         configs = MetadataConfigs.from_dataset_card_data(card.data) if card else {}
         for one in sets:
             if one.name in there:
-                fields = misfits(there[one.name]["record"]["request"], one.provenance["record"]["request"])
+                fields = request_differences(there[one.name]["record"]["request"], one.provenance["record"]["request"])
                 what = f"made with another {', '.join(fields)}" if fields else None
             else:
                 what = "no embedding set" if one.name in configs else None
@@ -273,12 +273,6 @@ def info_of(one: Publication, files: Mapping[str, int]) -> DatasetInfo:
         download_size=sum(files[shard] for shard in one.shards),
         dataset_size=one.num_bytes,
     )
-
-
-def misfits(there: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """The fields in which what two sets were made from differs."""
-    one, other = ({**request, **request["compat"], "compat": None} for request in (there, ours))
-    return sorted(field for field in one.keys() | other.keys() if one.get(field) != other.get(field))
 
 
 def write_shard(data: Dataset, rows: range, path: Path, *, roots: Sequence[Path]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -23,17 +24,18 @@ from hf_qie.alive import at_any_length
 from hf_qie.chunks import Models
 from hf_qie.device import AUTO
 from hf_qie.durable import check_files, move_durably, write_durably, written
-from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance
+from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.kept import (
     ROW_DIGESTS,
-    differences,
     is_interrupted,
     read_digests,
     read_request,
     set_aside,
+    set_aside_in,
     share,
     write_digests,
 )
+from hf_qie.lock import in_turn, lock_of, refuse_holder
 from hf_qie.prepare import Plan
 from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
 
@@ -52,7 +54,7 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: 
     compat = dict(compat) | {field: compat.get(field, value) for field, value in sizes.items()}
     request = {"compat": compat, "data": plan.rows.digest, "identity": plan.rows.identity}
     request |= {"image_root": roots, "t2i": task.t2i}
-    request |= {"columns": as_dict(task.columns)}
+    request |= {"columns": as_dict(recipe.tasks[task.name].columns)}  # as lists of captions may grow, row by row
     request |= {"dtype": str(dtype).removeprefix("torch.")}
     return request | {name: settings[name] for name in ("image_sample_size", "inverse", "latents", "chunk_rows")}
 
@@ -72,20 +74,28 @@ def open_folder(
     to take over the rows that are the same. Raises InputError for a folder made from something else, unless
     `extract.overwrite` is set.
     """
+    with in_turn(folder):  # shards start and end at once
+        open_in_turn(folder, request, recipe=recipe, digests=digests)
+
+
+def open_in_turn(folder: Path, request: Mapping[str, Any], *, recipe: Recipe, digests: np.ndarray | None) -> None:
+    """What `open_folder` does, while no other launch opens or ends the set."""
     shutil.rmtree(deleted(folder), ignore_errors=True)  # a launch was killed at it
     found = read_request(folder)
-    differing = differences(found or request, request)
+    differing = request_differences(found or request, request)
     is_finished = (folder / PROVENANCE).exists() and not is_interrupted(folder)
     if differing == ["dtype"] and recipe.extract.dtype == AUTO and is_finished:
         differing = []  # such a set is right whatever device opens it
     if is_remade(folder, request, digests):
+        if differing and not (folder / PROVENANCE).exists():
+            refuse_sharers(folder, recipe)
         set_aside(folder)
     elif differing:
         refuse_or_delete(folder, found, request, differing, recipe)
     elif found is None and folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        clean_up(folder)
         check_files(folder, files_of(read_provenance(folder)))
         return
     shutil.rmtree(writing(folder, recipe), ignore_errors=True)  # of a launch that was killed
@@ -101,18 +111,33 @@ def deleted(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}-deleted")
 
 
+def refuse_sharers(folder: Path, recipe: Recipe) -> None:
+    """Raise InputError where another launch is at work on a shard of an unfinished set, of data as they were."""
+    for place in (folder / UNFINISHED).glob("writing-*-of-*"):
+        lock = lock_of(folder, place.name.removeprefix("writing-"))
+        with suppress(FileNotFoundError):  # nobody holds it
+            since = lock.with_name(f"{lock.name}.json").stat().st_mtime_ns
+            if place == writing(folder, recipe) or place.stat().st_mtime_ns < since:
+                continue  # this launch, or one that has yet to open the set
+            refuse_holder(folder, lock, remedy="end it: the data or images of the set have changed since it began")
+
+
 def is_remade(folder: Path, request: Mapping[str, Any], digests: np.ndarray | None) -> bool:
     """Whether a set differs in its data alone and is to be made anew of what it has.
 
-    A finished one only if some rows are the same, or a launch was killed while it set aside what is there.
+    Where one is finished, there or set aside, only if some rows are the same; with the same data only if a launch was
+    killed while it set aside what is there.
     """
     found = read_request(folder)
-    differing = differences(found or request, request)
+    differing = request_differences(found or request, request)
     if found is None or digests is None or differing not in ([], ["data"]):
         return False
-    if is_interrupted(folder):
-        return True
-    return bool(differing) and (not (folder / PROVENANCE).exists() or share(read_digests(folder), digests))
+    if not differing:
+        return is_interrupted(folder)
+    sets = [folder, *set_aside_in(folder)]
+    if any((one / PROVENANCE).exists() for one in sets):  # a finished one is not given up for data of other rows
+        return any(share(read_digests(one), digests) for one in sets)
+    return True
 
 
 def refuse_or_delete(
@@ -185,15 +210,21 @@ def finish(
     features: Features,
     record: Mapping[str, Any],
 ) -> None:
-    """Make the chunk files a set that `load_from_disk` opens; of launches that come here at once one is enough.
+    """Make the chunk files a set that `load_from_disk` opens; of launches that come here at once the first one does.
 
     `record` says what the set was made with, for the reader.
     """
-    try:
-        write_rest(plan, folder, recipe=recipe, request=request, features=features, record=record)
-    except FileNotFoundError:
-        if not (folder / PROVENANCE).exists():  # else another launch was faster
-            raise
+    with in_turn(folder):
+        if not (folder / PROVENANCE).exists() and is_done(plan, folder):  # nobody has set them aside since
+            write_rest(plan, folder, recipe=recipe, request=request, features=features, record=record)
+        if (folder / PROVENANCE).exists():
+            clean_up(folder)
+
+
+def clean_up(folder: Path) -> None:
+    """Delete what a finished set needs no more; half of what was set aside would pass for a move that was killed."""
+    for before in set_aside_in(folder):
+        before.rename(before.with_name(f"deleted-{uuid4().hex}"))
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 

@@ -5,14 +5,18 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from datasets import load_from_disk
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset, Features, Value, load_from_disk
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from small_recipes import write_recipe
 
@@ -23,8 +27,11 @@ from hf_qie.device import compute_dtype
 from hf_qie.embeddings import PROVENANCE, read_provenance
 from hf_qie.extract import load_models, main
 from hf_qie.family import read_family
+from hf_qie.kept import digests_of, find_kept
+from hf_qie.lock import held, in_turn, lock_of
 from hf_qie.plans import make_plan
 from hf_qie.recipe import InputError, load_recipe
+from hf_qie.unfinished import finish, open_folder, writing
 
 ROWS = 7
 SETTINGS = {"batch_size": 1, "chunk_rows": 3, "max_bad_share": 1.0}  # alone in its batch, a row has the same bits
@@ -215,7 +222,7 @@ def test_a_set_from_before_rows_had_digests_is_left_alone_while_its_data_are_the
     (task.folder / "row_digests.npy").unlink()
     (task.folder / PROVENANCE).write_text(json.dumps(provenance))
     task.run()
-    assert "finished before" in caplog.text
+    assert " of the same data: " in caplog.text  # not of their images, which it does not know
     task.rows.pop()
     with pytest.raises(InputError, match="was made with another data; give another"):
         task.run()
@@ -292,6 +299,17 @@ def test_of_a_killed_launch_only_chunks_of_the_present_images_are_kept(task, mon
     task.check()
 
 
+def test_a_longer_list_of_captions_leaves_the_other_rows_as_they_are(task):
+    task.rows[1]["instruction"] = ["one", "two"]
+    task.run()
+    assert task.encoded == [1]
+    task.rows[2]["instruction"] = ["one", "two", "three"]
+    task.run()
+    assert task.encoded == [2]
+    assert "instruction_3" in load_from_disk(task.folder).column_names
+    task.check()
+
+
 def test_rows_of_a_file_that_is_damaged_are_extracted_again(task, monkeypatch, caplog):
     task.paint(0, seed=90)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -325,3 +343,126 @@ def test_a_chunk_of_other_data_is_not_used(tmp_path):
     keep_chunk(tmp_path / "aside", tmp_path / "chunk.arrow", Account(), data="old")
     assert damage(tmp_path / "chunk.arrow", data="old") is None
     assert "of data that have changed since" in damage(tmp_path / "chunk.arrow", data="new")
+
+
+# --- several launches on one set, by its files alone
+
+FEATURES = Features({"row": Value("int64"), "target_image": Value("string")})
+
+
+class Data:
+    """Rows that are told by their names, as the opening of a set takes them."""
+
+    def __init__(self, names: str):
+        self.names = names.split()
+        self.table = Dataset(pa.table({"digest": pa.array([name.encode().ljust(16) for name in self.names])}))
+        self.request = {"compat": {"format": 1}, "data": names, "identity": names}
+
+
+def shard(i: int, n: int = 2) -> SimpleNamespace:
+    return SimpleNamespace(extract=SimpleNamespace(shard=(i, n), overwrite=False, dtype="auto"))
+
+
+def start(folder: Path, data: Data, recipe: SimpleNamespace) -> None:
+    open_folder(folder, data.request, recipe=recipe, digests=digests_of(data.table))
+
+
+def add_chunk(folder: Path, data: Data, rows: range, recipe: SimpleNamespace) -> None:
+    aside = writing(folder, recipe) / "chunk"
+    names = [data.names[row] for row in rows]
+    with ArrowWriter(features=FEATURES, path=str(aside)) as writer:
+        writer.write_table(pa.table({"row": list(rows), "target_image": names}, schema=FEATURES.arrow_schema))
+        writer.finalize()
+    keep_chunk(
+        aside,
+        folder / "data-00000-of-00002.arrow",
+        Account(rows_in=len(rows), rows_out=len(rows)),
+        data=data.request["data"],
+    )
+
+
+def finished_set(folder: Path, data: Data) -> None:
+    folder.mkdir()
+    np.save(folder / "row_digests.npy", digests_of(data.table))
+    (folder / "data-00000-of-00001.arrow").write_bytes(b"rows")
+    record = {"model": "m", "request": data.request}
+    (folder / PROVENANCE).write_text(json.dumps({"compat": data.request["compat"], "record": record}))
+
+
+def test_a_chunk_that_a_launch_wrote_of_other_data_is_not_kept_under_the_rows_of_these(tmp_path):
+    folder, one, two, three = tmp_path / "task", Data("a b c d"), Data("new a b c"), Data("new a b X")
+    start(folder, one, shard(0))
+    start(folder, two, shard(1))
+    add_chunk(folder, one, range(2), shard(0))  # the first launch goes on
+    start(folder, three, shard(0))
+    PartialState(cpu=True)  # for what it says
+    kept = find_kept(folder, three.table, FEATURES, task="task")
+    assert [row for row in range(4) if kept.has(row)] == []
+
+
+def test_a_launch_that_is_killed_as_it_cleans_up_leaves_a_whole_set(tmp_path, monkeypatch):
+    folder, data = tmp_path / "task", Data("a b")
+    finished_set(folder, data)
+    shutil.copytree(folder, tmp_path / "before-0")
+    shutil.move(tmp_path / "before-0", folder / "unfinished" / "before-0")
+    before, rmtree = content(folder), shutil.rmtree
+
+    def killed(place, **settings):
+        if Path(place).exists():
+            next(Path(place).rglob(PROVENANCE)).unlink()
+            raise Killed
+        rmtree(place, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        start(folder, data, shard(0))
+    start(folder, data, shard(0))
+    assert (folder / PROVENANCE).exists()
+    assert content(folder) == {name: bytes_ for name, bytes_ in before.items() if not name.startswith("unfinished")}
+
+
+def test_a_finished_set_that_is_being_made_anew_is_not_given_up_for_data_without_its_rows(tmp_path):
+    folder = tmp_path / "task"
+    finished_set(folder, Data("a b"))
+    start(folder, Data("a c"), shard(0))
+    before = content(folder)
+    with pytest.raises(InputError, match=r"another data \(the data changed in all of its 2 rows\); give"):
+        start(folder, Data("x y"), shard(0))
+    assert content(folder) == before
+    start(folder, Data("b z"), shard(0))  # of the set that is set aside
+
+
+def test_a_set_is_not_begun_anew_under_the_hands_of_a_shard_that_is_at_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_qie.lock.WAIT_S", 0.01)
+    folder, one, two = tmp_path / "task", Data("a b"), Data("a c")
+    with held({folder: lock_of(folder, "0-of-2")}, remedy=""):
+        start(folder, one, shard(0))
+        before = content(folder)
+        with pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .* data or images .* have changed"):
+            start(folder, two, shard(1))
+        assert content(folder) == before
+    os.utime(folder / "unfinished" / "writing-0-of-2", (0, 0))
+    with held({folder: lock_of(folder, "0-of-2")}, remedy=""):  # started again, of the new data too
+        start(folder, two, shard(1))
+    assert json.loads((folder / "unfinished" / "request.json").read_text()) == two.request
+
+
+def test_a_launch_that_ends_a_set_after_another_leaves_it_as_it_is(tmp_path):
+    folder, data = tmp_path / "task", Data("a")
+    finished_set(folder, data)
+    before = content(folder)
+    plan = SimpleNamespace(rows=SimpleNamespace(table=[1], digest="a"), extract=SimpleNamespace(chunk_rows=1))
+    finish(plan, folder, recipe=shard(1), request={}, features=FEATURES, record={})
+    assert content(folder) == before
+
+
+def test_a_set_is_opened_and_ended_by_one_launch_at_a_time(tmp_path):
+    folder, data = tmp_path / "task", Data("a")
+    with in_turn(folder):
+        other = threading.Thread(target=start, args=(folder, data, shard(1)))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and not folder.exists()
+    other.join()
+    assert (folder / "unfinished" / "request.json").exists()
+    assert list(tmp_path.iterdir()) == [folder]

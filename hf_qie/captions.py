@@ -16,25 +16,18 @@ from datasets import Dataset
 
 from hf_qie.recipe import SET_COLUMNS, Columns, InputError, Task
 
-MOST_TEXTS = 16  # of a list
+MOST_TEXTS = 16  # of a list; a row with more is bad
 
 
 def by_column(table: Dataset, task: Task) -> tuple[Dataset, Columns]:
     """Rows whose `texts` are a list by caption column, with one text or null by each of the columns that they become.
 
-    Returns also the columns of the task with these. Raises InputError for a list that is too long, or a name that
-    is another column's.
+    Returns also the columns of the task with these. Raises InputError for a name that is another column's.
     """
     columns, longest = task.columns, dict.fromkeys(text_columns(task.columns), 1)
     for texts in table.data.column("texts").chunks:
         for name in longest:
             longest[name] = max(longest[name], pc.max(pc.list_value_length(texts.field(name))).as_py())
-    if max(longest.values()) > MOST_TEXTS:
-        name = max(longest, key=longest.get)
-        raise InputError(
-            f"tasks.{task.name}.columns: {name} holds lists of up to {longest[name]} captions, at most {MOST_TEXTS} "
-            "are stored with a row; shorten them"
-        )
     for name, inverse in zip_longest(columns.captions, columns.inverse_captions):
         if inverse:
             longest[name] = longest[inverse] = max(longest[name], longest[inverse])

@@ -7,6 +7,8 @@ only the columns that the recipe names are read.
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,8 @@ FROM_FOLDER = (
 def open_data(task: Task, digest: Any) -> "tuple[Iterator[Line], Table | None]":
     """The lines of a task's data, and its table where images may lie in it.
 
-    `digest`, of hashlib, has taken in all content once the lines are read. Raises InputError for what is not there or
-    cannot be read, and so do the lines.
+    `digest`, of hashlib, has taken in all content once the lines are read; None where it is known already. Raises
+    InputError for what is not there or cannot be read, and so do the lines.
     """
     first, *more = task.data
     is_file = suffix_of(first) in KINDS
@@ -129,8 +131,21 @@ def local_path(path: Any, root: str) -> Any:
     """What a `file://` URL names; a path of Windows with the slashes of this system, unless there is such a file."""
     if not isinstance(path, str) or isinstance(path, Embedded):
         return path
-    if path[:7].lower() == "file://" and urlsplit(path).netloc in ("", "localhost"):
-        return url2pathname(urlsplit(path).path)
-    if "\\" in path and "://" not in path and not os.path.exists(os.path.join(root, path)):
-        return path.replace("\\", "/")
+    if path[:7].lower() == "file://":
+        with suppress(ValueError):  # no valid URL: a bad row, as no such file is there
+            if urlsplit(path).netloc in ("", "localhost"):
+                return url2pathname(urlsplit(path).path)
+    if "\\" in path and "://" not in path:
+        folder, slash, _ = path.partition("\\")[0].rpartition("/")
+        name = path[len(folder + slash) :].partition("/")[0]
+        if name not in with_backslashes(os.path.join(root, folder + slash)):
+            return path.replace("\\", "/")
     return path
+
+
+@cache  # a look at each of a million files takes minutes on a network disk
+def with_backslashes(folder: str) -> frozenset[str]:
+    """The names in a folder that have one."""
+    with suppress(OSError, ValueError):
+        return frozenset(name for name in os.listdir(folder or ".") if "\\" in name)
+    return frozenset()

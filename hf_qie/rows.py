@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_qie.captions import by_column, text_columns
+from hf_qie.captions import MOST_TEXTS, by_column, text_columns
 from hf_qie.fetch import PASSWORD, holds_password, is_url
 from hf_qie.recipe import Columns, Extract, InputError, Task
 from hf_qie.records import open_data
@@ -97,7 +97,7 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
 
 def open_rows(task: Task, rows: Rows) -> Rows:
     """The rows of `task` as another process has read them, with what is stored in the data opened here."""
-    return replace(rows, stored=open_data(task, hashlib.sha256())[1])
+    return replace(rows, stored=open_data(task, None)[1])
 
 
 def most_bad(extract: Extract, num_rows: int) -> float:
@@ -248,6 +248,10 @@ def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -
         if wrong := [text for text in found if text is not None and not is_text(text)]:
             raise BadRow(f"{kind_of(wrong[0])}, wanted text or null", column=column)
         texts[column] = [text for text in found if text and text.strip()]
+        if (count := len(texts[column])) > MOST_TEXTS:
+            raise BadRow(
+                f"{count} captions, at most {MOST_TEXTS} are stored with a row; shorten the list", column=column
+            )
     return {"sources": sources, "target": line[columns.target], "texts": texts}
 
 

@@ -64,7 +64,8 @@ class Survey:
         columns, good = self.plan.task.columns, []
         for row, look in zip(rows, outlooks, strict=True):
             self.num_rows += 1
-            self.source_counts[len(row["sources"])] += not row["bad"]
+            if not row["bad"]:
+                self.source_counts[len(row["sources"])] += 1
             self.find(row, look)
             if isinstance(look, BadRow):
                 continue
@@ -112,7 +113,7 @@ class Survey:
             if math.prod(image.size) < SMALL**2 * self.plan.target_area_px:
                 side = self.plan.extract.image_sample_size
                 reason = f"{image.size[0]} x {image.size[1]} px, less than half of extract.image_sample_size, {side}"
-                column = columns.target if place == len(look.sources) else columns.sources
+                column = columns.target if place == len(look.sources) else columns.source_label
                 note("small image", reason, column=column, path=path)
 
     def found(self, kind: str) -> list[Finding]:

@@ -62,7 +62,7 @@ class Table:
         for start in range(0, len(self.dataset), BATCH_ROWS):
             batch = self.dataset[start : start + BATCH_ROWS]
             values = {name: [None] * len(batch) for name in (*self.names, *batch.column_names)}
-            values |= {name: batch[name].to_pylist() for name in texts & set(batch.column_names)}
+            values |= {name: [plain(value) for value in batch[name]] for name in texts & set(batch.column_names)}
             for name in images.keys() & set(batch.column_names):
                 numbered = enumerate(batch[name], start)
                 values[name] = [without_pixels(value, f"row-{row}-{images[name]}") for row, value in numbered]
@@ -90,8 +90,16 @@ def without_pixels(value: pa.Scalar, name: str) -> Any:
     if bytes_of(value) is not None:
         return Embedded(name)
     if isinstance(value, pa.StructScalar) and "path" in value:
-        return value["path"].as_py()
-    return value.as_py()
+        return plain(value["path"])
+    return plain(value)
+
+
+def plain(value: pa.Scalar) -> Any:
+    """A value of Python; half a character, which no row may hold, for text that is not UTF-8: Arrow does not look."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return "\ud800"
 
 
 def bytes_of(value: pa.Scalar) -> pa.Scalar | None:
@@ -121,6 +129,10 @@ def parquet_table(task: Task, files: list[Path], digest: Any) -> Table:
     # of a column that a file lacks the rows are null
     for there, some in groupby(footers, lambda file: [n for n in wanted if n in set(top_level(footers[file]))]):
         some = list(some)
+        if not there:
+            has, named = ", ".join(top_level(footers[some[0]])), ", ".join(wanted or named_columns(task))
+            what = f"{some[0]}: has {has}, and none of {named}; name its columns, or leave it out"
+            raise InputError(f"tasks.{task.name}.data: {what}")
         builder = load_dataset_builder(
             "parquet",
             data_files={"train": [escape(str(file)) for file in some]},
@@ -245,7 +257,8 @@ def hub_table(task: Task, digest: Any) -> Table:
     except (DatasetsError, OSError, ValueError) as error:
         raise InputError(f"tasks.{task.name}.data: {words(error)}") from error
     data = prepared(task, builder, task.split, words)
-    digest.update(builder.hash.encode())  # the commit
+    if digest:
+        digest.update(builder.hash.encode())  # the commit
     return table_of(task, data, [(task.data[0], task.image_root or ".", len(data))], names=names)
 
 
@@ -275,7 +288,9 @@ def refuse_split(task: Task, why: str) -> None:
 
 
 def take_in(files: Sequence[Path], digest: Any) -> None:
-    """Let `digest` tell files from others: whole up to 1 GB in all, beyond it by size and samples."""
+    """Let `digest`, unless None, tell files from others: whole up to 1 GB in all, beyond it by size and samples."""
+    if digest is None:
+        return
     sizes = [file.stat().st_size for file in files]
     for file, size in zip(files, sizes, strict=True):
         digest.update(str(size).encode())

@@ -56,7 +56,7 @@ def json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[Row]:
         is_array, first = first and line.lstrip(BLANK).startswith(b"["), False
         try:
             found = json.loads(b"".join([line, *lines]) if is_array else line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are the first
             wanted = "the file has to be one array" if is_array else "each line has to be one JSON object"
             raise InputError(f"{file}:{number}: no JSON ({error}); {wanted}") from error
         for item, row in enumerate(found if is_array else [found], start=1):
@@ -82,9 +82,15 @@ def csv_rows(file: Path, lines: Iterator[bytes]) -> Iterator[Row]:
                 raise InputError(
                     f"{file}:{reader.line_num}: more fields than the {len(names)} names of the first line"
                 )
-            yield f":{reader.line_num}", {name: list_in(value or "") or value or None for name, value in row.items()}
+            yield f":{reader.line_num}", {name: field_of(value) for name, value in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{file}, after line {reader.line_num}: no CSV in UTF-8 ({error})") from error
+
+
+def field_of(value: str | None) -> str | list[str] | None:
+    """What a field of CSV holds."""
+    found = list_in(value or "")
+    return (value or None) if found is None else found
 
 
 def list_in(text: str) -> list[str] | None:
@@ -92,7 +98,9 @@ def list_in(text: str) -> list[str] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a path or a caption may begin so too
+        with suppress(
+            ValueError, TypeError, SyntaxError, MemoryError, RecursionError
+        ):  # a path or a caption may begin so too
             found = read(text)
             if isinstance(found, list) and all(isinstance(item, str) for item in found):
                 return found

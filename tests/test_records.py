@@ -310,6 +310,11 @@ def test_a_csv_field_may_be_a_list_of_captions(tmp_path):
     assert [row["instruction"] for *_, row in read(task_of(tmp_path / "a.csv"))] == texts
 
 
+def test_an_empty_list_in_a_csv_field_is_no_caption(tmp_path):
+    (tmp_path / "a.csv").write_text("target_image,instruction\na.png,[]\n")
+    assert [row["instruction"] for *_, row in read(task_of(tmp_path / "a.csv"))] == [[]]
+
+
 def test_a_path_may_begin_like_a_list(tmp_path):
     (tmp_path / "[1] a.png").touch()
     write_csv(tmp_path / "a.csv", [{"source_image": "[1] a.png", "target_image": "[1] a.png", "instruction": "x"}])
@@ -391,6 +396,33 @@ def test_a_broken_csv_is_named_with_its_line(tmp_path, content, told):
 def test_a_broken_parquet_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
     assert message(task_of(tmp_path / "a.parquet")).startswith(f"{tmp_path}/a.parquet: no Parquet (")
+
+
+def test_text_of_parquet_that_is_not_utf_8_is_one_bad_row(tmp_path):
+    (tmp_path / "t.png").touch()
+    offsets, text = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"\xff\xfehi")
+    data = {"source_image": ["t.png"] * 2, "target_image": ["t.png"] * 2}
+    for name in ("source_image", "instruction"):
+        table = pa.table(data | {"instruction": ["hi"] * 2} | {name: pa.StringArray.from_buffers(2, offsets, text)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        task = task_of(tmp_path / f"{name}.parquet", columns=Columns())
+        first = read_rows(task, folder=tmp_path).table[0] if name == "instruction" else None
+        lines, _ = open_data(task, hashlib.sha256())
+        assert next(lines)[2][name] in ("\ud800", ["\ud800"])
+        assert first is None or (first["bad"]["column"], first["bad"]["reason"][:10]) == (name, "not UTF-8,")
+
+
+def test_a_parquet_file_with_no_column_of_the_task_is_named(tmp_path):
+    parquet.write_table(pa.table({"other": [1]}), tmp_path / "a.parquet")
+    parquet.write_table(pa.table({"target_image": ["a.png"]}), tmp_path / "b.parquet")
+    assert message(task_of(tmp_path / "*.parquet")).startswith(
+        f"tasks.a.data: {tmp_path}/a.parquet: has other, and none of "
+    )
+
+
+def test_json_that_is_nested_too_deeply_is_named_with_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"target_image": "a.png"}\n' + "[" * 100_000 + "\n")
+    assert message(task_of(tmp_path / "a.jsonl")).startswith(f"{tmp_path}/a.jsonl:2: no JSON (maximum recursion")
 
 
 def test_of_several_parquet_files_the_damaged_one_is_named(tmp_path):

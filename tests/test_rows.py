@@ -235,10 +235,6 @@ def test_lists_of_captions_leave_those_of_other_columns_as_they_are(data, tmp_pa
 
 
 def test_a_list_of_captions_that_cannot_be_columns_is_refused(data, tmp_path):
-    assert refusal(tmp_path, data([ROW | {"instruction": ["x"] * 17}])) == (
-        "tasks.faces.columns: instruction holds lists of up to 17 captions, at most 16 are stored with a row; "
-        "shorten them"
-    )
     file = data([ROW | {"instruction": ["x", "y"], "instruction_2": "z"}])
     assert refusal(tmp_path, file, columns=columns_of("instruction", "instruction_2")) == (
         "tasks.faces.columns: the captions in the lists become columns, and instruction_2 is one already; "
@@ -255,15 +251,26 @@ def test_a_list_in_a_string_is_read_as_json_or_python_writes_it(data, tmp_path):
     assert rows.table["sources"][:] == [["a.png", "b.png"], ["a.png", "b.png"], []]
 
 
+def test_paths_with_backslashes_cost_one_look_into_their_folder(data, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    file = data([{**ROW, "source_image": f"sub\\{i}.png", "target_image": f"sub/\\{i}.png"} for i in range(100)])
+    looks, listdir, exists = [], os.listdir, os.path.exists
+    monkeypatch.setattr(os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
+    monkeypatch.setattr(os.path, "exists", lambda path: looks.append(path) or exists(path))
+    with pytest.raises(InputError, match=r"100 of 100 rows are bad"):
+        read(tmp_path, file)
+    assert len([look for look in looks if str(look).startswith(f"{tmp_path}/")]) < 10
+
+
 def test_backslashes_and_file_urls_name_files(data, tmp_path):
     (tmp_path / "sub").mkdir()
-    for name in ("sub/a b.png", "back\\slash.png"):
+    for name in ("sub/a b.png", "back\\slash.png", "sub/back\\slash.png"):
         (tmp_path / name).touch()
-    sources = ["sub\\a b.png", f"file://{tmp_path}/sub/a%20b.png", "back\\slash.png"]
+    sources = ["sub\\a b.png", f"file://{tmp_path}/sub/a%20b.png", "back\\slash.png", "sub/back\\slash.png"]
     rows = read(
         tmp_path, data([{**ROW, "source_image": sources, "target_image": f"file://localhost{tmp_path}/b.png"}])
     )
-    assert rows.table[0]["sources"] == ["sub/a b.png", f"{tmp_path}/sub/a b.png", "back\\slash.png"]
+    assert rows.table[0]["sources"] == ["sub/a b.png", f"{tmp_path}/sub/a b.png", *sources[2:]]
     assert rows.table[0]["target"] == f"{tmp_path}/b.png"
 
 
@@ -307,6 +314,11 @@ BAD_ROWS = {
         *("source_image", None, "3 sources, this checkpoint takes 2; use an Edit-Plus checkpoint"),
     ),
     '{"instruction": [["x"]]}': ("instruction", None, f"a list, {TEXT}"),
+    f'{{"instruction": {json.dumps(["x"] * 17)}}}': (
+        *("instruction", None, "17 captions, at most 16 are stored with a row; shorten the list"),
+    ),
+    '{"source_image": "file://[x"}': ("source_image", "file://[x", "No such file or directory"),
+    '{"source_image": "[{[]}]"}': ("source_image", "[{[]}]", "No such file or directory"),
     '{"instruction": NaN}': ("instruction", None, f"a number, {TEXT}"),
     '{"inverse_instruction_cn": "half \\ud83d"}': ("inverse_instruction_cn", None, f"not UTF-8, {TEXT}"),
 }

@@ -19,7 +19,9 @@ setup(
         "torch>=2.8",  # FSDP2's and distributed checkpoint's present names
         "torchvision>=0.23",  # the Qwen2-VL processor does not load without it
         "transformers>=5.23",  # mm_token_type_ids in the processor and in get_rope_index; Trainer's present hooks
-        "diffusers>=0.42",  # QwenImageTransformer2DModel with masks, zero_cond_t and without txt_seq_lens
+        # QwenImageTransformer2DModel with masks, zero_cond_t and without txt_seq_lens; below the next release, as
+        # lora_files.py calls a private reader of LoRA files
+        "diffusers>=0.42,<0.43",
         "datasets>=5.2",  # float16 lists in Arrow and Parquet, async map
         "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
         "peft>=0.21",

@@ -233,16 +233,10 @@ def _check_steps(training: Mapping[str, Any]) -> None:
 
 def _check_names(training: Mapping[str, Any]) -> None:
     """Names that TrainingArguments and Trainer would look up only once the model is there."""
-    reporters = training.get("report_to", "none")
-    for key, names in {
-        "optim": [training.get("optim", "adamw_torch")],
-        "lr_scheduler_type": [training.get("lr_scheduler_type", "linear")],
-        "report_to": [reporters] if isinstance(reporters, str) else reporters,
-    }.items():
-        for name in names:
-            if name not in choices(key):
-                told = unknown(name, dict.fromkeys(choices(key))).replace("key", "name", 1)
-                raise Misfit(f"training.{key}", f"got {show(name)}: {told}")
+    for key, name in (*_named(training), ("lr_scheduler_type", training.get("lr_scheduler_type", "linear"))):
+        if name not in choices(key):
+            told = unknown(name, dict.fromkeys(choices(key))).replace("key", "name", 1)
+            raise Misfit(f"training.{key}", f"got {show(name)}: {told}")
     for key in ("log_level", "log_level_replica"):
         if training.get(key, "passive") not in LOG_LEVELS:
             raise Misfit(f"training.{key}", f"got {show(training[key])}, wanted {' | '.join(LOG_LEVELS)}")
@@ -269,13 +263,16 @@ def _check_optimizer(training: Mapping[str, Any]) -> None:
 
 def check_packages(training: Mapping[str, Any]) -> None:
     """Raise InputError where what `training` names is not installed on this machine."""
-    reporters = training.get("report_to", [])
-    named = {"optim": [training.get("optim", "adamw_torch")]}
-    named["report_to"] = [reporters] if isinstance(reporters, str) else reporters
-    for key, names in named.items():
-        for name in names:
-            if package := missing_package(key, name):
-                raise InputError(f"training.{key}: {name} needs a package that is not here: pip install {package}")
+    for key, name in _named(training):
+        if package := missing_package(key, name):
+            raise InputError(f"training.{key}: {name} needs a package that is not here: pip install {package}")
+
+
+def _named(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(key, name) of what may need a package of its own."""
+    reporters = training.get("report_to", "none")
+    reporters = [reporters] if isinstance(reporters, str) else reporters
+    return [("optim", training.get("optim", "adamw_torch")), *(("report_to", name) for name in reporters)]
 
 
 def _check_fsdp(config: Mapping[str, Any]) -> None:

@@ -109,10 +109,11 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     adapters = trained.adapters
     source = trained.base() if adapters else trained.full()
     layers = adapters.layers if adapters else {}
-    kept = {read().dtype for name, read in source.items() if name.endswith(".bias")}  # what is frozen may be bfloat16
-    if not adapters and dtype == torch.float32 not in kept:
-        told = "/".join(sorted(map(named, kept)))
-        logger.warning("%s holds %s values; checkpoints of the run may hold float32 ones", trained.folder, told)
+    if not adapters and dtype == torch.float32:
+        kept = {read().dtype for name, read in source.items() if name.endswith(".bias")}  # the frozen may be bfloat16
+        if torch.float32 not in kept:
+            told = "/".join(sorted(map(named, kept)))
+            logger.warning("%s holds %s values; checkpoints of the run may hold float32 ones", trained.folder, told)
     if strangers := sorted(layer for layer in layers if f"{layer}.weight" not in source):
         raise InputError(f"{trained.folder}: has adapters on {strangers[0]}, which {trained.recipe.model!r} lacks")
     write_transformer(trained, source, folder, dtype=dtype)

@@ -111,7 +111,7 @@ def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def fsdp_environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What accelerate reads from the environment before it sees any settings.
+    """What accelerate reads from the environment before it sees any settings; read again, it gives the same settings.
 
     By these it gives the process group a backend for tensors on the CPU, which offloading and full state need.
     """
@@ -120,4 +120,6 @@ def fsdp_environment(settings: Mapping[str, Any]) -> dict[str, str]:
         "FSDP_VERSION": "2",
         "FSDP_OFFLOAD_PARAMS": str(settings.get("cpu_offload", False)).lower(),
         "FSDP_STATE_DICT_TYPE": settings.get("state_dict_type", "FULL_STATE_DICT"),
+        # version 1 says it by its strategy, which version 2 does not read
+        "FSDP_RESHARD_AFTER_FORWARD": str(settings.get("reshard_after_forward", True)).lower(),
     }

@@ -122,15 +122,16 @@ def parquet_table(task: Task, files: list[Path], digest: Any) -> Table:
     if not footers:
         raise InputError(no_rows(task))
     take_in(list(footers), digest)
-    fields = common_fields(task, {file: footer.schema.to_arrow_schema() for file, footer in footers.items()})
+    schemas = {file: footer.schema.to_arrow_schema() for file, footer in footers.items()}
+    fields = common_fields(task, schemas)
     wanted = [name for name in named_columns(task) if name in fields]
-    names = list(dict.fromkeys(name for footer in footers.values() for name in footer.schema.to_arrow_schema().names))
+    names = list(dict.fromkeys(name for schema in schemas.values() for name in schema.names))
     found = []
     # of a column that a file lacks the rows are null
-    for there, some in groupby(footers, lambda file: [n for n in wanted if n in set(top_level(footers[file]))]):
+    for there, some in groupby(footers, lambda file: [n for n in wanted if n in schemas[file].names]):
         some = list(some)
         if not there:
-            has, named = ", ".join(top_level(footers[some[0]])), ", ".join(wanted or named_columns(task))
+            has, named = ", ".join(schemas[some[0]].names), ", ".join(wanted or named_columns(task))
             what = f"{some[0]}: has {has}, and none of {named}; name its columns, or leave it out"
             raise InputError(f"tasks.{task.name}.data: {what}")
         builder = load_dataset_builder(
@@ -144,11 +145,6 @@ def parquet_table(task: Task, files: list[Path], digest: Any) -> Table:
         found.append(prepared(task, builder, "train", lambda error, some=some, there=there: unreadable(some, there)))
     parts = [(str(file), task.image_root or str(file.parent), footer.num_rows) for file, footer in footers.items()]
     return table_of(task, concatenate_datasets(found), parts, names=names)
-
-
-def top_level(footer: parquet.FileMetaData) -> list[str]:
-    """The columns of a Parquet file."""
-    return footer.schema.to_arrow_schema().names
 
 
 def common_fields(task: Task, schemas: Mapping[Path, pa.Schema]) -> dict[str, pa.Field]:

@@ -98,9 +98,8 @@ def list_in(text: str) -> list[str] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     for read in (json.loads, ast.literal_eval):
-        with suppress(
-            ValueError, TypeError, SyntaxError, MemoryError, RecursionError
-        ):  # a path or a caption may begin so too
+        # a path or a caption may begin so too
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             found = read(text)
             if isinstance(found, list) and all(isinstance(item, str) for item in found):
                 return found

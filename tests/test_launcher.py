@@ -31,6 +31,7 @@ def plugin(flags: str, **training) -> FullyShardedDataParallelPlugin:
     """What accelerate is told in the end by these flags and keys of `training`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("FSDP_", "ACCELERATE_"))}
     with patch.dict(os.environ, environment | (environment_of(flags) if flags else {}), clear=True):
+        training_arguments(recipe(use_cpu=True, **training), num_rows=0)  # as several ranks join first
         arguments = training_arguments(recipe(use_cpu=True, **training), num_rows=1)
         return FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="hf_qie",
@@ -12,8 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["hf_qie"],
-    package_data={"hf_qie": ["tiny_vae.safetensors"]},
+    packages=find_packages(include=["hf_qie", "hf_qie.*"]),
+    package_data={"hf_qie": ["**/*.safetensors", "**/*.md"]},
     # Each floor is the oldest release that has what we call; the set we test is in constraints.txt.
     install_requires=[
         "torch>=2.8",  # FSDP2's and distributed checkpoint's present names

@@ -21,7 +21,7 @@ from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Any
 
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 
 BETWEEN = "its start or its end"  # or between two steps, which may take any time
 BEAT_S = 2.0

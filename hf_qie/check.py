@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.cli import Options, run_script, wanted
+from hf_qie.errors import InputError
 from hf_qie.installed import training_arguments
-from hf_qie.recipe import Count, InputError, Recipe, load_recipe
+from hf_qie.recipe import Count, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from hf_qie.family import Family

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_qie.durable import flush, samples, write_durably
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 
 logger = get_logger(__name__)
 

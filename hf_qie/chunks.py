@@ -26,11 +26,11 @@ from hf_qie.batches import like_length, same_size, shared_passes
 from hf_qie.embeddings import to_table
 from hf_qie.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
 from hf_qie.encoder import Encoder
+from hf_qie.errors import InputError
 from hf_qie.images import to_pixels
 from hf_qie.kept import Kept, in_order
 from hf_qie.latents import LatentEncoder
 from hf_qie.prepare import Picture, Pictures, Plan, Prepared, prepare
-from hf_qie.recipe import InputError
 from hf_qie.rows import BadRow
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together

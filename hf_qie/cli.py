@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_qie.settings import InputError, Misfit, expanded, read_yaml, show, take, unknown
+from hf_qie.errors import InputError, Misfit
+from hf_qie.settings import expanded, read_yaml, show, take, unknown
 from hf_qie.storage import disk_trouble
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has

@@ -16,7 +16,7 @@ from uuid import uuid4
 from datasets import config
 from tqdm import tqdm
 
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 
 CHECKED = Path(config.HF_CACHE_HOME, "hf_qie", "checked")
 READERS = 8  # threads: a disk is asked for several files at a time, and hashing takes a core each

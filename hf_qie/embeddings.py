@@ -16,8 +16,8 @@ from datasets import Features, List, Value
 from huggingface_hub import snapshot_download
 
 from hf_qie.durable import samples
+from hf_qie.errors import InputError
 from hf_qie.family import Family, from_hub
-from hf_qie.recipe import InputError
 
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 64

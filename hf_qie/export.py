@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.cli import Options, run_script, to_path
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 from hf_qie.storage import disk_trouble
 
 WAIT_S = 1.0  # for a launch that is just ending

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT = "base_model.model."

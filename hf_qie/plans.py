@@ -12,9 +12,10 @@ from accelerate.utils import broadcast_object_list
 from hf_qie.alive import at_any_length
 from hf_qie.cli import Told
 from hf_qie.embeddings import source_area
+from hf_qie.errors import InputError
 from hf_qie.family import Family
 from hf_qie.prepare import Plan
-from hf_qie.recipe import InputError, Recipe, Task
+from hf_qie.recipe import Recipe, Task
 from hf_qie.rows import Rows, open_rows, read_rows
 
 

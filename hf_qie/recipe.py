@@ -13,18 +13,8 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from hf_qie.arguments import check_training
-from hf_qie.settings import (
-    InputError,
-    Misfit,
-    PathName,
-    build,
-    derived,
-    override,
-    read_yaml,
-    show,
-    unknown,
-    write_yaml,
-)
+from hf_qie.errors import InputError, Misfit
+from hf_qie.settings import PathName, build, derived, override, read_yaml, show, unknown, write_yaml
 
 # A rule of one value: the type, what is wanted in words, and the test.
 Name = Annotated[str, "a string that is not blank", str.strip]

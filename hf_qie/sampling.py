@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.cli import Options, check, run_script, to_path, wanted
-from hf_qie.recipe import Count, InputError, Recipe, Seed, Side, Weight, load_recipe
+from hf_qie.errors import InputError
+from hf_qie.recipe import Count, Recipe, Seed, Side, Weight, load_recipe
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,15 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 import yaml
 
+from hf_qie.errors import InputError, Misfit
+
 MAX_DIGITS = 1000  # of an integer; Python writes no more than 4300 in a message
-
-
-class InputError(ValueError):
-    """Something the user wrote is wrong: says where, what came, what was wanted and what to do."""
-
-
-class Misfit(Exception):
-    """A value that breaks a rule, as (address, message); who read it knows the file, and makes it an InputError."""
 
 
 def derived(rule: Callable[[str, dict[str, Any]], Any]) -> dict[str, Any]:

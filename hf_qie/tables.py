@@ -27,7 +27,8 @@ from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
 from hf_qie.durable import samples
-from hf_qie.recipe import Columns, InputError, Task
+from hf_qie.errors import InputError
+from hf_qie.recipe import Columns, Task
 from hf_qie.storage import disk_trouble
 
 Line = tuple[str, str, dict[str, Any]]  # where it stands, the folder of its relative paths, its values by column

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hf_qie.settings import InputError
+from hf_qie.errors import InputError
 
 SUFFIXES = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV"}
 DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from hf_qie.arguments import check_packages
 from hf_qie.cli import run_script
+from hf_qie.errors import InputError
 from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
-from hf_qie.recipe import InputError, Recipe, load_recipe, save_recipe
+from hf_qie.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.storage import prove_writable
 
 if TYPE_CHECKING:

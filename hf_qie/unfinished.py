@@ -25,6 +25,7 @@ from hf_qie.chunks import Models
 from hf_qie.device import AUTO
 from hf_qie.durable import check_files, move_durably, write_durably, written
 from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
+from hf_qie.errors import InputError
 from hf_qie.kept import (
     ROW_DIGESTS,
     is_interrupted,
@@ -37,7 +38,7 @@ from hf_qie.kept import (
 )
 from hf_qie.lock import in_turn, lock_of, refuse_holder
 from hf_qie.prepare import Plan
-from hf_qie.recipe import InputError, Recipe, as_dict, save_recipe
+from hf_qie.recipe import Recipe, as_dict, save_recipe
 
 logger = get_logger(__name__)
 

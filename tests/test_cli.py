@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
 from hf_qie.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
-from hf_qie.recipe import Count, InputError, Weight
+from hf_qie.errors import InputError
+from hf_qie.recipe import Count, Weight
 
 SCRIPT = '''"""Count the tasks.
 
@@ -138,7 +139,7 @@ def options_of(path: Path) -> list[list[str]]:
     return [given for given in names if given[0].startswith("-")]
 
 
-SCRIPTS = [path for path in sorted(PACKAGE.glob("*.py")) if options_of(path)]
+SCRIPTS = [path for path in sorted(PACKAGE.rglob("*.py")) if options_of(path)]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

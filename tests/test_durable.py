@@ -17,7 +17,8 @@ from hf_qie.accounts import account_path
 from hf_qie.chunks import ChunkWriter
 from hf_qie.durable import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
 from hf_qie.embeddings import read_provenance
-from hf_qie.recipe import InputError, load_recipe
+from hf_qie.errors import InputError
+from hf_qie.recipe import load_recipe
 from hf_qie.sets import open_set
 from hf_qie.storage import disk_trouble
 

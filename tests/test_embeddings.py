@@ -20,8 +20,8 @@ from hf_qie.embeddings import (
     source_area,
     to_table,
 )
+from hf_qie.errors import InputError
 from hf_qie.family import FAMILIES, read_family
-from hf_qie.recipe import InputError
 from hf_qie.sets import open_set
 
 STATES, LATENTS = List(List(Value("float16"), length=96)), List(List(Value("float16"), length=64))

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_qie import family as family_module
+from hf_qie.errors import InputError
 from hf_qie.family import read_family
-from hf_qie.recipe import InputError
 
 
 @pytest.fixture

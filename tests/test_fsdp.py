@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from hf_qie.errors import InputError
 from hf_qie.fsdp import check_sharded
 from hf_qie.model import LORA_FILE
-from hf_qie.recipe import InputError
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}

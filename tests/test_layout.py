@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "settings installed arguments storage recipe cli launcher device precision lock durable alive family fetch "
+    "errors settings installed arguments storage recipe cli launcher device precision lock durable alive family fetch "
     "textfiles tables records captions rows images prompts encoder latents embeddings columns sets cards public "
     "publish prepare plans estimate batches encoded accounts kept chunks unfinished extract foreign convert mix "
     "pictures loader collate flow losses noise_chart loss_chart flops watch evaluation fsdp lora_files model "
@@ -22,15 +22,20 @@ def functions(tree: ast.AST):
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+def path_of(name: str) -> Path:
+    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+
+
 def test_every_module_has_its_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(LAYERS)
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    assert {name for name in found if not name.endswith("__init__")} == set(LAYERS)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_module_imports_only_what_comes_before_it(name):
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    tree = ast.parse(path_of(name).read_text())
     uses = {
-        node.module.split(".")[1]
+        node.module.removeprefix("hf_qie.")
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_qie.")
     }
@@ -39,7 +44,7 @@ def test_a_module_imports_only_what_comes_before_it(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_files_and_functions_stay_readable(name):
-    text = (PACKAGE / f"{name}.py").read_text()
+    text = path_of(name).read_text()
     assert text.count("\n") <= 320
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(ast.parse(text)) if f.end_lineno - f.lineno >= 45}
     assert not long
@@ -50,7 +55,7 @@ LOADS_WEIGHTS = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "Qwen2
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_weights_are_never_loaded_from_a_pickle(name):
-    for call in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+    for call in ast.walk(ast.parse(path_of(name).read_text())):
         if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".from_pretrained"):
             loader = ast.unparse(call.func)
             if loader.split(".")[-2] in LOADS_WEIGHTS or "getattr" in loader:

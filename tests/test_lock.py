@@ -18,9 +18,10 @@ from launches import Launch
 from ranks import in_ranks
 from small_recipes import write_recipe
 
+from hf_qie.errors import InputError
 from hf_qie.extract import signs_folder
 from hf_qie.lock import held
-from hf_qie.recipe import InputError, load_recipe
+from hf_qie.recipe import load_recipe
 
 HOLD = """
 import sys, time

@@ -9,10 +9,10 @@ from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from hf_qie.encoder import check_drop
+from hf_qie.errors import InputError
 from hf_qie.family import EDIT, EDIT_PLUS, FAMILIES, TEXT_TO_IMAGE
 from hf_qie.images import area_size, resize
 from hf_qie.prompts import BadPrompt, make_prompt
-from hf_qie.recipe import InputError
 
 FAMILY = FAMILIES["QwenImageEditPlusPipeline"]
 WEIRD_CAPTIONS = [

@@ -22,10 +22,11 @@ from push_rate import measure
 from safetensors.torch import load_file
 
 from hf_qie.cards import BEGIN, END
+from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
 from hf_qie.extract import push as push_unless_bad
 from hf_qie.public import public, public_path
-from hf_qie.recipe import InputError, load_recipe
+from hf_qie.recipe import load_recipe
 
 TASKS = ("edit", "combine", "text_to_image")
 # `load_dataset` in a process of its own: each config is left in a folder as it comes

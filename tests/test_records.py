@@ -21,8 +21,9 @@ from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
 from hf_qie import tables
+from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
-from hf_qie.recipe import Columns, Extract, InputError, Task
+from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.records import open_data
 from hf_qie.rows import read_rows
 from hf_qie.tables import Embedded

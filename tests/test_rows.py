@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_qie.recipe import Columns, Extract, InputError, Task
+from hf_qie.errors import InputError
+from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import Rows, read_rows
 
 PICTURES = ("a.png", "b.png", "c.png")

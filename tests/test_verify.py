@@ -12,7 +12,7 @@ from small_recipes import extract_edits
 from hf_qie import check
 from hf_qie.durable import written
 from hf_qie.embeddings import PROVENANCE, read_provenance
-from hf_qie.recipe import InputError
+from hf_qie.errors import InputError
 from hf_qie.verify import Difference, bound, compare
 
 

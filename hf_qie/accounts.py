@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_qie.durable import is_noted, misfit, move_durably, note, write_durably, written
+from hf_qie.runtime.files import is_noted, misfit, move_durably, note, write_durably, written
 
 UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
 REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from

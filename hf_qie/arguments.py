@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_qie.errors import InputError, Misfit
 from hf_qie.installed import choices, missing_package, training_arguments
-from hf_qie.settings import PathName, fits, show, take, unknown, words
+from hf_qie.runtime.settings import PathName, fits, show, take, unknown, words
 
 DEFAULTS = {
     "output_dir": "outputs/run",

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_qie.embeddings import UNKNOWN
 from hf_qie.family import FAMILIES
-from hf_qie.settings import write_yaml
+from hf_qie.runtime.settings import write_yaml
 
 TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"

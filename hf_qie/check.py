@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.cli import Options, run_script, wanted
 from hf_qie.errors import InputError
 from hf_qie.installed import training_arguments
 from hf_qie.recipe import Count, Recipe, load_recipe
+from hf_qie.runtime.cli import Options, run_script, wanted
 
 if TYPE_CHECKING:
     from hf_qie.family import Family
@@ -126,8 +126,8 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     """Encode random rows of every finished set again; raises InputError where one differs by more than rounding."""
     import torch
 
-    from hf_qie.device import computes_bfloat16, own_device
     from hf_qie.embeddings import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
+    from hf_qie.runtime.device import computes_bfloat16, own_device
     from hf_qie.verify import Official, beyond, bound, table_of, verify_set
 
     sets = {name: Path(recipe.extract.output_dir, name) for name in plans}

@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_qie.durable import flush, samples, write_durably
 from hf_qie.errors import InputError
+from hf_qie.runtime.files import flush, samples, write_durably
 
 logger = get_logger(__name__)
 

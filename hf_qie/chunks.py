@@ -21,7 +21,6 @@ import torch
 from datasets import Dataset
 
 from hf_qie.accounts import Account, keep_chunk
-from hf_qie.alive import at, at_any_length
 from hf_qie.batches import like_length, same_size, shared_passes
 from hf_qie.embeddings import to_table
 from hf_qie.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
@@ -32,6 +31,7 @@ from hf_qie.kept import Kept, in_order
 from hf_qie.latents import LatentEncoder
 from hf_qie.prepare import Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.rows import BadRow
+from hf_qie.runtime.alive import at, at_any_length
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together
 WINDOWS = 3  # under way at a time: one is encoded while the next is read, and the one after begun

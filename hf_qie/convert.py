@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.cli import Options, run_script, to_path
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD, check_disk, push, start
 from hf_qie.recipe import Recipe, load_recipe
+from hf_qie.runtime.cli import Options, run_script, to_path
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

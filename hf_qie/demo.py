@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.cli import run_script
 from hf_qie.recipe import load_recipe
+from hf_qie.runtime.cli import run_script
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,9 +15,9 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from huggingface_hub import snapshot_download
 
-from hf_qie.durable import samples
 from hf_qie.errors import InputError
 from hf_qie.family import Family, from_hub
+from hf_qie.runtime.files import samples
 
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 64

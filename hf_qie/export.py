@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.cli import Options, run_script, to_path
 from hf_qie.errors import InputError
+from hf_qie.runtime.cli import Options, run_script, to_path
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.cli import run_script
 from hf_qie.launcher import check_ranks
 from hf_qie.recipe import Recipe, load_recipe
+from hf_qie.runtime.cli import run_script
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
     """Extract every task of the recipe that has data; returns the exit code."""
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
-    from hf_qie.alive import Alive
     from hf_qie.family import read_family
-    from hf_qie.lock import held
     from hf_qie.plans import own_tasks, read_plans, rows_folder
+    from hf_qie.runtime.alive import Alive
+    from hf_qie.runtime.lock import held
 
     family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
     state = start()
@@ -69,7 +69,7 @@ def signs_folder(recipe: Recipe) -> Path:
 
 def locks_of(recipe: Recipe, tasks: Iterable[str]) -> dict[Path, Path]:
     """What this launch holds while it runs: its shard of each task's set, beside the set, which may be deleted."""
-    from hf_qie.lock import lock_of
+    from hf_qie.runtime.lock import lock_of
 
     i, n = recipe.extract.shard or (0, 1)
     folders = [Path(recipe.extract.output_dir, name) for name in tasks]
@@ -80,10 +80,10 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     """Write the sets of all plans; returns the exit code."""
     from accelerate.logging import get_logger
 
-    from hf_qie.device import compute_dtype
     from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
     from hf_qie.publish import open_repo
     from hf_qie.rows import most_bad
+    from hf_qie.runtime.device import compute_dtype
     from hf_qie.unfinished import request_of
 
     state = start()
@@ -126,9 +126,9 @@ def make_set(
     state: "PartialState",
 ) -> bool:
     """Make one set, unless it was finished before; rank 0 opens and closes it, every rank does chunks."""
-    from hf_qie.alive import at_any_length
     from hf_qie.embeddings import PROVENANCE
     from hf_qie.kept import digests_of
+    from hf_qie.runtime.alive import at_any_length
     from hf_qie.unfinished import finish, is_done, open_folder, record_of
 
     with at_any_length("the opening of a set"):

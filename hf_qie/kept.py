@@ -18,11 +18,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features
 
 from hf_qie.accounts import REQUEST, UNFINISHED, read_account
-from hf_qie.alive import at_any_length
-from hf_qie.durable import misfit, move_durably
 from hf_qie.embeddings import PROVENANCE, files_of, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.rows import Rows
+from hf_qie.runtime.alive import at_any_length
+from hf_qie.runtime.files import misfit, move_durably
 
 ROW_DIGESTS = "row_digests.npy"  # [rows, 16] uint8: what each row of the data, good or bad, was made from
 DIGEST_BYTES = 16

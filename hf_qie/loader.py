@@ -21,7 +21,7 @@ from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
 from hf_qie.pictures import has_latents, read_pixels
 from hf_qie.recipe import Mix, Recipe
-from hf_qie.settings import unknown
+from hf_qie.runtime.settings import unknown
 
 TEXT = "text_embeds_"
 

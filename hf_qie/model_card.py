@@ -10,7 +10,7 @@ from hf_qie.family import read_family
 from hf_qie.formats import comfyui_file
 from hf_qie.public import public
 from hf_qie.recipe import as_dict
-from hf_qie.settings import write_yaml
+from hf_qie.runtime.settings import write_yaml
 from hf_qie.trained import Trained
 
 PICTURES = "pictures.png"  # edits of held-out rows, where the run has made some

@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_qie.device import compute_dtype
 from hf_qie.errors import InputError
 from hf_qie.images import BadImage, read_image, resize
 from hf_qie.latents import PIXELS_PER_TOKEN, LatentEncoder
 from hf_qie.recipe import Recipe
+from hf_qie.runtime.device import compute_dtype
 
 
 def has_latents(data: Dataset) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from hf_qie.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.errors import InputError
+from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 
 
 def settle(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 from datasets import Features
 from PIL import Image
 
-from hf_qie.alive import at_any_length
 from hf_qie.embeddings import set_features
 from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
@@ -24,6 +23,7 @@ from hf_qie.latents import MAX_POSITIONS, Grid, grid_of
 from hf_qie.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import BadRow, Rows, has_inverse, refuse_bad
+from hf_qie.runtime.alive import at_any_length
 
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from hf_qie.arguments import check_training
 from hf_qie.errors import InputError, Misfit
-from hf_qie.settings import PathName, build, derived, override, read_yaml, show, unknown, write_yaml
+from hf_qie.runtime.settings import PathName, build, derived, override, read_yaml, show, unknown, write_yaml
 
 # A rule of one value: the type, what is wanted in words, and the test.
 Name = Annotated[str, "a string that is not blank", str.strip]

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from hf_qie.durable import write_durably
 from hf_qie.family import checkpoint_file
 from hf_qie.mix import Group
 from hf_qie.recipe import Recipe
+from hf_qie.runtime.files import write_durably
 
 RECORD = "run.json"
 STATE = "trainer_state.json"  # Trainer's name; in the output folder it says that the run there has ended

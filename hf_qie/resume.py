@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from hf_qie.checkpoints import check_identity, last_checkpoint, read_complete, step_of
 from hf_qie.errors import InputError
 from hf_qie.recipe import Recipe, as_dict
-from hf_qie.settings import leaves
+from hf_qie.runtime.settings import leaves
 
 logger = get_logger(__name__)
 

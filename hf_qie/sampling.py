@@ -25,9 +25,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.cli import Options, check, run_script, to_path, wanted
 from hf_qie.errors import InputError
 from hf_qie.recipe import Count, Recipe, Seed, Side, Weight, load_recipe
+from hf_qie.runtime.cli import Options, check, run_script, to_path, wanted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,9 +93,9 @@ class Sampler:
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
-        from hf_qie.device import compute_dtype, own_device
         from hf_qie.embeddings import source_area
         from hf_qie.family import read_family
+        from hf_qie.runtime.device import compute_dtype, own_device
         from hf_qie.trained import find_weights
 
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)

@@ -26,10 +26,10 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
-from hf_qie.durable import samples
 from hf_qie.errors import InputError
 from hf_qie.recipe import Columns, Task
-from hf_qie.storage import disk_trouble
+from hf_qie.runtime.files import samples
+from hf_qie.runtime.storage import disk_trouble
 
 Line = tuple[str, str, dict[str, Any]]  # where it stands, the folder of its relative paths, its values by column
 

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from hf_qie.cli import Options, run_script, wanted
 from hf_qie.recipe import Count, Positive, Seed
+from hf_qie.runtime.cli import Options, run_script, wanted
 from hf_qie.shapes import draw, random_scene
 
 logger = logging.getLogger("hf_qie.tiny_vae")

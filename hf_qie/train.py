@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.arguments import check_packages
-from hf_qie.cli import run_script
 from hf_qie.errors import InputError
 from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
 from hf_qie.recipe import Recipe, load_recipe, save_recipe
-from hf_qie.storage import prove_writable
+from hf_qie.runtime.cli import run_script
+from hf_qie.runtime.storage import prove_writable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
 
 def run(recipe: Recipe) -> "EditTrainer":
     """Open the sets and train on them, in sight of the other ranks and alone in the output folder."""
-    from hf_qie.alive import STUCK_S, Alive, at_any_length
-    from hf_qie.lock import held
+    from hf_qie.runtime.alive import STUCK_S, Alive, at_any_length
+    from hf_qie.runtime.lock import held
 
     if num_started(os.environ) > 1:
         training_arguments(recipe, num_rows=0)  # joins the ranks
@@ -104,9 +104,9 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
-    from hf_qie.alive import at_any_length
     from hf_qie.loss_chart import loss_chart
     from hf_qie.recorded import STATE, write_record
+    from hf_qie.runtime.alive import at_any_length
 
     with at_any_length("the loading of the model"):
         trainer, checkpoint = build_trainer(recipe, sets)

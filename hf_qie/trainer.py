@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.alive import BETWEEN, at, at_any_length
 from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, read_complete, states_of
 from hf_qie.collate import Batch, collate
 from hf_qie.errors import InputError
@@ -38,6 +37,7 @@ from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
 from hf_qie.recipe import Recipe
 from hf_qie.resume import apply_settings, settings_of
+from hf_qie.runtime.alive import BETWEEN, at, at_any_length
 from hf_qie.shards import refuse_pickles
 from hf_qie.watch import Losses, Pace
 

@@ -14,9 +14,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_qie.alive import at, at_any_length
 from hf_qie.collate import Batch
 from hf_qie.flops import Utilisation
+from hf_qie.runtime.alive import at, at_any_length
 
 NAMED = 16  # rows of an error message
 

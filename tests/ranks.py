@@ -28,9 +28,9 @@ from accelerate.state import PartialState
 from launches import stop
 from transformers.trainer_callback import PrinterCallback
 
-import hf_qie.alive
 import hf_qie.callbacks
 import hf_qie.checkpoints
+import hf_qie.runtime.alive
 import hf_qie.trainer
 from hf_qie.errors import InputError
 from hf_qie.recipe import load_recipe
@@ -127,7 +127,7 @@ def do(run: Mapping[str, Any], rank: int) -> None:
     if run.get("kill", {}).get("rank") == rank:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
     if "slow" in run:
-        hf_qie.alive.BEAT_S = 0.1
+        hf_qie.runtime.alive.BEAT_S = 0.1
         for point, call in run["slow"].items() if rank == 0 else ():
             sleep_at(*ALONE[point], call)
     if "notes" in run and rank == 0:

@@ -16,14 +16,14 @@ from launches import Launch
 from ranks import in_ranks
 from small_recipes import write_recipe
 
-from hf_qie.alive import Alive, at, at_any_length
 from hf_qie.checkpoints import last_checkpoint
+from hf_qie.runtime.alive import Alive, at, at_any_length
 
 # A beat is a fiftieth of its length here, and so is the patience; the mechanism is the same.
 RANK = """
 import sys, time
 from pathlib import Path
-import hf_qie.alive as alive
+import hf_qie.runtime.alive as alive
 from hf_qie.recipe import InputError
 alive.BEAT_S /= 50
 rounds, then = int(sys.argv[2]), sys.argv[3]
@@ -67,7 +67,7 @@ def rank(tmp_path, root) -> Iterator[Callable[..., subprocess.Popen]]:
 def test_a_rank_says_at_once_that_it_saves_as_the_disk_may_then_be_too_busy_for_a_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("hf_qie.alive.BEAT_S", 1e6)  # none comes by itself
+    monkeypatch.setattr("hf_qie.runtime.alive.BEAT_S", 1e6)  # none comes by itself
     with Alive(tmp_path / "signs") as one:
         at("step 7")
         one.write()

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from hf_qie.arguments import NO_EFFECT, REFUSED, WORKS, check_packages, check_training
 from hf_qie.errors import InputError, Misfit
 from hf_qie.installed import choices, missing_package, training_arguments
-from hf_qie.settings import read_yaml
+from hf_qie.runtime.settings import read_yaml
 
 
 def test_the_names_read_from_source_are_training_arguments_own():

@@ -15,9 +15,9 @@ from test_layout import PACKAGE
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
-from hf_qie.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
 from hf_qie.errors import InputError
 from hf_qie.recipe import Count, Weight
+from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
 
 SCRIPT = '''"""Count the tasks.
 
@@ -25,7 +25,7 @@ SCRIPT = '''"""Count the tasks.
 """
 import sys
 
-from hf_qie.cli import run_script
+from hf_qie.runtime.cli import run_script
 from hf_qie.recipe import load_recipe
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_qie import device
 from hf_qie.chunks import use_device
-from hf_qie.device import compute_dtype, computes_bfloat16, own_device
+from hf_qie.runtime import device
+from hf_qie.runtime.device import compute_dtype, computes_bfloat16, own_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

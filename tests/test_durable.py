@@ -15,12 +15,12 @@ import small_recipes
 from hf_qie import extract, train
 from hf_qie.accounts import account_path
 from hf_qie.chunks import ChunkWriter
-from hf_qie.durable import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
 from hf_qie.embeddings import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.recipe import load_recipe
+from hf_qie.runtime.files import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
+from hf_qie.runtime.storage import disk_trouble
 from hf_qie.sets import open_set
-from hf_qie.storage import disk_trouble
 
 
 def flip(path: Path, *, place: float = 0.5) -> None:
@@ -64,7 +64,7 @@ def test_a_crash_leaves_nothing_beside_what_is_written_aside(tmp_path, monkeypat
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_qie.durable.move_durably", killed)
+    monkeypatch.setattr("hf_qie.runtime.files.move_durably", killed)
     with pytest.raises(KeyboardInterrupt):
         write_durably(tmp_path / "file", "Bild", aside=aside)
     assert list(tmp_path.iterdir()) == [aside]
@@ -96,7 +96,7 @@ def test_what_was_found_whole_is_not_read_again_until_it_changes(tmp_path, monke
         read.append(path)
         return written(path)
 
-    monkeypatch.setattr("hf_qie.durable.written", noted)
+    monkeypatch.setattr("hf_qie.runtime.files.written", noted)
     for times, anew in ((1, False), (1, False), (2, True)):
         check_files(tmp_path, {"file": was}, anew=anew)
         assert len(read) == times

@@ -23,15 +23,15 @@ from small_recipes import write_recipe
 from hf_qie import extract, unfinished
 from hf_qie.accounts import Account, damage, keep_chunk
 from hf_qie.chunks import ChunkWriter, Models
-from hf_qie.device import compute_dtype
 from hf_qie.embeddings import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import load_models, main
 from hf_qie.family import read_family
 from hf_qie.kept import digests_of, find_kept
-from hf_qie.lock import held, in_turn, lock_of
 from hf_qie.plans import make_plan
 from hf_qie.recipe import load_recipe
+from hf_qie.runtime.device import compute_dtype
+from hf_qie.runtime.lock import held, in_turn, lock_of
 from hf_qie.unfinished import finish, open_folder, writing
 
 ROWS = 7
@@ -434,7 +434,7 @@ def test_a_finished_set_that_is_being_made_anew_is_not_given_up_for_data_without
 
 
 def test_a_set_is_not_begun_anew_under_the_hands_of_a_shard_that_is_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_qie.lock.WAIT_S", 0.01)
+    monkeypatch.setattr("hf_qie.runtime.lock.WAIT_S", 0.01)
     folder, one, two = tmp_path / "task", Data("a b"), Data("a c")
     with held({folder: lock_of(folder, "0-of-2")}, remedy=""):
         start(folder, one, shard(0))

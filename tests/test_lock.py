@@ -20,13 +20,13 @@ from small_recipes import write_recipe
 
 from hf_qie.errors import InputError
 from hf_qie.extract import signs_folder
-from hf_qie.lock import held
 from hf_qie.recipe import load_recipe
+from hf_qie.runtime.lock import held
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hf_qie.lock import held
+from hf_qie.runtime.lock import held
 with held({Path(sys.argv[1]).parent: Path(sys.argv[1])}, remedy="go elsewhere"):
     print("held", flush=True)
     time.sleep(100)

@@ -19,7 +19,7 @@ from hf_qie.extract import TOO_MANY_BAD, main
 from hf_qie.images import BadImage, header_size, read_image
 from hf_qie.recipe import Task, as_dict, load_recipe, save_recipe
 from hf_qie.rows import read_rows
-from hf_qie.settings import override, read_yaml
+from hf_qie.runtime.settings import override, read_yaml
 
 
 def examples(quick: int, full: int):

@@ -42,7 +42,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from hf_qie import publish
-from hf_qie.cli import run_script
+from hf_qie.runtime.cli import run_script
 from hf_qie.recipe import load_recipe
 publish.SHARD_BYTES, publish.SHARDS_PER_COMMIT = 200_000, 2
 def main(argv):
@@ -369,7 +369,7 @@ def test_a_repository_needs_an_organisation_and_a_name(work):
 OPEN = """
 import json, sys
 from hf_qie.sets import open_embeddings
-from hf_qie.cli import run_script
+from hf_qie.runtime.cli import run_script
 def main(argv):
     data, provenance = open_embeddings(argv[0], task=argv[1])
     data.save_to_disk(argv[2])

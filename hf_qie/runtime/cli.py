@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_qie.errors import InputError, Misfit
-from hf_qie.settings import expanded, read_yaml, show, take, unknown
-from hf_qie.storage import disk_trouble
+from hf_qie.runtime.settings import expanded, read_yaml, show, take, unknown
+from hf_qie.runtime.storage import disk_trouble
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them

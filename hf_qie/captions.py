@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_qie.config.recipe import SET_COLUMNS, Columns, Task
 from hf_qie.errors import InputError
-from hf_qie.recipe import SET_COLUMNS, Columns, Task
 
 MOST_TEXTS = 16  # of a list; a row with more is bad
 

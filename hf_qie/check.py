@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_qie.config.installed import training_arguments
+from hf_qie.config.recipe import Count, Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.installed import training_arguments
-from hf_qie.recipe import Count, Recipe, load_recipe
 from hf_qie.runtime.cli import Options, run_script, wanted
 
 if TYPE_CHECKING:

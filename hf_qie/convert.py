@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD, check_disk, push, start
-from hf_qie.recipe import Recipe, load_recipe
 from hf_qie.runtime.cli import Options, run_script, to_path
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
     """What a set was made with, for the reader; never compared."""
     from importlib.metadata import version
 
+    from hf_qie.config.recipe import as_dict
     from hf_qie.embeddings import UNKNOWN
     from hf_qie.foreign import dtype_in
-    from hf_qie.recipe import as_dict
 
     return {
         "model": UNKNOWN,

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.recipe import load_recipe
+from hf_qie.config.recipe import load_recipe
 from hf_qie.runtime.cli import run_script
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hf_qie.recipe import Recipe
+    from hf_qie.config.recipe import Recipe
     from hf_qie.shapes import Edit
 
 logger = logging.getLogger("hf_qie.demo")

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.launcher import check_ranks
-from hf_qie.recipe import Recipe, load_recipe
+from hf_qie.config.launch import check_ranks
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.runtime.cli import run_script
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
-from hf_qie.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

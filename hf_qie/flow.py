@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_qie.config.recipe import Loss
 from hf_qie.mix import draw_rng
-from hf_qie.recipe import Loss
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 

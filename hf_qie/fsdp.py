@@ -10,8 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
-from hf_qie.recipe import Recipe
 
 # accelerate's own policy would also add up gradients over the ranks in bfloat16
 BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

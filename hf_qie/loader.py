@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hf_qie.captions import weighed_as
+from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.errors import InputError
 from hf_qie.images import BadImage
 from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
 from hf_qie.pictures import has_latents, read_pixels
-from hf_qie.recipe import Mix, Recipe
 from hf_qie.runtime.settings import unknown
 
 TEXT = "text_embeds_"

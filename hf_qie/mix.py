@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, interleave_datasets
 
+from hf_qie.config.recipe import Mix
 from hf_qie.errors import InputError
-from hf_qie.recipe import Mix
 
 MANY_TIMES_OVER = 10  # a group drawn more often than this within a run is worth a warning
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_qie.collate import Batch
+from hf_qie.config.recipe import Lora, Recipe
 from hf_qie.errors import InputError
 from hf_qie.fsdp import gathered
 from hf_qie.lora_files import UNEVEN, read_lora
-from hf_qie.recipe import Lora, Recipe
 
 logger = get_logger(__name__)
 

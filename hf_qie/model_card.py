@@ -6,10 +6,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_qie.cards import TAGS, rendered, renewed
+from hf_qie.config.recipe import as_dict
 from hf_qie.family import read_family
 from hf_qie.formats import comfyui_file
 from hf_qie.public import public
-from hf_qie.recipe import as_dict
 from hf_qie.runtime.settings import write_yaml
 from hf_qie.trained import Trained
 

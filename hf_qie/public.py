@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_qie.recipe import Task
+from hf_qie.config.recipe import Task
 
 PICTURES = ("source_image", "target_image")
 URL = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/?#]*@)?([^/?#]+[^?#]*).*", re.IGNORECASE | re.DOTALL)

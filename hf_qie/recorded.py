@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import TrainingArguments
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.family import checkpoint_file
 from hf_qie.mix import Group
-from hf_qie.recipe import Recipe
 from hf_qie.runtime.files import write_durably
 
 RECORD = "run.json"

@@ -19,9 +19,9 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from hf_qie.captions import MOST_TEXTS, by_column, text_columns
+from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.errors import InputError
 from hf_qie.fetch import PASSWORD, holds_password, is_url
-from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.records import open_data
 from hf_qie.tables import Embedded, Line, Table, no_rows
 from hf_qie.textfiles import clip

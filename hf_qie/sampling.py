@@ -25,8 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_qie.config.recipe import Count, Recipe, Seed, Side, Weight, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.recipe import Count, Recipe, Seed, Side, Weight, load_recipe
 from hf_qie.runtime.cli import Options, check, run_script, to_path, wanted
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
 
+from hf_qie.config.recipe import Mix
 from hf_qie.estimate import Estimator, Header, Outlook, Way
 from hf_qie.mix import read_groups, small_bucket_share
 from hf_qie.prepare import Plan
-from hf_qie.recipe import Mix
 from hf_qie.rows import BadRow
 
 WINDOW_ROWS = 256  # looked at together

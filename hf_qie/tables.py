@@ -26,8 +26,8 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
+from hf_qie.config.recipe import Columns, Task
 from hf_qie.errors import InputError
-from hf_qie.recipe import Columns, Task
 from hf_qie.runtime.files import samples
 from hf_qie.runtime.storage import disk_trouble
 

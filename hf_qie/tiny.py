@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
-from hf_qie.recipe import Count
+from hf_qie.config.recipe import Count
 from hf_qie.runtime.cli import Options, run_script, to_path, wanted
 from hf_qie.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
 from hf_qie.tiny_vae import tiny_vae

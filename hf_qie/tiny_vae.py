@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from hf_qie.recipe import Count, Positive, Seed
+from hf_qie.config.recipe import Count, Positive, Seed
 from hf_qie.runtime.cli import Options, run_script, wanted
 from hf_qie.shapes import draw, random_scene
 

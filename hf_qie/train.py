@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.arguments import check_packages
+from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
+from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
+from hf_qie.config.training_args import check_packages
 from hf_qie.errors import InputError
-from hf_qie.launcher import check_ranks, fsdp_environment, fsdp_settings, num_started, refuse_launcher
-from hf_qie.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.runtime.cli import run_script
 from hf_qie.runtime.storage import prove_writable
 

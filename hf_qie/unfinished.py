@@ -21,6 +21,7 @@ from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 
 from hf_qie.accounts import REQUEST, UNFINISHED, Account, damage, read_account
 from hf_qie.chunks import Models
+from hf_qie.config.recipe import Recipe, as_dict, save_recipe
 from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.kept import (
@@ -34,7 +35,6 @@ from hf_qie.kept import (
     write_digests,
 )
 from hf_qie.prepare import Plan
-from hf_qie.recipe import Recipe, as_dict, save_recipe
 from hf_qie.runtime.alive import at_any_length
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.files import check_files, move_durably, write_durably, written

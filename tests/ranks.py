@@ -32,8 +32,8 @@ import hf_qie.callbacks
 import hf_qie.checkpoints
 import hf_qie.runtime.alive
 import hf_qie.trainer
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.recipe import load_recipe
 from hf_qie.train import run as run_recipe
 from hf_qie.trainer import EditTrainer
 

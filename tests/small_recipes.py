@@ -8,10 +8,10 @@ import torch
 from PIL import ExifTags, Image
 
 from hf_qie import extract
+from hf_qie.config.recipe import load_recipe
 from hf_qie.encoder import load_processor
 from hf_qie.family import read_family
 from hf_qie.plans import make_plan
-from hf_qie.recipe import load_recipe
 
 WIDTH = 96  # of the tiny encoder
 SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2}

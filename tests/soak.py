@@ -79,7 +79,7 @@ def training(folder: Path, done: multiprocessing.Value) -> None:
     """One run that would take longer."""
     from transformers import TrainerCallback
 
-    from hf_qie.recipe import load_recipe
+    from hf_qie.config.recipe import load_recipe
     from hf_qie.train import build_trainer, open_sets
 
     class Count(TrainerCallback):

@@ -24,7 +24,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 import hf_qie.runtime.alive as alive
-from hf_qie.recipe import InputError
+from hf_qie.config.recipe import InputError
 alive.BEAT_S /= 50
 rounds, then = int(sys.argv[2]), sys.argv[3]
 with alive.Alive(Path(sys.argv[1]), stuck_s=alive.STUCK_S / 50):

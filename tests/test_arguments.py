@@ -10,9 +10,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
 
-from hf_qie.arguments import NO_EFFECT, REFUSED, WORKS, check_packages, check_training
+from hf_qie.config.installed import choices, missing_package, training_arguments
+from hf_qie.config.training_args import NO_EFFECT, REFUSED, WORKS, check_packages, check_training
 from hf_qie.errors import InputError, Misfit
-from hf_qie.installed import choices, missing_package, training_arguments
 from hf_qie.runtime.settings import read_yaml
 
 

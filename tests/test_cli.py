@@ -15,8 +15,8 @@ from test_layout import PACKAGE
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
+from hf_qie.config.recipe import Count, Weight
 from hf_qie.errors import InputError
-from hf_qie.recipe import Count, Weight
 from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
 
 SCRIPT = '''"""Count the tasks.
@@ -26,7 +26,7 @@ SCRIPT = '''"""Count the tasks.
 import sys
 
 from hf_qie.runtime.cli import run_script
-from hf_qie.recipe import load_recipe
+from hf_qie.config.recipe import load_recipe
 
 
 def main(argv):

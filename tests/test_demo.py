@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_qie.config.recipe import load_recipe
 from hf_qie.demo import CELL, HEADS, PICTURES, grid, held_out, psnr_db, score
-from hf_qie.recipe import load_recipe
 from hf_qie.shapes import LESSON_PX, LESSONS, draw, synthetic_edits
 
 ROOT = Path(__file__).resolve().parent.parent

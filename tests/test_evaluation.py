@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_qie.collate import collate
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.evaluation import HeldOut, held_out_part
-from hf_qie.recipe import load_recipe
 from hf_qie.train import build_trainer, open_sets, train
 from hf_qie.trainer import EditTrainer
 

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesSto
 
 from hf_qie import export, formats
 from hf_qie.checkpoints import COMPLETE, mark_complete
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.model import LORA_FILE, build_model, load_weights
-from hf_qie.recipe import load_recipe
 from hf_qie.shards import Restricted, sharded_tensors
 from hf_qie.trained import find_trained, saved_tensors
 

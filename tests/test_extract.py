@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from hf_qie.accounts import read_account
 from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
+from hf_qie.config.recipe import load_recipe
 from hf_qie.embeddings import read_provenance
 from hf_qie.encoder import Encoder, load_processor
 from hf_qie.errors import InputError
@@ -34,7 +35,6 @@ from hf_qie.latents import LatentEncoder, grid_of
 from hf_qie.plans import make_plan
 from hf_qie.prepare import Prepared
 from hf_qie.prompts import make_prompt
-from hf_qie.recipe import load_recipe
 
 TARGET_SIDE_PX, SOURCE_SIDE_PX = 64, 96
 SMALL = {

@@ -9,10 +9,10 @@ from diffusers import QwenImageTransformer2DModel
 from embedding_sets import write_recipe
 from released import NUM_PARAMETERS, write_released
 
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.footprint import footprint
 from hf_qie.model import build_model, model_on_paper
-from hf_qie.recipe import load_recipe
 from hf_qie.train import make_model, training_arguments
 
 RANK = 32

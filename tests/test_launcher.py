@@ -11,10 +11,10 @@ from test_fsdp import PEOPLES_FLAGS, environment_of
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from hf_qie.arguments import check_training
+from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.recipe import Lora, Recipe, Task, Trainable, load_recipe
+from hf_qie.config.training_args import check_training
 from hf_qie.errors import InputError
-from hf_qie.launcher import fsdp_settings
-from hf_qie.recipe import Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.train import training_arguments
 
 

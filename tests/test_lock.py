@@ -18,9 +18,9 @@ from launches import Launch
 from ranks import in_ranks
 from small_recipes import write_recipe
 
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extract import signs_folder
-from hf_qie.recipe import load_recipe
 from hf_qie.runtime.lock import held
 
 HOLD = """

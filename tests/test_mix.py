@@ -7,6 +7,7 @@ import pytest
 from datasets import load_from_disk
 from shaped_sets import embedding_set
 
+from hf_qie.config.recipe import Mix
 from hf_qie.errors import InputError
 from hf_qie.mix import (
     cell_plan,
@@ -18,7 +19,6 @@ from hf_qie.mix import (
     read_groups,
     resolve_same_shape,
 )
-from hf_qie.recipe import Mix
 
 A, B, C = (2, 3), (3, 2), (4, 4)
 DEFAULT = Mix()

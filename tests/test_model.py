@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_qie.collate import Batch
+from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.errors import InputError
 from hf_qie.model import (
     LORA_FILE,
@@ -25,7 +26,6 @@ from hf_qie.model import (
     predict,
     save_weights,
 )
-from hf_qie.recipe import Lora, Recipe, Task, Trainable
 
 LORA = Lora(rank=4, alpha=8, target_modules="all-linear")
 

@@ -16,7 +16,7 @@ from hub import TOKEN, Hub
 from PIL import Image
 
 from hf_qie import export
-from hf_qie.recipe import load_recipe
+from hf_qie.config.recipe import load_recipe
 from hf_qie.train import open_sets, train
 
 KINDS = ("lora", "comfyui", "merged", "pipeline")
@@ -139,7 +139,7 @@ print(base_commit(SimpleNamespace(model="org/base", revision=None)))
 REFUSED = """
 import os, sys
 from hf_qie import export
-from hf_qie.recipe import InputError
+from hf_qie.config.recipe import InputError
 for line in sys.argv[1:]:
     if line.endswith("--no-token"):
         del os.environ["HF_TOKEN"]

@@ -43,9 +43,9 @@ def test_full_training_is_six_operations_for_each_weight_that_a_token_meets(roof
 def test_the_log_counts_what_the_roofline_counts(roofline, tmp_path, lora):
     from released import write_released
 
+    from hf_qie.config.recipe import load_recipe
     from hf_qie.flops import RowFlops
     from hf_qie.model import model_on_paper
-    from hf_qie.recipe import load_recipe
 
     trainable = {"lora": {"rank": 32, "target_modules": "attention"} if lora else None}
     recipe = {"model": str(write_released(tmp_path / "model")), "tasks": {"edit": {"embeddings": "nowhere"}}}

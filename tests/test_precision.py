@@ -8,9 +8,9 @@ from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from embedding_sets import write_recipe
 
 from hf_qie import precision
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.precision import settle
-from hf_qie.recipe import load_recipe
 from hf_qie.runtime.device import log_once
 from hf_qie.train import build_trainer, open_sets, training_arguments
 

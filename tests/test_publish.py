@@ -22,11 +22,11 @@ from push_rate import measure
 from safetensors.torch import load_file
 
 from hf_qie.cards import BEGIN, END
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
 from hf_qie.extract import push as push_unless_bad
 from hf_qie.public import public, public_path
-from hf_qie.recipe import load_recipe
 
 TASKS = ("edit", "combine", "text_to_image")
 # `load_dataset` in a process of its own: each config is left in a folder as it comes
@@ -43,7 +43,7 @@ import sys
 from pathlib import Path
 from hf_qie import publish
 from hf_qie.runtime.cli import run_script
-from hf_qie.recipe import load_recipe
+from hf_qie.config.recipe import load_recipe
 publish.SHARD_BYTES, publish.SHARDS_PER_COMMIT = 200_000, 2
 def main(argv):
     recipe = load_recipe(argv[0], argv[2:])
@@ -332,7 +332,7 @@ def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(
 REFUSED = """
 import json, sys
 from hf_qie.publish import open_repo
-from hf_qie.recipe import Extract, InputError
+from hf_qie.config.recipe import Extract, InputError
 for settings in sys.argv[1:]:
     try:
         open_repo(Extract(**json.loads(settings)))
@@ -408,7 +408,7 @@ def test_a_set_is_opened_from_the_hub_as_from_its_folder(work, loopback_hub, tmp
 MISSING = """
 import json, sys
 from hf_qie.sets import open_embeddings
-from hf_qie.recipe import InputError
+from hf_qie.config.recipe import InputError
 for name in sys.argv[1:]:
     try:
         open_embeddings(name, task="any")

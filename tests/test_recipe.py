@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 
-from hf_qie.arguments import PATHS, training_arguments
+from hf_qie.config.recipe import Columns, Lora, Name, PathName, Recipe, Task, as_dict, load_recipe, save_recipe
+from hf_qie.config.training_args import PATHS, training_arguments
 from hf_qie.errors import InputError
-from hf_qie.recipe import Columns, Lora, Name, PathName, Recipe, Task, as_dict, load_recipe, save_recipe
 
 GOOD = "tasks: {portraits: {data: pairs.jsonl}}\n"
 

@@ -19,12 +19,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from released import TRANSFORMER
 
+from hf_qie.config.launch import fsdp_settings, refuse_launcher
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.footprint import Footprint, footprint
 from hf_qie.fsdp import fsdp_arguments
-from hf_qie.launcher import fsdp_settings, refuse_launcher
 from hf_qie.mix import resolve_same_shape
 from hf_qie.model import model_on_paper
-from hf_qie.recipe import Recipe, load_recipe
 from hf_qie.rows import read_rows
 from hf_qie.train import training_arguments
 

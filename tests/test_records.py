@@ -21,9 +21,9 @@ from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
 from hf_qie import tables
+from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
-from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.records import open_data
 from hf_qie.rows import read_rows
 from hf_qie.tables import Embedded
@@ -544,7 +544,7 @@ def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monke
 
 READ = """
 import hashlib, json, sys
-from hf_qie.recipe import Columns, Extract, InputError, Task
+from hf_qie.config.recipe import Columns, Extract, InputError, Task
 from hf_qie.records import open_data
 from hf_qie.rows import read_rows
 from pathlib import Path

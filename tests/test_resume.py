@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainingArguments
 
 import hf_qie.train
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.model import parameters
-from hf_qie.recipe import load_recipe
 from hf_qie.resume import apply_settings, settings_of
 from hf_qie.train import open_sets, train
 from hf_qie.trainer import EditTrainer

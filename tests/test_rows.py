@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.errors import InputError
-from hf_qie.recipe import Columns, Extract, Task
 from hf_qie.rows import Rows, read_rows
 
 PICTURES = ("a.png", "b.png", "c.png")

@@ -18,9 +18,9 @@ from ranks import in_ranks
 from safetensors.torch import load_file
 
 import hf_qie.extract
+from hf_qie.config.recipe import load_recipe
 from hf_qie.embeddings import PROVENANCE
 from hf_qie.errors import InputError
-from hf_qie.recipe import load_recipe
 from hf_qie.train import global_batch_size, main, open_sets, run, train, training_arguments
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}

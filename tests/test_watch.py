@@ -14,8 +14,8 @@ from ranks import in_ranks
 from transformers import TrainerCallback
 
 from hf_qie.checkpoints import last_checkpoint
+from hf_qie.config.recipe import load_recipe
 from hf_qie.model import parameters
-from hf_qie.recipe import load_recipe
 from hf_qie.train import build_trainer, open_sets
 from hf_qie.trainer import EditTrainer
 from hf_qie.watch import NotFinite, Pace

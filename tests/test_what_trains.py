@@ -11,9 +11,9 @@ from diffusers import QwenImageTransformer2DModel, TorchAoConfig
 from embedding_sets import write_recipe
 from safetensors.torch import load_file
 
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.model import parameters
-from hf_qie.recipe import load_recipe
 from hf_qie.train import build_trainer, make_model, open_sets, training_arguments
 from hf_qie.trainer import EditTrainer
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from wide_rows import open_chunks, wide_rows, write_chunk
 
 from hf_qie.collate import collate
+from hf_qie.config.recipe import Mix
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.mix import group_shares, mixed_plan, read_groups
-from hf_qie.recipe import Mix
 
 CHUNKS, CHUNK_ROWS = 10, 64  # 2.1 GB
 SAMPLE = 64  # rows read

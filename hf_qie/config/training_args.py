@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_qie.config.installed import choices, missing_package, training_arguments
 from hf_qie.errors import InputError, Misfit
-from hf_qie.installed import choices, missing_package, training_arguments
 from hf_qie.runtime.settings import PathName, fits, show, take, unknown, words
 
 DEFAULTS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from hf_qie.arguments import check_training
+from hf_qie.config.training_args import check_training
 from hf_qie.errors import InputError, Misfit
 from hf_qie.runtime.settings import PathName, build, derived, override, read_yaml, show, unknown, write_yaml
 

@@ -7,8 +7,8 @@ themselves, one overrides the other in silence. Here they become one.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
-from hf_qie.recipe import Recipe
 
 # What Trainer would do, or silently leave, without the recipe.
 REFUSED = {

@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_qie.embeddings import UNKNOWN
-from hf_qie.family import FAMILIES
+from hf_qie.models.qwen_image.family import FAMILIES
 from hf_qie.runtime.settings import write_yaml
 
 TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")

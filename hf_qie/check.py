@@ -27,7 +27,7 @@ from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, wanted
 
 if TYPE_CHECKING:
-    from hf_qie.family import Family
+    from hf_qie.models.qwen_image.family import Family
     from hf_qie.prepare import Plan
     from hf_qie.survey import Survey
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", type=wanted(Count))
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from hf_qie.family import check_steps, read_family
+    from hf_qie.models.qwen_image.family import check_steps, read_family
     from hf_qie.plans import make_plan, own_tasks
 
     check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
@@ -59,10 +59,10 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     """Tell what the rows of every task are and become; raises InputError where extraction would stop."""
     from tqdm import tqdm
 
-    from hf_qie.encoder import load_processor
     from hf_qie.estimate import check_space, encoder_width
-    from hf_qie.family import read_config
     from hf_qie.kept import keeps_some
+    from hf_qie.models.qwen_image.family import read_config
+    from hf_qie.models.qwen_image.text_encoder import load_processor
     from hf_qie.noise_chart import noise_chart, noise_of
     from hf_qie.sheet import contact_sheet
     from hf_qie.survey import findings_of, survey, table_of

@@ -12,7 +12,7 @@ from datasets import Dataset, Features
 
 from hf_qie.embeddings import LATENT_CHANNELS, matrix, matrix_width, set_features
 from hf_qie.errors import InputError
-from hf_qie.latents import MAX_POSITIONS
+from hf_qie.models.qwen_image.vae import MAX_POSITIONS
 
 DAMAGED = "the set is damaged, or not what extract.py makes: extract it again, or fetch it from where you trust it"
 NO_LATENTS = ("target_latents", "source_latents")

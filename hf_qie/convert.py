@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
 def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict[str, "Foreign"]:
     """Rows and files of every task that has data, checked; raises InputError."""
     from hf_qie.estimate import encoder_width
-    from hf_qie.family import read_family
     from hf_qie.foreign import has_inverse_files, open_foreign
+    from hf_qie.models.qwen_image.family import read_family
     from hf_qie.plans import make_plan, own_tasks
 
     family, sources = read_family(recipe.model, revision=recipe.revision), {}

@@ -16,7 +16,7 @@ from datasets import Features, List, Value
 from huggingface_hub import snapshot_download
 
 from hf_qie.errors import InputError
-from hf_qie.family import Family, from_hub
+from hf_qie.models.qwen_image.family import Family, from_hub
 from hf_qie.runtime.files import samples
 
 FORMAT_VERSION = 1

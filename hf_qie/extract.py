@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from hf_qie.chunks import Models
-    from hf_qie.family import Family
+    from hf_qie.models.qwen_image.family import Family
     from hf_qie.prepare import Plan
 
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Extract every task of the recipe that has data; returns the exit code."""
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
-    from hf_qie.family import read_family
+    from hf_qie.models.qwen_image.family import read_family
     from hf_qie.plans import own_tasks, read_plans, rows_folder
     from hf_qie.runtime.alive import Alive
     from hf_qie.runtime.lock import held
@@ -167,9 +167,9 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
     from accelerate.logging import get_logger
 
-    from hf_qie.encoder import load_processor
     from hf_qie.estimate import check_space, encoder_width, estimate_bytes
     from hf_qie.kept import keeps_some
+    from hf_qie.models.qwen_image.text_encoder import load_processor
 
     output_dir = Path(recipe.extract.output_dir)
     remade = [name for name, plan in plans.items() if keeps_some(output_dir / name, plan.rows)]
@@ -182,8 +182,8 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 def load_models(recipe: Recipe, family: "Family", *, dtype: "torch.dtype", device: "torch.device") -> "Models":
     """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
     from hf_qie.chunks import Models
-    from hf_qie.encoder import Encoder, load_processor
-    from hf_qie.latents import LatentEncoder
+    from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
+    from hf_qie.models.qwen_image.vae import LatentEncoder
 
     where = {"revision": recipe.revision, "dtype": dtype, "device": device}
     return Models(

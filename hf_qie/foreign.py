@@ -25,7 +25,7 @@ from hf_qie.chunks import fits_float16, to_float16
 from hf_qie.errors import InputError
 from hf_qie.fetch import is_url
 from hf_qie.images import area_size
-from hf_qie.latents import grid_of
+from hf_qie.models.qwen_image.vae import grid_of
 from hf_qie.prepare import Pictures, Plan, check_length, read_pictures, ways, words_of
 from hf_qie.records import open_data
 from hf_qie.rows import BadRow, refuse_bad

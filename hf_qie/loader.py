@@ -18,8 +18,8 @@ from hf_qie.captions import weighed_as
 from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.errors import InputError
 from hf_qie.images import BadImage
-from hf_qie.latents import Grid
 from hf_qie.mix import draw_rng
+from hf_qie.models.qwen_image.vae import Grid
 from hf_qie.pictures import has_latents, read_pixels
 from hf_qie.runtime.settings import unknown
 

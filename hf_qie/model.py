@@ -22,7 +22,7 @@ from hf_qie.collate import Batch
 from hf_qie.config.recipe import Lora, Recipe
 from hf_qie.errors import InputError
 from hf_qie.fsdp import gathered
-from hf_qie.lora_files import UNEVEN, read_lora
+from hf_qie.models.qwen_image.lora_files import UNEVEN, read_lora
 
 logger = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_qie.cards import TAGS, rendered, renewed
 from hf_qie.config.recipe import as_dict
-from hf_qie.family import read_family
 from hf_qie.formats import comfyui_file
+from hf_qie.models.qwen_image.family import read_family
 from hf_qie.public import public
 from hf_qie.runtime.settings import write_yaml
 from hf_qie.trained import Trained

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from hf_qie.config.recipe import Recipe, Task
 from hf_qie.embeddings import source_area
 from hf_qie.errors import InputError
-from hf_qie.family import Family
+from hf_qie.models.qwen_image.family import Family
 from hf_qie.prepare import Plan
 from hf_qie.rows import Rows, open_rows, read_rows
 from hf_qie.runtime.alive import at_any_length

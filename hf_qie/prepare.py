@@ -17,11 +17,11 @@ from PIL import Image
 
 from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.embeddings import set_features
-from hf_qie.family import Family
 from hf_qie.fetch import BadUrl, fetch, is_url
 from hf_qie.images import BadImage, area_size, read_image, resize
-from hf_qie.latents import MAX_POSITIONS, Grid, grid_of
-from hf_qie.prompts import BadPrompt, Prompt, make_prompt
+from hf_qie.models.qwen_image.family import Family
+from hf_qie.models.qwen_image.prompts import BadPrompt, Prompt, make_prompt
+from hf_qie.models.qwen_image.vae import MAX_POSITIONS, Grid, grid_of
 from hf_qie.rows import BadRow, Rows, has_inverse, refuse_bad
 from hf_qie.runtime.alive import at_any_length
 

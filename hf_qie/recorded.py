@@ -11,8 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Recipe
-from hf_qie.family import checkpoint_file
 from hf_qie.mix import Group
+from hf_qie.models.qwen_image.family import checkpoint_file
 from hf_qie.runtime.files import write_durably
 
 RECORD = "run.json"

@@ -32,8 +32,8 @@ from hf_qie.runtime.cli import Options, check, run_script, to_path, wanted
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hf_qie.encoder import Encoder, PromptStates
-    from hf_qie.prompts import Prompt
+    from hf_qie.models.qwen_image.prompts import Prompt
+    from hf_qie.models.qwen_image.text_encoder import Encoder, PromptStates
 
 logger = logging.getLogger("hf_qie.sampling")  # run by path, this module is __main__
 
@@ -94,7 +94,7 @@ class Sampler:
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
         from hf_qie.embeddings import source_area
-        from hf_qie.family import read_family
+        from hf_qie.models.qwen_image.family import read_family
         from hf_qie.runtime.device import compute_dtype, own_device
         from hf_qie.trained import find_weights
 
@@ -185,7 +185,7 @@ class Sampler:
         size: tuple[int, int] | None = None,
     ) -> None:
         """Raise InputError for options of `picture` that the pipeline cannot take, before a model is loaded."""
-        from hf_qie.family import check_steps
+        from hf_qie.models.qwen_image.family import check_steps
 
         check(seed, Seed, "seed")
         check(true_cfg_scale, Weight, "true_cfg_scale")
@@ -204,9 +204,9 @@ class Sampler:
     def _prompt(self, instruction: str, images: "Sequence[Image.Image]") -> "Prompt":
         """The prompt as extraction makes it."""
         from hf_qie.images import area_size, resize
-        from hf_qie.latents import grid_of
+        from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
+        from hf_qie.models.qwen_image.vae import grid_of
         from hf_qie.prepare import check_length
-        from hf_qie.prompts import BadPrompt, make_prompt
         from hf_qie.rows import BadRow
 
         if not instruction.strip():
@@ -225,14 +225,14 @@ class Sampler:
     @cached_property
     def processor(self) -> Any:
         """The checkpoint's processor, or its tokenizer."""
-        from hf_qie.encoder import load_processor
+        from hf_qie.models.qwen_image.text_encoder import load_processor
 
         return load_processor(self.recipe.model, family=self.family, revision=self.recipe.revision)
 
     @cached_property
     def encoder(self) -> "Encoder":
         """The prompt encoder; it may be deleted, and comes back when it is needed."""
-        from hf_qie.encoder import Encoder
+        from hf_qie.models.qwen_image.text_encoder import Encoder
 
         where = {"revision": self.recipe.revision, "dtype": self.dtype, "device": self.device}
         return Encoder(self.recipe.model, **where)
@@ -281,7 +281,7 @@ class Sampler:
 
 def load_lora(pipeline: Any, path: Path) -> None:
     """Put the LoRA in the file `path` into `pipeline`; raises InputError unless all of it has found its place."""
-    from hf_qie.lora_files import read_lora
+    from hf_qie.models.qwen_image.lora_files import read_lora
 
     where = f"--checkpoint: {path}"
     tensors, metadata = read_lora(path, where=where)

@@ -69,7 +69,7 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     Raises InputError where one is missing or does not fit.
     """
     from hf_qie.embeddings import check_compat, checkpoint_compat, matrix_width, unverified
-    from hf_qie.family import check_steps, read_config, read_family
+    from hf_qie.models.qwen_image.family import check_steps, read_config, read_family
     from hf_qie.sets import open_embeddings
 
     if recipe.sampling.every:
@@ -131,8 +131,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     """
     from hf_qie.callbacks import PictureGrid
     from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
-    from hf_qie.family import read_config
     from hf_qie.fsdp import refuse_inactive
+    from hf_qie.models.qwen_image.family import read_config
     from hf_qie.pictures import has_latents, load_vae
     from hf_qie.resume import changes, checkpoint_of, run_identity
     from hf_qie.trainer import EditTrainer
@@ -167,9 +167,9 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.family import read_config
     from hf_qie.footprint import footprint
     from hf_qie.model import build_model, compile_blocks, model_on_paper
+    from hf_qie.models.qwen_image.family import read_config
 
     precision = arguments.mixed_precision
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)

@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_qie.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.family import from_hub, read_config
 from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
+from hf_qie.models.qwen_image.family import from_hub, read_config
 from hf_qie.recorded import RECORD, STATE
 from hf_qie.shards import MODEL_FOLDER, sharded_tensors
 

@@ -24,7 +24,6 @@ from hf_qie.errors import InputError
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flops import utilisation
 from hf_qie.fsdp import check_sharded
-from hf_qie.latents import LatentEncoder
 from hf_qie.loader import Draws, RankBatches, open_loader
 from hf_qie.mix import realised_shares
 from hf_qie.model import (
@@ -34,6 +33,7 @@ from hf_qie.model import (
     model_on_paper,
     save_weights,
 )
+from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.objective import Objective
 from hf_qie.pictures import encode_pictures
 from hf_qie.resume import apply_settings, settings_of

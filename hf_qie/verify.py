@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hf_qie.embeddings import matrix_width
 from hf_qie.errors import InputError
-from hf_qie.family import Family
-from hf_qie.latents import PIXELS_PER_TOKEN
 from hf_qie.mix import draw_rng
+from hf_qie.models.qwen_image.family import Family
+from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 from hf_qie.prepare import Pictures, Plan, files_of, read_pictures
 from hf_qie.rows import BadRow, refuse_bad
 from hf_qie.sets import open_set

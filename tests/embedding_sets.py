@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_qie.embeddings import PROVENANCE, checkpoint_compat, set_features
-from hf_qie.family import read_family
+from hf_qie.models.qwen_image.family import read_family
 
 WIDTH = 96  # of the tiny checkpoints' prompt states
 

@@ -17,7 +17,14 @@ from hf_qie.chunks import ChunkWriter
 from hf_qie.extract import main
 from hf_qie.prepare import Prepared
 
-PRELOADED = ["launches", "hf_qie.publish", "hf_qie.unfinished", "hf_qie.estimate", "hf_qie.encoder", "tqdm"]
+PRELOADED = [
+    "launches",
+    "hf_qie.publish",
+    "hf_qie.unfinished",
+    "hf_qie.estimate",
+    "hf_qie.models.qwen_image.text_encoder",
+    "tqdm",
+]
 
 
 @cache

@@ -26,10 +26,10 @@ from small_recipes import (
 
 from hf_qie import check, extract, sheet
 from hf_qie.config.recipe import load_recipe
-from hf_qie.encoder import load_processor
 from hf_qie.errors import InputError
 from hf_qie.estimate import estimate_bytes
-from hf_qie.family import read_family
+from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.qwen_image.text_encoder import load_processor
 from hf_qie.survey import KINDS, survey
 
 URLS = ("/p.png", "/gone.png")

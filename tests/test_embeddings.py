@@ -21,7 +21,7 @@ from hf_qie.embeddings import (
     to_table,
 )
 from hf_qie.errors import InputError
-from hf_qie.family import FAMILIES, read_family
+from hf_qie.models.qwen_image.family import FAMILIES, read_family
 from hf_qie.sets import open_set
 
 STATES, LATENTS = List(List(Value("float16"), length=96)), List(List(Value("float16"), length=64))

@@ -26,15 +26,15 @@ from hf_qie.accounts import read_account
 from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.config.recipe import load_recipe
 from hf_qie.embeddings import read_provenance
-from hf_qie.encoder import Encoder, load_processor
 from hf_qie.errors import InputError
 from hf_qie.extract import extract, load_models, main
-from hf_qie.family import read_family
 from hf_qie.images import area_size, read_image, resize, to_pixels
-from hf_qie.latents import LatentEncoder, grid_of
+from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.qwen_image.prompts import make_prompt
+from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
+from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 from hf_qie.plans import make_plan
 from hf_qie.prepare import Prepared
-from hf_qie.prompts import make_prompt
 
 TARGET_SIDE_PX, SOURCE_SIDE_PX = 64, 96
 SMALL = {

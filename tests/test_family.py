@@ -7,9 +7,9 @@ import diffusers
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_qie import family as family_module
 from hf_qie.errors import InputError
-from hf_qie.family import read_family
+from hf_qie.models.qwen_image import family as family_module
+from hf_qie.models.qwen_image.family import read_family
 
 
 @pytest.fixture

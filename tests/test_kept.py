@@ -27,8 +27,8 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.embeddings import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import load_models, main
-from hf_qie.family import read_family
 from hf_qie.kept import digests_of, find_kept
+from hf_qie.models.qwen_image.family import read_family
 from hf_qie.plans import make_plan
 from hf_qie.runtime.device import compute_dtype
 from hf_qie.runtime.lock import held, in_turn, lock_of

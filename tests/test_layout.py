@@ -10,13 +10,14 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors runtime.settings config.installed config.training_args runtime.storage config.recipe "
-    "runtime.cli config.launch runtime.device precision runtime.lock runtime.files runtime.alive family "
-    "fetch textfiles tables records captions rows images prompts encoder latents embeddings columns sets "
-    "cards public publish prepare plans estimate batches encoded accounts kept chunks unfinished extract "
-    "foreign convert mix pictures loader collate flow losses noise_chart loss_chart flops watch "
-    "evaluation fsdp lora_files model footprint objective lettering callbacks checkpoints resume shards "
-    "trainer recorded train trained formats model_card export sampling survey sheet verify check shapes "
-    "tiny_vae tiny demo "
+    "runtime.cli config.launch runtime.device precision runtime.lock runtime.files runtime.alive "
+    "models.qwen_image.family fetch textfiles tables records captions rows images "
+    "models.qwen_image.prompts models.qwen_image.text_encoder models.qwen_image.vae embeddings columns "
+    "sets cards public publish prepare plans estimate batches encoded accounts kept chunks unfinished "
+    "extract foreign convert mix pictures loader collate flow losses noise_chart loss_chart flops watch "
+    "evaluation fsdp models.qwen_image.lora_files model footprint objective lettering callbacks "
+    "checkpoints resume shards trainer recorded train trained formats model_card export sampling survey "
+    "sheet verify check shapes tiny_vae tiny demo "
 ).split()
 
 

@@ -8,11 +8,11 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
-from hf_qie.encoder import check_drop
 from hf_qie.errors import InputError
-from hf_qie.family import EDIT, EDIT_PLUS, FAMILIES, TEXT_TO_IMAGE
 from hf_qie.images import area_size, resize
-from hf_qie.prompts import BadPrompt, make_prompt
+from hf_qie.models.qwen_image.family import EDIT, EDIT_PLUS, FAMILIES, TEXT_TO_IMAGE
+from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
+from hf_qie.models.qwen_image.text_encoder import check_drop
 
 FAMILY = FAMILIES["QwenImageEditPlusPipeline"]
 WEIRD_CAPTIONS = [

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
-from hf_qie.encoder import Encoder, load_processor
-from hf_qie.family import read_family
 from hf_qie.images import area_size, read_image, resize, to_pixels
-from hf_qie.latents import LatentEncoder, grid_of
-from hf_qie.prompts import make_prompt
+from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.qwen_image.prompts import make_prompt
+from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
+from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CAPTIONS = ["Make the sky red and keep the boat.", "把天空变成红色，保留小船。", " "]

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hf_qie.encoder import Encoder
-from hf_qie.prompts import Prompt
+from hf_qie.models.qwen_image.prompts import Prompt
+from hf_qie.models.qwen_image.text_encoder import Encoder
 
 GRID = 28  # patches of 14 pixels along the side of a picture, four of them to a token
 PATCH_VALUES = 3 * 2 * 14 * 14

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
-from hf_qie.family import Family, Template
-from hf_qie.prompts import Prompt
+from hf_qie.models.qwen_image.family import Family, Template
+from hf_qie.models.qwen_image.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hf_qie.family import Template
+from hf_qie.models.qwen_image.family import Template
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # stand for what is seen; only templates may hold them
 TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread changes its padding

@@ -110,7 +110,7 @@ def cell_rows(recipe: Recipe) -> int:
 
 def unusable(found: "Survey") -> list[str]:
     """Why extraction would not end well on the rows of a task; nothing if it would."""
-    from hf_qie.rows import most_bad
+    from hf_qie.data.samples import most_bad
 
     extract, name, bad = found.plan.extract, found.plan.task.name, len(found.found("bad row"))
     most = most_bad(extract, found.num_rows)
@@ -126,7 +126,7 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     """Encode random rows of every finished set again; raises InputError where one differs by more than rounding."""
     import torch
 
-    from hf_qie.embeddings import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
+    from hf_qie.data.schema import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
     from hf_qie.runtime.device import computes_bfloat16, own_device
     from hf_qie.verify import Official, beyond, bound, table_of, verify_set
 

@@ -75,9 +75,9 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
     """Write the sets of all tasks; returns the exit code."""
     from accelerate.logging import get_logger
 
-    from hf_qie.embeddings import read_provenance
+    from hf_qie.data.samples import most_bad
+    from hf_qie.data.schema import read_provenance
     from hf_qie.publish import open_repo
-    from hf_qie.rows import most_bad
 
     if start().num_processes > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
@@ -111,7 +111,7 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
     """Make one set; whether it is whole now."""
     from tqdm import tqdm
 
-    from hf_qie.embeddings import PROVENANCE
+    from hf_qie.data.schema import PROVENANCE
     from hf_qie.foreign import dtype_in
     from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, request_of
 
@@ -137,7 +137,7 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
 
 def compat_of() -> dict[str, Any]:
     """What is known of how the states were computed: nothing; and of the VAE: that there was none."""
-    from hf_qie.embeddings import FORMAT_VERSION, UNKNOWN
+    from hf_qie.data.schema import FORMAT_VERSION, UNKNOWN
 
     unknown = ("encoder", "processor", "templates", "vlm_area_px", "resampling", "positions", "drop_caption")
     return {"format": FORMAT_VERSION, "vae": {}} | dict.fromkeys(unknown, UNKNOWN)
@@ -148,7 +148,7 @@ def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
     from importlib.metadata import version
 
     from hf_qie.config.recipe import as_dict
-    from hf_qie.embeddings import UNKNOWN
+    from hf_qie.data.schema import UNKNOWN
     from hf_qie.foreign import dtype_in
 
     return {
@@ -169,7 +169,7 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
     from datasets.arrow_writer import ArrowWriter
 
     from hf_qie.accounts import Account, keep_chunk
-    from hf_qie.embeddings import to_table
+    from hf_qie.data.schema import to_table
     from hf_qie.unfinished import writing
 
     features, account = foreign.plan.features(foreign.width), Account(rows_in=len(rows))
@@ -188,7 +188,7 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
 
 def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:
     """The columns of a good row; a bad one is listed, or stops the run where the recipe says so."""
-    from hf_qie.rows import BadRow
+    from hf_qie.data.samples import BadRow
 
     if not isinstance(columns, BadRow):
         account.rows_out += 1

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from hf_qie.batches import Pass
-from hf_qie.embeddings import LATENT_CHANNELS
+from hf_qie.data.schema import LATENT_CHANNELS
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.prepare import Direction, Picture
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from transformers import Qwen2_5_VLConfig
 
-from hf_qie.embeddings import LATENT_CHANNELS, PROVENANCE
+from hf_qie.data.fetch import BadUrl, is_url
+from hf_qie.data.images import BadImage, area_size, header_size
+from hf_qie.data.samples import BadRow, has_inverse, refuse_bad
+from hf_qie.data.schema import LATENT_CHANNELS, PROVENANCE
 from hf_qie.errors import InputError
-from hf_qie.fetch import BadUrl, is_url
-from hf_qie.images import BadImage, area_size, header_size
 from hf_qie.models.qwen_image.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from hf_qie.models.qwen_image.vae import Grid, grid_of
 from hf_qie.prepare import Plan, check_length, open_picture
-from hf_qie.rows import BadRow, has_inverse, refuse_bad
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
 FLOAT16_BYTES = 2

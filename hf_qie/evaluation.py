@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
 from hf_qie.config.recipe import Recipe, Task
+from hf_qie.data.loader import TaskRows
+from hf_qie.data.mixture import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.flow import eval_fractions
-from hf_qie.loader import TaskRows
-from hf_qie.mix import draw_rng
 from hf_qie.watch import NAMED, NotFinite
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level

@@ -80,9 +80,9 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     """Write the sets of all plans; returns the exit code."""
     from accelerate.logging import get_logger
 
-    from hf_qie.embeddings import PROVENANCE, checkpoint_compat, read_provenance
+    from hf_qie.data.samples import most_bad
+    from hf_qie.data.schema import PROVENANCE, checkpoint_compat, read_provenance
     from hf_qie.publish import open_repo
-    from hf_qie.rows import most_bad
     from hf_qie.runtime.device import compute_dtype
     from hf_qie.unfinished import request_of
 
@@ -126,7 +126,7 @@ def make_set(
     state: "PartialState",
 ) -> bool:
     """Make one set, unless it was finished before; rank 0 opens and closes it, every rank does chunks."""
-    from hf_qie.embeddings import PROVENANCE
+    from hf_qie.data.schema import PROVENANCE
     from hf_qie.kept import digests_of
     from hf_qie.runtime.alive import at_any_length
     from hf_qie.unfinished import finish, is_done, open_folder, record_of
@@ -222,7 +222,7 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
 
 def old_line(name: str, folder: Path, counts: Mapping[str, int]) -> str:
     """One line on a set that there was nothing to do for."""
-    from hf_qie.embeddings import PROVENANCE
+    from hf_qie.data.schema import PROVENANCE
     from hf_qie.kept import read_digests
 
     same = "data" if read_digests(folder) is None else "data and images"  # older sets do not know of their images
@@ -254,7 +254,7 @@ def push(recipe: Recipe, names: list[str], code: int) -> None:
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.embeddings import PROVENANCE
+    from hf_qie.data.schema import PROVENANCE
     from hf_qie.publish import push_sets
 
     logger = get_logger("hf_qie.extract")

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_qie.collate import Batch
 from hf_qie.config.recipe import Lora, Recipe
+from hf_qie.data.collate import Batch
 from hf_qie.errors import InputError
 from hf_qie.fsdp import gathered
 from hf_qie.models.qwen_image.lora_files import UNEVEN, read_lora

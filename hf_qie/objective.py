@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_qie.collate import Batch
 from hf_qie.config.recipe import Recipe
+from hf_qie.data.collate import Batch
 from hf_qie.flow import add_noise, mu_of, noise_for, shifted, sigmas_for
 from hf_qie.losses import WEIGHTINGS, velocity_mse
 from hf_qie.model import predict

@@ -29,11 +29,11 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.cards import dataset_card
 from hf_qie.config.recipe import Extract, Task
-from hf_qie.embeddings import matrix_width, parse_provenance, read_provenance, request_differences
+from hf_qie.data.embedding_sets import open_set, published_shards
+from hf_qie.data.schema import matrix_width, parse_provenance, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.public import image_roots, public, public_rows, reason_of
 from hf_qie.runtime.files import move_durably
-from hf_qie.sets import open_set, published_shards
 
 logger = logging.getLogger("hf_qie.publish")
 

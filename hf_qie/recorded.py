@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Recipe
-from hf_qie.mix import Group
+from hf_qie.data.mixture import Group
 from hf_qie.models.qwen_image.family import checkpoint_file
 from hf_qie.runtime.files import write_durably
 

@@ -93,7 +93,7 @@ class Sampler:
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
-        from hf_qie.embeddings import source_area
+        from hf_qie.data.schema import source_area
         from hf_qie.models.qwen_image.family import read_family
         from hf_qie.runtime.device import compute_dtype, own_device
         from hf_qie.trained import find_weights
@@ -122,7 +122,7 @@ class Sampler:
         """The pictures to edit, upright and in RGB; raises InputError for too many, or one that cannot be read."""
         from PIL import Image
 
-        from hf_qie.images import BadImage, read_image
+        from hf_qie.data.images import BadImage, read_image
 
         most = self.family.max_sources
         if most is not None and len(images) > most:
@@ -197,17 +197,17 @@ class Sampler:
 
     def size(self, images: "Sequence[Image.Image]") -> tuple[int, int]:
         """(width, height) in pixels of what `images` become: the recipe's area, the shape of the pipeline's choice."""
-        from hf_qie.images import area_size
+        from hf_qie.data.images import area_size
 
         return area_size(images[-1].size if images else (1, 1), self.recipe.extract.image_sample_size**2)
 
     def _prompt(self, instruction: str, images: "Sequence[Image.Image]") -> "Prompt":
         """The prompt as extraction makes it."""
-        from hf_qie.images import area_size, resize
+        from hf_qie.data.images import area_size, resize
+        from hf_qie.data.samples import BadRow
         from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
         from hf_qie.models.qwen_image.vae import grid_of
         from hf_qie.prepare import check_length
-        from hf_qie.rows import BadRow
 
         if not instruction.strip():
             raise InputError("--instruction: is blank; say what the picture should become")

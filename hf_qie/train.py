@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
 
-    from hf_qie.loader import Draws
+    from hf_qie.data.loader import Draws
     from hf_qie.trainer import EditTrainer
 
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -68,9 +68,9 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
     Raises InputError where one is missing or does not fit.
     """
-    from hf_qie.embeddings import check_compat, checkpoint_compat, matrix_width, unverified
+    from hf_qie.data.embedding_sets import open_embeddings
+    from hf_qie.data.schema import check_compat, checkpoint_compat, matrix_width, unverified
     from hf_qie.models.qwen_image.family import check_steps, read_config, read_family
-    from hf_qie.sets import open_embeddings
 
     if recipe.sampling.every:
         check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
@@ -90,8 +90,8 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     if os.environ.get("RANK", "0") == "0":
         for warning in unverified(provenances):
             logging.getLogger("hf_qie.train").warning(warning)
-    from hf_qie.loader import check_caption_weights  # seconds, so these wait until all sets are there
-    from hf_qie.pictures import has_latents, made_from, with_files
+    from hf_qie.data.loader import check_caption_weights
+    from hf_qie.data.online_latents import has_latents, made_from, with_files
 
     check_caption_weights(recipe, {name: data for name, (data, _) in opened.items()})
     sets = {}
@@ -130,10 +130,10 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     Raises InputError where the output folder holds a run that cannot go on as this one.
     """
     from hf_qie.callbacks import PictureGrid
+    from hf_qie.data.online_latents import has_latents, load_vae
     from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
     from hf_qie.fsdp import refuse_inactive
     from hf_qie.models.qwen_image.family import read_config
-    from hf_qie.pictures import has_latents, load_vae
     from hf_qie.resume import changes, checkpoint_of, run_identity
     from hf_qie.trainer import EditTrainer
 
@@ -234,8 +234,8 @@ def plan_draws(
     """Every draw of the run, and what is put on record of it; logs what is drawn how often."""
     from accelerate.logging import get_logger
 
-    from hf_qie.loader import Draws
-    from hf_qie.mix import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+    from hf_qie.data.loader import Draws
+    from hf_qie.data.mixture import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
     from hf_qie.recorded import run_record
 
     logger = get_logger("hf_qie.train")

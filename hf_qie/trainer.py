@@ -18,14 +18,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, read_complete, states_of
-from hf_qie.collate import Batch, collate
 from hf_qie.config.recipe import Recipe
+from hf_qie.data.collate import Batch, collate
+from hf_qie.data.loader import Draws, RankBatches, open_loader
+from hf_qie.data.mixture import realised_shares
+from hf_qie.data.online_latents import encode_pictures
 from hf_qie.errors import InputError
 from hf_qie.evaluation import HeldOut, generators_kept
 from hf_qie.flops import utilisation
 from hf_qie.fsdp import check_sharded
-from hf_qie.loader import Draws, RankBatches, open_loader
-from hf_qie.mix import realised_shares
 from hf_qie.model import (
     enable_activation_checkpointing,
     load_weights,
@@ -35,7 +36,6 @@ from hf_qie.model import (
 )
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.objective import Objective
-from hf_qie.pictures import encode_pictures
 from hf_qie.resume import apply_settings, settings_of
 from hf_qie.runtime.alive import BETWEEN, at, at_any_length
 from hf_qie.shards import refuse_pickles

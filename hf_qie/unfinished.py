@@ -22,7 +22,7 @@ from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 from hf_qie.accounts import REQUEST, UNFINISHED, Account, damage, read_account
 from hf_qie.chunks import Models
 from hf_qie.config.recipe import Recipe, as_dict, save_recipe
-from hf_qie.embeddings import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
+from hf_qie.data.schema import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.kept import (
     ROW_DIGESTS,

@@ -16,14 +16,14 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from PIL import Image
 from torch import Tensor
 
-from hf_qie.embeddings import matrix_width
+from hf_qie.data.embedding_sets import open_set
+from hf_qie.data.mixture import draw_rng
+from hf_qie.data.samples import BadRow, refuse_bad
+from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
-from hf_qie.mix import draw_rng
 from hf_qie.models.qwen_image.family import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 from hf_qie.prepare import Pictures, Plan, files_of, read_pictures
-from hf_qie.rows import BadRow, refuse_bad
-from hf_qie.sets import open_set
 from hf_qie.survey import aligned
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_qie.collate import Batch
+from hf_qie.data.collate import Batch
 from hf_qie.flops import Utilisation
 from hf_qie.runtime.alive import at, at_any_length
 

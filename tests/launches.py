@@ -12,8 +12,8 @@ import time
 from functools import cache
 from pathlib import Path
 
-from hf_qie import rows
 from hf_qie.chunks import ChunkWriter
+from hf_qie.data import samples as rows
 from hf_qie.extract import main
 from hf_qie.prepare import Prepared
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from hf_qie.embeddings import set_features, to_table
+from hf_qie.data.schema import set_features, to_table
 from hf_qie.publish import write_shard
 
 WIDTH = 3584

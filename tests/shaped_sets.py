@@ -3,7 +3,7 @@
 import numpy as np
 from datasets import Dataset
 
-from hf_qie.embeddings import set_features, to_table
+from hf_qie.data.schema import set_features, to_table
 
 WIDTH = 8
 CAPTIONS = ("instruction", "instruction_cn")

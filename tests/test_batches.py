@@ -16,7 +16,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
 from hf_qie.batches import like_length, same_size, shared_passes
 from hf_qie.chunks import WINDOW_BATCHES
-from hf_qie.images import area_size, read_image, resize
+from hf_qie.data.images import area_size, read_image, resize
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.prompts import Prompt, make_prompt
 from hf_qie.models.qwen_image.text_encoder import PromptStates

@@ -19,9 +19,9 @@ from small_recipes import extract_edits
 from hf_qie import callbacks
 from hf_qie.callbacks import CELL_PX, GAP_PX, GridRow, denoise, draw_grid, spread
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.images import area_size, read_image, resize, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.evaluation import HeldOut, held_out_part
-from hf_qie.images import area_size, read_image, resize, to_pixels
 from hf_qie.model import predict
 from hf_qie.models.qwen_image.family import read_config
 from hf_qie.models.qwen_image.text_encoder import PromptStates

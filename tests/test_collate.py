@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_qie.collate import Batch, collate
+from hf_qie.data.collate import Batch, collate
 
 
 def row(length, *, grids=((2, 3), (1, 2)), draw=0):

@@ -22,7 +22,7 @@ from hf_qie.cards import dataset_card
 from hf_qie.check import main as check
 from hf_qie.config.recipe import load_recipe
 from hf_qie.convert import main
-from hf_qie.embeddings import UNKNOWN, read_provenance
+from hf_qie.data.schema import UNKNOWN, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.foreign import read_tensors, shared_length
 from hf_qie.train import open_sets

@@ -16,11 +16,11 @@ from hf_qie import extract, train
 from hf_qie.accounts import account_path
 from hf_qie.chunks import ChunkWriter
 from hf_qie.config.recipe import load_recipe
-from hf_qie.embeddings import read_provenance
+from hf_qie.data.embedding_sets import open_set
+from hf_qie.data.schema import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
 from hf_qie.runtime.storage import disk_trouble
-from hf_qie.sets import open_set
 
 
 def flip(path: Path, *, place: float = 0.5) -> None:

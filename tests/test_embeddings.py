@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
-from hf_qie.embeddings import (
+from hf_qie.data.embedding_sets import open_set
+from hf_qie.data.schema import (
     PROVENANCE,
     check_compat,
     checkpoint_compat,
@@ -22,7 +23,6 @@ from hf_qie.embeddings import (
 )
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.family import FAMILIES, read_family
-from hf_qie.sets import open_set
 
 STATES, LATENTS = List(List(Value("float16"), length=96)), List(List(Value("float16"), length=64))
 GRID, GRIDS = List(Value("int32"), length=2), List(List(Value("int32"), length=2))

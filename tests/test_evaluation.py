@@ -14,8 +14,8 @@ from ranks import in_ranks
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_qie.collate import collate
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.collate import collate
 from hf_qie.errors import InputError
 from hf_qie.evaluation import HeldOut, held_out_part
 from hf_qie.train import build_trainer, open_sets, train

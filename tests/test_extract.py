@@ -25,10 +25,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from hf_qie.accounts import read_account
 from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.config.recipe import load_recipe
-from hf_qie.embeddings import read_provenance
+from hf_qie.data.images import area_size, read_image, resize, to_pixels
+from hf_qie.data.schema import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import extract, load_models, main
-from hf_qie.images import area_size, read_image, resize, to_pixels
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor

@@ -16,8 +16,8 @@ from picture_server import answer, drip, picture_server, raw
 from small_recipes import write_recipe
 
 from hf_qie import extract
-from hf_qie import fetch as module
-from hf_qie.fetch import BadUrl, fetch, is_public, is_url, retry_after_s
+from hf_qie.data import fetch as module
+from hf_qie.data.fetch import BadUrl, fetch, is_public, is_url, retry_after_s
 
 PICTURE = bytes(range(256)) * 1000
 CERTIFICATE = Path(__file__).with_name("pictures_example.pem")

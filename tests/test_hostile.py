@@ -20,9 +20,9 @@ from torch.distributed import checkpoint as dcp
 
 from hf_qie import extract
 from hf_qie.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit
-from hf_qie.columns import check_columns
 from hf_qie.config.recipe import load_recipe
-from hf_qie.embeddings import PROVENANCE, matrix
+from hf_qie.data.schema import PROVENANCE, matrix
+from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.export import main as export
 from hf_qie.runtime.files import written

@@ -10,7 +10,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNDEFINED, UNIT, with_exif
 from PIL import Image
 
-from hf_qie.images import BadImage, area_size, header_size, read_image, to_pixels
+from hf_qie.data.images import BadImage, area_size, header_size, read_image, to_pixels
 
 
 def quarters(width=40, height=20):

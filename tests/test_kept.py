@@ -24,7 +24,7 @@ from hf_qie import extract, unfinished
 from hf_qie.accounts import Account, damage, keep_chunk
 from hf_qie.chunks import ChunkWriter, Models
 from hf_qie.config.recipe import load_recipe
-from hf_qie.embeddings import PROVENANCE, read_provenance
+from hf_qie.data.schema import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import load_models, main
 from hf_qie.kept import digests_of, find_kept

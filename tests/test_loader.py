@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset, load_from_disk
 from shaped_sets import CAPTIONS, embedding_set
 
-from hf_qie.collate import collate
 from hf_qie.config.recipe import Mix
+from hf_qie.data.collate import collate
+from hf_qie.data.loader import Draws, RankBatches, open_loader, text_weights
+from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
 from hf_qie.errors import InputError
-from hf_qie.loader import Draws, RankBatches, open_loader, text_weights
-from hf_qie.mix import group_shares, mixed_plan, read_groups
 
 A, B = (2, 3), (3, 2)
 G = 8  # global batch size

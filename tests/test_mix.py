@@ -8,8 +8,7 @@ from datasets import load_from_disk
 from shaped_sets import embedding_set
 
 from hf_qie.config.recipe import Mix
-from hf_qie.errors import InputError
-from hf_qie.mix import (
+from hf_qie.data.mixture import (
     cell_plan,
     draw_rng,
     group_shares,
@@ -19,6 +18,7 @@ from hf_qie.mix import (
     read_groups,
     resolve_same_shape,
 )
+from hf_qie.errors import InputError
 
 A, B, C = (2, 3), (3, 2), (4, 4)
 DEFAULT = Mix()

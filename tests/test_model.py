@@ -11,8 +11,8 @@ from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_qie.collate import Batch
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
+from hf_qie.data.collate import Batch
 from hf_qie.errors import InputError
 from hf_qie.model import (
     LORA_FILE,

@@ -12,11 +12,11 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.images import read_image, resize
+from hf_qie.data.images import to_pixels as picture_to_pixels
+from hf_qie.data.online_latents import read_pixels, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
-from hf_qie.images import read_image, resize
-from hf_qie.images import to_pixels as picture_to_pixels
-from hf_qie.pictures import read_pixels, to_pixels
 from hf_qie.train import build_trainer, open_sets, train
 from hf_qie.trainer import EditTrainer
 

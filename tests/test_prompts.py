@@ -8,8 +8,8 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
+from hf_qie.data.images import area_size, resize
 from hf_qie.errors import InputError
-from hf_qie.images import area_size, resize
 from hf_qie.models.qwen_image.family import EDIT, EDIT_PLUS, FAMILIES, TEXT_TO_IMAGE
 from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
 from hf_qie.models.qwen_image.text_encoder import check_drop

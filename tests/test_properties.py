@@ -15,10 +15,10 @@ from PIL import Image
 from small_recipes import write_recipe
 
 from hf_qie.config.recipe import Task, as_dict, load_recipe, save_recipe
+from hf_qie.data.images import BadImage, header_size, read_image
+from hf_qie.data.samples import read_rows
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD, main
-from hf_qie.images import BadImage, header_size, read_image
-from hf_qie.rows import read_rows
 from hf_qie.runtime.settings import override, read_yaml
 
 

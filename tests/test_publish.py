@@ -368,7 +368,7 @@ def test_a_repository_needs_an_organisation_and_a_name(work):
 # opens a set as training does, and leaves its rows and provenance in a folder
 OPEN = """
 import json, sys
-from hf_qie.sets import open_embeddings
+from hf_qie.data.embedding_sets import open_embeddings
 from hf_qie.runtime.cli import run_script
 def main(argv):
     data, provenance = open_embeddings(argv[0], task=argv[1])
@@ -407,7 +407,7 @@ def test_a_set_is_opened_from_the_hub_as_from_its_folder(work, loopback_hub, tmp
 # tries to open each of the sets given, and says what went wrong
 MISSING = """
 import json, sys
-from hf_qie.sets import open_embeddings
+from hf_qie.data.embedding_sets import open_embeddings
 from hf_qie.config.recipe import InputError
 for name in sys.argv[1:]:
     try:

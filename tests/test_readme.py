@@ -15,8 +15,8 @@ from test_layout import LAYERS, PACKAGE
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
+from hf_qie.data.mixture import group_shares, mix_table, read_groups
 from hf_qie.demo import ROWS
-from hf_qie.mix import group_shares, mix_table, read_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,13 +20,13 @@ from huggingface_hub import DatasetCardData
 from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
-from hf_qie import tables
 from hf_qie.config.recipe import Columns, Extract, Task
+from hf_qie.data import tables
+from hf_qie.data.readers import open_data
+from hf_qie.data.samples import read_rows
+from hf_qie.data.tables import Embedded
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
-from hf_qie.records import open_data
-from hf_qie.rows import read_rows
-from hf_qie.tables import Embedded
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 TEXT = "text_embeds_"
@@ -545,8 +545,8 @@ def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monke
 READ = """
 import hashlib, json, sys
 from hf_qie.config.recipe import Columns, Extract, InputError, Task
-from hf_qie.records import open_data
-from hf_qie.rows import read_rows
+from hf_qie.data.readers import open_data
+from hf_qie.data.samples import read_rows
 from pathlib import Path
 
 folder, data, split = sys.argv[1:]

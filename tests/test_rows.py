@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_qie.config.recipe import Columns, Extract, Task
+from hf_qie.data.samples import Rows, read_rows
 from hf_qie.errors import InputError
-from hf_qie.rows import Rows, read_rows
 
 PICTURES = ("a.png", "b.png", "c.png")
 ROW = {"source_image": "a.png", "target_image": "b.png", "instruction": "Paint it red."}

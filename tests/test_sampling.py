@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from small_recipes import weightless
 
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.images import area_size, read_image
 from hf_qie.errors import InputError
-from hf_qie.images import area_size, read_image
 from hf_qie.model import LORA_FILE
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.sampling import Sampler, main, sources_at

@@ -19,10 +19,10 @@ import hf_qie.checkpoints
 import hf_qie.trainer
 from hf_qie.checkpoints import last_checkpoint
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.loader import Draws
+from hf_qie.data.mixture import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.flow import noise_for
-from hf_qie.loader import Draws
-from hf_qie.mix import draw_rng
 from hf_qie.model import parameters
 from hf_qie.train import build_trainer, open_sets, train
 from hf_qie.trainer import EditTrainer

@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from small_recipes import extract_edits
 
 from hf_qie import check
-from hf_qie.embeddings import PROVENANCE, read_provenance
+from hf_qie.data.schema import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import written
 from hf_qie.verify import Difference, bound, compare

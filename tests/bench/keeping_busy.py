@@ -23,8 +23,8 @@ from figures import Figure, at_least
 from hf_qie import chunks
 from hf_qie.chunks import Models
 from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.data.images import to_pixels
 from hf_qie.extract import load_models, write_chunks
-from hf_qie.images import to_pixels
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.plans import make_plan
 from hf_qie.prepare import Pictures, Prepared, prepare

@@ -19,7 +19,7 @@ from figures import Figure, at_most
 from torch.utils.data import WeightedRandomSampler
 
 from hf_qie.config.recipe import Mix
-from hf_qie.mix import group_shares, mixed_plan, read_groups
+from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
 
 WEIGHTS, SHAPES, SAME_SHAPE = {"0": 1.0, "1": 2.0, "2": 3.0, "3": 0.5}, 100, 4
 MILLION = 1_000_000

@@ -20,10 +20,10 @@ from storage import save_latents, save_prompts
 from torch.utils.data import DataLoader
 from wide_rows import open_chunks, wide_rows, write_chunk
 
-from hf_qie.collate import collate
 from hf_qie.config.recipe import Mix
-from hf_qie.loader import Draws, RankBatches, open_loader
-from hf_qie.mix import group_shares, mixed_plan, read_groups
+from hf_qie.data.collate import collate
+from hf_qie.data.loader import Draws, RankBatches, open_loader
+from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
 
 CHUNKS, CHUNK_ROWS = 10, 64  # 2.1 GB
 SAMPLE = 64  # rows read

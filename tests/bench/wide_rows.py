@@ -13,7 +13,7 @@ from datasets.arrow_writer import ArrowWriter
 from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, PICTURE_TOKENS
 from released import WIDTH
 
-from hf_qie.embeddings import set_features, to_table
+from hf_qie.data.schema import set_features, to_table
 
 CAPTIONS = ("instruction", "instruction_cn", "instruction_short")
 TARGET, SOURCE = (32, 32), (64, 64)

@@ -18,13 +18,13 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_qie.captions import MOST_TEXTS, by_column, text_columns
 from hf_qie.config.recipe import Columns, Extract, Task
+from hf_qie.data.captions import MOST_TEXTS, by_column, text_columns
+from hf_qie.data.fetch import PASSWORD, holds_password, is_url
+from hf_qie.data.readers import open_data
+from hf_qie.data.tables import Embedded, Line, Table, no_rows
+from hf_qie.data.textfiles import clip
 from hf_qie.errors import InputError
-from hf_qie.fetch import PASSWORD, holds_password, is_url
-from hf_qie.records import open_data
-from hf_qie.tables import Embedded, Line, Table, no_rows
-from hf_qie.textfiles import clip
 
 BATCH_ROWS = 1000  # checked together
 LOOKERS = 64  # threads: on a network disk a look at a file is a wait

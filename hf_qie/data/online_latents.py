@@ -16,8 +16,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_qie.config.recipe import Recipe
+from hf_qie.data.images import BadImage, read_image, resize
 from hf_qie.errors import InputError
-from hf_qie.images import BadImage, read_image, resize
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN, LatentEncoder
 from hf_qie.runtime.device import compute_dtype
 

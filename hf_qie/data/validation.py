@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
-from hf_qie.embeddings import LATENT_CHANNELS, matrix, matrix_width, set_features
+from hf_qie.data.schema import LATENT_CHANNELS, matrix, matrix_width, set_features
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import MAX_POSITIONS
 

@@ -27,9 +27,9 @@ from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, wanted
 
 if TYPE_CHECKING:
+    from hf_qie.extraction.preprocess import Plan
+    from hf_qie.extraction.stats import Survey
     from hf_qie.models.qwen_image.family import Family
-    from hf_qie.prepare import Plan
-    from hf_qie.survey import Survey
 
 FIRST_LOOK = "first-look"  # no task can have this name
 
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", type=wanted(Count))
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from hf_qie.extraction.plan import make_plan, own_tasks
     from hf_qie.models.qwen_image.family import check_steps, read_family
-    from hf_qie.plans import make_plan, own_tasks
 
     check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     family = read_family(recipe.model, revision=recipe.revision)
@@ -59,13 +59,13 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     """Tell what the rows of every task are and become; raises InputError where extraction would stop."""
     from tqdm import tqdm
 
-    from hf_qie.estimate import check_space, encoder_width
-    from hf_qie.kept import keeps_some
+    from hf_qie.extraction.contact_sheet import contact_sheet
+    from hf_qie.extraction.estimate import check_space, encoder_width
+    from hf_qie.extraction.reuse import keeps_some
+    from hf_qie.extraction.stats import findings_of, survey, table_of
     from hf_qie.models.qwen_image.family import read_config
     from hf_qie.models.qwen_image.text_encoder import load_processor
     from hf_qie.noise_chart import noise_chart, noise_of
-    from hf_qie.sheet import contact_sheet
-    from hf_qie.survey import findings_of, survey, table_of
 
     processor = load_processor(recipe.model, family=family, revision=recipe.revision)
     width = encoder_width(recipe.model, revision=recipe.revision)
@@ -127,8 +127,8 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     import torch
 
     from hf_qie.data.schema import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
+    from hf_qie.extraction.verify import Official, beyond, bound, table_of, verify_set
     from hf_qie.runtime.device import computes_bfloat16, own_device
-    from hf_qie.verify import Official, beyond, bound, table_of, verify_set
 
     sets = {name: Path(recipe.extract.output_dir, name) for name in plans}
     finished = [name for name, folder in sets.items() if (folder / PROVENANCE).is_file()]

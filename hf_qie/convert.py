@@ -28,8 +28,8 @@ from hf_qie.runtime.cli import Options, run_script, to_path
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from hf_qie.accounts import Account
-    from hf_qie.foreign import Foreign
+    from hf_qie.extraction.firered import Foreign
+    from hf_qie.extraction.manifest import Account
 
 WINDOW_ROWS = 16  # held before they are written: a row has megabytes
 
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> int:
 
 def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict[str, "Foreign"]:
     """Rows and files of every task that has data, checked; raises InputError."""
-    from hf_qie.estimate import encoder_width
-    from hf_qie.foreign import has_inverse_files, open_foreign
+    from hf_qie.extraction.estimate import encoder_width
+    from hf_qie.extraction.firered import has_inverse_files, open_foreign
+    from hf_qie.extraction.plan import make_plan, own_tasks
     from hf_qie.models.qwen_image.family import read_family
-    from hf_qie.plans import make_plan, own_tasks
 
     family, sources = read_family(recipe.model, revision=recipe.revision), {}
     width = encoder_width(recipe.model, revision=recipe.revision)
@@ -112,8 +112,8 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
     from tqdm import tqdm
 
     from hf_qie.data.schema import PROVENANCE
-    from hf_qie.foreign import dtype_in
-    from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, request_of
+    from hf_qie.extraction.firered import dtype_in
+    from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, request_of
 
     plan = foreign.plan
     recipe = replace(recipe, extract=plan.extract)
@@ -149,7 +149,7 @@ def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
 
     from hf_qie.config.recipe import as_dict
     from hf_qie.data.schema import UNKNOWN
-    from hf_qie.foreign import dtype_in
+    from hf_qie.extraction.firered import dtype_in
 
     return {
         "model": UNKNOWN,
@@ -168,9 +168,9 @@ def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, 
     """Write rows into the Arrow file `path`, which appears when it is whole and its account is on disk."""
     from datasets.arrow_writer import ArrowWriter
 
-    from hf_qie.accounts import Account, keep_chunk
     from hf_qie.data.schema import to_table
-    from hf_qie.unfinished import writing
+    from hf_qie.extraction.manifest import Account, keep_chunk
+    from hf_qie.extraction.set_writer import writing
 
     features, account = foreign.plan.features(foreign.width), Account(rows_in=len(rows))
     aside = writing(path.parent, recipe) / path.name

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-    from hf_qie.chunks import Models
+    from hf_qie.extraction.chunk_writer import Models
+    from hf_qie.extraction.preprocess import Plan
     from hf_qie.models.qwen_image.family import Family
-    from hf_qie.prepare import Plan
 
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
 TOO_MANY_BAD = 3  # exit code
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     """Extract every task of the recipe that has data; returns the exit code."""
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
+    from hf_qie.extraction.plan import own_tasks, read_plans, rows_folder
     from hf_qie.models.qwen_image.family import read_family
-    from hf_qie.plans import own_tasks, read_plans, rows_folder
     from hf_qie.runtime.alive import Alive
     from hf_qie.runtime.lock import held
 
@@ -82,9 +82,9 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
 
     from hf_qie.data.samples import most_bad
     from hf_qie.data.schema import PROVENANCE, checkpoint_compat, read_provenance
+    from hf_qie.extraction.set_writer import request_of
     from hf_qie.publish import open_repo
     from hf_qie.runtime.device import compute_dtype
-    from hf_qie.unfinished import request_of
 
     state = start()
     dtype = compute_dtype(recipe.extract.dtype, state.device)
@@ -127,9 +127,9 @@ def make_set(
 ) -> bool:
     """Make one set, unless it was finished before; rank 0 opens and closes it, every rank does chunks."""
     from hf_qie.data.schema import PROVENANCE
-    from hf_qie.kept import digests_of
+    from hf_qie.extraction.reuse import digests_of
+    from hf_qie.extraction.set_writer import finish, is_done, open_folder, record_of
     from hf_qie.runtime.alive import at_any_length
-    from hf_qie.unfinished import finish, is_done, open_folder, record_of
 
     with at_any_length("the opening of a set"):
         if state.is_main_process:
@@ -167,8 +167,8 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
     from accelerate.logging import get_logger
 
-    from hf_qie.estimate import check_space, encoder_width, estimate_bytes
-    from hf_qie.kept import keeps_some
+    from hf_qie.extraction.estimate import check_space, encoder_width, estimate_bytes
+    from hf_qie.extraction.reuse import keeps_some
     from hf_qie.models.qwen_image.text_encoder import load_processor
 
     output_dir = Path(recipe.extract.output_dir)
@@ -181,7 +181,7 @@ def check_disk(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 
 def load_models(recipe: Recipe, family: "Family", *, dtype: "torch.dtype", device: "torch.device") -> "Models":
     """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
-    from hf_qie.chunks import Models
+    from hf_qie.extraction.chunk_writer import Models
     from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
     from hf_qie.models.qwen_image.vae import LatentEncoder
 
@@ -197,9 +197,9 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
     """Write chunks that are not there yet until none is left; the bar shows what all ranks have done."""
     from tqdm import tqdm
 
-    from hf_qie.chunks import ChunkWriter
-    from hf_qie.kept import find_kept
-    from hf_qie.unfinished import chunk_files, claim_chunks, rows_done, writing
+    from hf_qie.extraction.chunk_writer import ChunkWriter
+    from hf_qie.extraction.reuse import find_kept
+    from hf_qie.extraction.set_writer import chunk_files, claim_chunks, rows_done, writing
 
     kept = find_kept(folder, plan.rows.table, plan.features(models.encoder.width), task=plan.task.name)
     claims = claim_chunks(plan, folder, recipe)
@@ -223,7 +223,7 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
 def old_line(name: str, folder: Path, counts: Mapping[str, int]) -> str:
     """One line on a set that there was nothing to do for."""
     from hf_qie.data.schema import PROVENANCE
-    from hf_qie.kept import read_digests
+    from hf_qie.extraction.reuse import read_digests
 
     same = "data" if read_digests(folder) is None else "data and images"  # older sets do not know of their images
     finished = datetime.fromtimestamp((folder / PROVENANCE).stat().st_mtime)

@@ -205,9 +205,9 @@ class Sampler:
         """The prompt as extraction makes it."""
         from hf_qie.data.images import area_size, resize
         from hf_qie.data.samples import BadRow
+        from hf_qie.extraction.preprocess import check_length
         from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
         from hf_qie.models.qwen_image.vae import grid_of
-        from hf_qie.prepare import check_length
 
         if not instruction.strip():
             raise InputError("--instruction: is blank; say what the picture should become")

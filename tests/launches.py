@@ -12,16 +12,16 @@ import time
 from functools import cache
 from pathlib import Path
 
-from hf_qie.chunks import ChunkWriter
 from hf_qie.data import samples as rows
 from hf_qie.extract import main
-from hf_qie.prepare import Prepared
+from hf_qie.extraction.chunk_writer import ChunkWriter
+from hf_qie.extraction.preprocess import Prepared
 
 PRELOADED = [
     "launches",
     "hf_qie.publish",
-    "hf_qie.unfinished",
-    "hf_qie.estimate",
+    "hf_qie.extraction.set_writer",
+    "hf_qie.extraction.estimate",
     "hf_qie.models.qwen_image.text_encoder",
     "tqdm",
 ]

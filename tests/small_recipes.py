@@ -9,9 +9,9 @@ from PIL import ExifTags, Image
 
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
+from hf_qie.extraction.plan import make_plan
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.models.qwen_image.text_encoder import load_processor
-from hf_qie.plans import make_plan
 
 WIDTH = 96  # of the tiny encoder
 SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2}

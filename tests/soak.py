@@ -59,7 +59,7 @@ MEASURED = {"memory_mb": "memory, MB", "threads": "threads", "files": "open file
 def extraction(folder: Path, done: multiprocessing.Value) -> None:
     """The same rows into one folder after the other."""
     from hf_qie import extract
-    from hf_qie.chunks import ChunkWriter
+    from hf_qie.extraction.chunk_writer import ChunkWriter
 
     quiet()
     embed = ChunkWriter.embed

@@ -14,13 +14,13 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
-from hf_qie.batches import like_length, same_size, shared_passes
-from hf_qie.chunks import WINDOW_BATCHES
 from hf_qie.data.images import area_size, read_image, resize
+from hf_qie.extraction.batching import like_length, same_size, shared_passes
+from hf_qie.extraction.chunk_writer import WINDOW_BATCHES
+from hf_qie.extraction.preprocess import Direction, Prepared
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.prompts import Prompt, make_prompt
 from hf_qie.models.qwen_image.text_encoder import PromptStates
-from hf_qie.prepare import Direction, Prepared
 
 BATCH_SIZE = 4  # the recipe's default
 NUM_INSTRUCTIONS = 1542

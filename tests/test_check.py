@@ -24,13 +24,14 @@ from small_recipes import (
     write_recipe,
 )
 
-from hf_qie import check, extract, sheet
+from hf_qie import check, extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.estimate import estimate_bytes
+from hf_qie.extraction import contact_sheet as sheet
+from hf_qie.extraction.estimate import estimate_bytes
+from hf_qie.extraction.stats import KINDS, survey
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.models.qwen_image.text_encoder import load_processor
-from hf_qie.survey import KINDS, survey
 
 URLS = ("/p.png", "/gone.png")
 

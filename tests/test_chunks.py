@@ -22,18 +22,19 @@ from datasets import load_from_disk
 from launches import Launch, free_port
 from small_recipes import write_recipe
 
-from hf_qie import chunks, prepare
-from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, Models
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.data.samples import BadRow
 from hf_qie.data.schema import FORMAT_VERSION, read_provenance
 from hf_qie.extract import load_models, write_chunks
+from hf_qie.extraction import chunk_writer as chunks
+from hf_qie.extraction import preprocess as prepare
+from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, Models
+from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.preprocess import Plan, Prepared
+from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, record_of
 from hf_qie.models.qwen_image.family import Family, read_family
 from hf_qie.models.qwen_image.prompts import Prompt
-from hf_qie.plans import make_plan
-from hf_qie.prepare import Plan, Prepared
-from hf_qie.unfinished import claim_chunks, finish, is_done, open_folder, record_of
 
 CAPTIONS = ("instruction", "instruction_cn")
 REQUEST = {"compat": {"format": FORMAT_VERSION}}  # what else a set is made from plays no part here

@@ -24,7 +24,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.convert import main
 from hf_qie.data.schema import UNKNOWN, read_provenance
 from hf_qie.errors import InputError
-from hf_qie.foreign import read_tensors, shared_length
+from hf_qie.extraction.firered import read_tensors, shared_length
 from hf_qie.train import open_sets
 
 TASKS = ("edit", "combine", "text_to_image")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_qie.chunks import use_device
+from hf_qie.extraction.chunk_writer import use_device
 from hf_qie.runtime import device
 from hf_qie.runtime.device import compute_dtype, computes_bfloat16, own_device
 

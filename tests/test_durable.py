@@ -13,12 +13,12 @@ import pytest
 import small_recipes
 
 from hf_qie import extract, train
-from hf_qie.accounts import account_path
-from hf_qie.chunks import ChunkWriter
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.schema import read_provenance
 from hf_qie.errors import InputError
+from hf_qie.extraction.chunk_writer import ChunkWriter
+from hf_qie.extraction.manifest import account_path
 from hf_qie.runtime.files import CHECKED, check_files, flush, mark_of, misfit, write_durably, written
 from hf_qie.runtime.storage import disk_trouble
 

@@ -8,10 +8,10 @@ from PIL import Image
 from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
 
 from hf_qie.data.images import BadImage, header_size, read_image
-from hf_qie.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, rounded
+from hf_qie.extraction.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, rounded
+from hf_qie.extraction.preprocess import Pictures, prepare
+from hf_qie.extraction.stats import survey
 from hf_qie.models.qwen_image.vae import grid_of
-from hf_qie.prepare import Pictures, prepare
-from hf_qie.survey import survey
 
 
 @pytest.fixture(scope="session")

@@ -22,19 +22,19 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from hf_qie.accounts import read_account
-from hf_qie.chunks import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
 from hf_qie.data.schema import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import extract, load_models, main
+from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, ChunkWriter
+from hf_qie.extraction.manifest import read_account
+from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.preprocess import Prepared
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
-from hf_qie.plans import make_plan
-from hf_qie.prepare import Prepared
 
 TARGET_SIDE_PX, SOURCE_SIDE_PX = 64, 96
 SMALL = {

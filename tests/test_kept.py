@@ -20,19 +20,20 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from small_recipes import write_recipe
 
-from hf_qie import extract, unfinished
-from hf_qie.accounts import Account, damage, keep_chunk
-from hf_qie.chunks import ChunkWriter, Models
+from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.schema import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import load_models, main
-from hf_qie.kept import digests_of, find_kept
+from hf_qie.extraction import set_writer as unfinished
+from hf_qie.extraction.chunk_writer import ChunkWriter, Models
+from hf_qie.extraction.manifest import Account, damage, keep_chunk
+from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.reuse import digests_of, find_kept
+from hf_qie.extraction.set_writer import finish, open_folder, writing
 from hf_qie.models.qwen_image.family import read_family
-from hf_qie.plans import make_plan
 from hf_qie.runtime.device import compute_dtype
 from hf_qie.runtime.lock import held, in_turn, lock_of
-from hf_qie.unfinished import finish, open_folder, writing
 
 ROWS = 7
 SETTINGS = {"batch_size": 1, "chunk_rows": 3, "max_bad_share": 1.0}  # alone in its batch, a row has the same bits

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from small_recipes import BLUE, GREEN, RED, columns_of, plans_of, weightless, write_recipe
 
-from hf_qie import lettering, sheet
+from hf_qie import lettering
+from hf_qie.extraction import contact_sheet as sheet
 
 
 @pytest.fixture(scope="session")

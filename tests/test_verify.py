@@ -12,8 +12,8 @@ from small_recipes import extract_edits
 from hf_qie import check
 from hf_qie.data.schema import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
+from hf_qie.extraction.verify import Difference, bound, compare
 from hf_qie.runtime.files import written
-from hf_qie.verify import Difference, bound, compare
 
 
 @pytest.fixture(scope="session")

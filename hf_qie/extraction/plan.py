@@ -13,8 +13,8 @@ from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.samples import Rows, open_rows, read_rows
 from hf_qie.data.schema import source_area
 from hf_qie.errors import InputError
+from hf_qie.extraction.preprocess import Plan
 from hf_qie.models.qwen_image.family import Family
-from hf_qie.prepare import Plan
 from hf_qie.runtime.alive import at_any_length
 from hf_qie.runtime.cli import Told
 

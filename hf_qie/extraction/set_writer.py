@@ -19,12 +19,13 @@ from accelerate.logging import get_logger
 from datasets import DatasetInfo, Features
 from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 
-from hf_qie.accounts import REQUEST, UNFINISHED, Account, damage, read_account
-from hf_qie.chunks import Models
 from hf_qie.config.recipe import Recipe, as_dict, save_recipe
 from hf_qie.data.schema import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.errors import InputError
-from hf_qie.kept import (
+from hf_qie.extraction.chunk_writer import Models
+from hf_qie.extraction.manifest import REQUEST, UNFINISHED, Account, damage, read_account
+from hf_qie.extraction.preprocess import Plan
+from hf_qie.extraction.reuse import (
     ROW_DIGESTS,
     is_interrupted,
     read_digests,
@@ -34,7 +35,6 @@ from hf_qie.kept import (
     share,
     write_digests,
 )
-from hf_qie.prepare import Plan
 from hf_qie.runtime.alive import at_any_length
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.files import check_files, move_durably, write_durably, written

@@ -21,15 +21,15 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-from hf_qie.chunks import fits_float16, to_float16
 from hf_qie.data.fetch import is_url
 from hf_qie.data.images import area_size
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.textfiles import clip
 from hf_qie.errors import InputError
+from hf_qie.extraction.chunk_writer import fits_float16, to_float16
+from hf_qie.extraction.preprocess import Pictures, Plan, check_length, read_pictures, ways, words_of
 from hf_qie.models.qwen_image.vae import grid_of
-from hf_qie.prepare import Pictures, Plan, check_length, read_pictures, ways, words_of
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_qie.batches import Pass
 from hf_qie.data.schema import LATENT_CHANNELS
+from hf_qie.extraction.batching import Pass
+from hf_qie.extraction.preprocess import Direction, Picture
 from hf_qie.models.qwen_image.text_encoder import PromptStates
-from hf_qie.prepare import Direction, Picture
 
 
 def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.ndarray]]:

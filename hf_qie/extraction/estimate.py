@@ -20,9 +20,9 @@ from hf_qie.data.images import BadImage, area_size, header_size
 from hf_qie.data.samples import BadRow, has_inverse, refuse_bad
 from hf_qie.data.schema import LATENT_CHANNELS, PROVENANCE
 from hf_qie.errors import InputError
+from hf_qie.extraction.preprocess import Plan, check_length, open_picture
 from hf_qie.models.qwen_image.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from hf_qie.models.qwen_image.vae import Grid, grid_of
-from hf_qie.prepare import Plan, check_length, open_picture
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
 FLOAT16_BYTES = 2

@@ -20,17 +20,17 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from hf_qie.accounts import Account, keep_chunk
-from hf_qie.batches import like_length, same_size, shared_passes
 from hf_qie.data.images import to_pixels
 from hf_qie.data.samples import BadRow
 from hf_qie.data.schema import to_table
-from hf_qie.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
 from hf_qie.errors import InputError
-from hf_qie.kept import Kept, in_order
+from hf_qie.extraction.batching import like_length, same_size, shared_passes
+from hf_qie.extraction.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
+from hf_qie.extraction.manifest import Account, keep_chunk
+from hf_qie.extraction.preprocess import Picture, Pictures, Plan, Prepared, prepare
+from hf_qie.extraction.reuse import Kept, in_order
 from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.vae import LatentEncoder
-from hf_qie.prepare import Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.runtime.alive import at, at_any_length
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together

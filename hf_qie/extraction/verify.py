@@ -21,10 +21,10 @@ from hf_qie.data.mixture import draw_rng
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
+from hf_qie.extraction.preprocess import Pictures, Plan, files_of, read_pictures
+from hf_qie.extraction.stats import aligned
 from hf_qie.models.qwen_image.family import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
-from hf_qie.prepare import Pictures, Plan, files_of, read_pictures
-from hf_qie.survey import aligned
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored
 ROUNDINGS = 32

@@ -16,8 +16,8 @@ from datasets import Dataset, Features
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow
-from hf_qie.estimate import Estimator, Header, Outlook, Way
-from hf_qie.prepare import Plan
+from hf_qie.extraction.estimate import Estimator, Header, Outlook, Way
+from hf_qie.extraction.preprocess import Plan
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind that are told; all are in the file

@@ -7,9 +7,9 @@ from itertools import groupby
 
 from torch import Tensor
 
+from hf_qie.extraction.preprocess import Direction, Picture, Prepared
 from hf_qie.models.qwen_image.prompts import Prompt
 from hf_qie.models.qwen_image.text_encoder import PromptStates
-from hf_qie.prepare import Direction, Picture, Prepared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     from hf_qie.extraction.stats import findings_of, survey, table_of
     from hf_qie.models.qwen_image.family import read_config
     from hf_qie.models.qwen_image.text_encoder import load_processor
-    from hf_qie.noise_chart import noise_chart, noise_of
+    from hf_qie.training.noise_chart import noise_chart, noise_of
 
     processor = load_processor(recipe.model, family=family, revision=recipe.revision)
     width = encoder_width(recipe.model, revision=recipe.revision)

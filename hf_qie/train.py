@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from hf_qie.data.loader import Draws
-    from hf_qie.trainer import EditTrainer
+    from hf_qie.training.trainer import EditTrainer
 
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
@@ -104,9 +104,9 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
-    from hf_qie.loss_chart import loss_chart
-    from hf_qie.recorded import STATE, write_record
     from hf_qie.runtime.alive import at_any_length
+    from hf_qie.training.loss_chart import loss_chart
+    from hf_qie.training.run_record import STATE, write_record
 
     with at_any_length("the loading of the model"):
         trainer, checkpoint = build_trainer(recipe, sets)
@@ -129,13 +129,13 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
 
     Raises InputError where the output folder holds a run that cannot go on as this one.
     """
-    from hf_qie.callbacks import PictureGrid
     from hf_qie.data.online_latents import has_latents, load_vae
-    from hf_qie.evaluation import HeldOut, check_metric, held_out_part, training_part
-    from hf_qie.fsdp import refuse_inactive
     from hf_qie.models.qwen_image.family import read_config
-    from hf_qie.resume import changes, checkpoint_of, run_identity
-    from hf_qie.trainer import EditTrainer
+    from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
+    from hf_qie.training.fsdp import refuse_inactive
+    from hf_qie.training.image_grid import PictureGrid
+    from hf_qie.training.resume import changes, checkpoint_of, run_identity
+    from hf_qie.training.trainer import EditTrainer
 
     held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
@@ -167,9 +167,9 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.footprint import footprint
-    from hf_qie.model import build_model, compile_blocks, model_on_paper
     from hf_qie.models.qwen_image.family import read_config
+    from hf_qie.training.footprint import footprint
+    from hf_qie.training.model import build_model, compile_blocks, model_on_paper
 
     precision = arguments.mixed_precision
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
@@ -196,8 +196,8 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> "TrainingArguments":
     from accelerate.logging import get_logger
     from transformers import TrainingArguments
 
-    from hf_qie.fsdp import BF16_POLICY, fsdp_arguments
-    from hf_qie.precision import settle
+    from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments
+    from hf_qie.training.precision import settle
 
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
@@ -236,7 +236,7 @@ def plan_draws(
 
     from hf_qie.data.loader import Draws
     from hf_qie.data.mixture import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
-    from hf_qie.recorded import run_record
+    from hf_qie.training.run_record import run_record
 
     logger = get_logger("hf_qie.train")
     batch = global_batch_size(arguments)
@@ -259,7 +259,7 @@ def log_start(trainer: "EditTrainer", checkpoint: Path | None) -> None:
     """One line on what is about to happen."""
     from accelerate.logging import get_logger
 
-    from hf_qie.checkpoints import step_of
+    from hf_qie.training.checkpoints import step_of
 
     arguments, parameters, every = trainer.args, list(trainer.model.parameters()), trainer.recipe.sampling.every
     trained = [parameter for parameter in parameters if parameter.requires_grad]

@@ -17,13 +17,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_qie.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.model import LORA_FILE, TRANSFORMER_FOLDER
 from hf_qie.models.qwen_image.family import from_hub, read_config
-from hf_qie.recorded import RECORD, STATE
-from hf_qie.shards import MODEL_FOLDER, sharded_tensors
+from hf_qie.training.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
+from hf_qie.training.dcp_reader import MODEL_FOLDER, sharded_tensors
+from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
+from hf_qie.training.run_record import RECORD, STATE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
 PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # what of a base is fetched and copied: runs no code
@@ -38,7 +38,7 @@ class Trained:
     folder: Path  # with the weights: a checkpoint, or `output_dir` itself
     recipe: Recipe
     state: Mapping[str, Any]  # Trainer's own: steps, losses
-    record: Mapping[str, Any]  # of hf_qie/recorded.py; {} where a run left none
+    record: Mapping[str, Any]  # of hf_qie/training/run_record.py; {} where a run left none
 
     @property
     def name(self) -> str:

@@ -28,33 +28,33 @@ from accelerate.state import PartialState
 from launches import stop
 from transformers.trainer_callback import PrinterCallback
 
-import hf_qie.callbacks
-import hf_qie.checkpoints
 import hf_qie.runtime.alive
-import hf_qie.trainer
+import hf_qie.training.checkpoints
+import hf_qie.training.image_grid
+import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.train import run as run_recipe
-from hf_qie.trainer import EditTrainer
+from hf_qie.training.trainer import EditTrainer
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["hf_qie.trainer", "hf_qie.train", "peft", "torch.distributed.checkpoint"])
+context.set_forkserver_preload(["hf_qie.training.trainer", "hf_qie.train", "peft", "torch.distributed.checkpoint"])
 prepare_backend = PartialState._prepare_backend
 
 # Where a process may be killed: what writes a file of a checkpoint, and a pattern of the file that is cut in half.
 KILLS = {
-    "weights": (hf_qie.trainer, "save_weights", "**/*.safetensors"),
+    "weights": (hf_qie.training.trainer, "save_weights", "**/*.safetensors"),
     "torch": (torch, "save", "*.p*"),
     "shards": (transformers.trainer, "save_fsdp_optimizer", "optimizer_0/*.distcp"),
-    "complete": (hf_qie.checkpoints, "write_durably", "complete.json"),
-    "rotation": (hf_qie.trainer, "rotate_checkpoints", None),
+    "complete": (hf_qie.training.checkpoints, "write_durably", "complete.json"),
+    "rotation": (hf_qie.training.trainer, "rotate_checkpoints", None),
     "loss": (EditTrainer, "compute_loss", None),
 }
 
 # What one rank does while the others wait for it.
 ALONE = {
-    "checkpoint": (hf_qie.checkpoints, "write_durably"),
-    "images": (hf_qie.callbacks, "draw_grid"),
+    "checkpoint": (hf_qie.training.checkpoints, "write_durably"),
+    "images": (hf_qie.training.image_grid, "draw_grid"),
     "log": (PrinterCallback, "on_log"),
 }
 

@@ -16,8 +16,8 @@ from launches import Launch
 from ranks import in_ranks
 from small_recipes import write_recipe
 
-from hf_qie.checkpoints import last_checkpoint
 from hf_qie.runtime.alive import Alive, at, at_any_length
+from hf_qie.training.checkpoints import last_checkpoint
 
 # A beat is a fiftieth of its length here, and so is the patience; the mechanism is the same.
 RANK = """

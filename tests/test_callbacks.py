@@ -16,19 +16,19 @@ from ranks import in_ranks
 from safetensors.torch import load_file
 from small_recipes import extract_edits
 
-from hf_qie import callbacks
-from hf_qie.callbacks import CELL_PX, GAP_PX, GridRow, denoise, draw_grid, spread
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
 from hf_qie.errors import InputError
-from hf_qie.evaluation import HeldOut, held_out_part
-from hf_qie.model import predict
 from hf_qie.models.qwen_image.family import read_config
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 from hf_qie.sampling import Sampler
 from hf_qie.train import open_sets, train
-from hf_qie.trainer import EditTrainer
+from hf_qie.training import image_grid as callbacks
+from hf_qie.training.evaluation import HeldOut, held_out_part
+from hf_qie.training.image_grid import CELL_PX, GAP_PX, GridRow, denoise, draw_grid, spread
+from hf_qie.training.model import predict
+from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
 TASKS = {"edit": {"data": "edit.jsonl", "eval_rows": 2}, "text_to_image": {"data": "none.jsonl", "eval_rows": 1}}

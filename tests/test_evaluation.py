@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.collate import collate
 from hf_qie.errors import InputError
-from hf_qie.evaluation import HeldOut, held_out_part
 from hf_qie.train import build_trainer, open_sets, train
-from hf_qie.trainer import EditTrainer
+from hf_qie.training.evaluation import HeldOut, held_out_part
+from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
 TASKS = {"edit": {"data": "edit.jsonl", "eval_rows": 3}, "text_to_image": {"data": "none.jsonl", "eval_rows": 5}}

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
 from hf_qie import export, formats
-from hf_qie.checkpoints import COMPLETE, mark_complete
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.model import LORA_FILE, build_model, load_weights
-from hf_qie.shards import Restricted, sharded_tensors
 from hf_qie.trained import find_trained, saved_tensors
+from hf_qie.training.checkpoints import COMPLETE, mark_complete
+from hf_qie.training.dcp_reader import Restricted, sharded_tensors
+from hf_qie.training.model import LORA_FILE, build_model, load_weights
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}  # alpha is not the rank: the scale is 2
 SHARDED = [

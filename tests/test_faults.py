@@ -13,7 +13,7 @@ from embedding_sets import write_recipe
 from ranks import in_ranks
 from safetensors.torch import load_file
 
-from hf_qie.checkpoints import last_checkpoint
+from hf_qie.training.checkpoints import last_checkpoint
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear", "dropout": 0.2}}
 FSDP = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.flops import POINTS, RowFlops, count, utilisation
-from hf_qie.model import freeze_unused, model_on_paper
 from hf_qie.train import build_trainer, open_sets
-from hf_qie.watch import Pace
+from hf_qie.training.flops import POINTS, RowFlops, count, utilisation
+from hf_qie.training.metrics import Pace
+from hf_qie.training.model import freeze_unused, model_on_paper
 
 WAYS = {
     "all": {},

@@ -11,9 +11,9 @@ from released import NUM_PARAMETERS, write_released
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.footprint import footprint
-from hf_qie.model import build_model, model_on_paper
 from hf_qie.train import make_model, training_arguments
+from hf_qie.training.footprint import footprint
+from hf_qie.training.model import build_model, model_on_paper
 
 RANK = 32
 HIDDEN, MLP = 3072, 4 * 3072

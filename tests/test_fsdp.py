@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from hf_qie.errors import InputError
-from hf_qie.fsdp import check_sharded
-from hf_qie.model import LORA_FILE
+from hf_qie.training.fsdp import check_sharded
+from hf_qie.training.model import LORA_FILE
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}

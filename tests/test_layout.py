@@ -10,17 +10,18 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors runtime.settings config.installed config.training_args runtime.storage config.recipe "
-    "runtime.cli config.launch runtime.device precision runtime.lock runtime.files runtime.alive "
+    "runtime.cli config.launch runtime.device training.precision runtime.lock runtime.files runtime.alive "
     "models.qwen_image.family data.fetch data.textfiles data.tables data.readers data.captions "
     "data.samples data.images models.qwen_image.prompts models.qwen_image.text_encoder "
     "models.qwen_image.vae data.schema data.validation data.embedding_sets cards public publish "
     "extraction.preprocess extraction.plan extraction.estimate extraction.batching extraction.encoded "
     "extraction.manifest extraction.reuse extraction.chunk_writer extraction.set_writer extract "
-    "extraction.firered convert data.mixture data.online_latents data.loader data.collate flow losses "
-    "noise_chart loss_chart flops watch evaluation fsdp models.qwen_image.lora_files model footprint "
-    "objective lettering callbacks checkpoints resume shards trainer recorded train trained formats "
-    "model_card export sampling extraction.stats extraction.contact_sheet extraction.verify check shapes "
-    "tiny_vae tiny demo "
+    "extraction.firered convert data.mixture data.online_latents data.loader data.collate training.noise "
+    "training.losses training.noise_chart training.loss_chart training.flops training.metrics "
+    "training.evaluation training.fsdp models.qwen_image.lora_files training.model training.footprint "
+    "training.objective lettering training.image_grid training.checkpoints training.resume "
+    "training.dcp_reader training.trainer training.run_record train trained formats model_card export "
+    "sampling extraction.stats extraction.contact_sheet extraction.verify check shapes tiny_vae tiny demo "
 ).split()
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from hf_qie import sampling
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.errors import InputError
-from hf_qie.model import LORA_FILE, adapters, build_model, save_weights
 from hf_qie.models.qwen_image.lora_files import read_lora
+from hf_qie.training.model import LORA_FILE, adapters, build_model, save_weights
 
 RANK = 4
 LORA = Lora(rank=RANK, alpha=RANK, target_modules="all-linear")

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from hf_qie.loss_chart import COLOURS, curves, loss_chart
+from hf_qie.training.loss_chart import COLOURS, curves, loss_chart
 
 HISTORY = [
     {"step": 10, "loss": 2.0, "loss/edit": 2.5, "loss/combine": 1.5, "learning_rate": 1e-4},

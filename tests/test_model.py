@@ -14,7 +14,7 @@ from torch import nn
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.data.collate import Batch
 from hf_qie.errors import InputError
-from hf_qie.model import (
+from hf_qie.training.model import (
     LORA_FILE,
     PRESETS,
     adapters,

@@ -11,8 +11,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from PIL import ImageColor
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.losses import WEIGHTINGS
-from hf_qie.noise_chart import BAR, BARS, DRAWS, LINE, MARGIN, TICK, WIDTH, Noise, noise_chart, noise_of
+from hf_qie.training.losses import WEIGHTINGS
+from hf_qie.training.noise_chart import BAR, BARS, DRAWS, LINE, MARGIN, TICK, WIDTH, Noise, noise_chart, noise_of
 
 MIDDLES = (np.arange(BARS) + 0.5) / BARS
 

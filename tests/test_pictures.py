@@ -18,7 +18,7 @@ from hf_qie.data.online_latents import read_pixels, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
 from hf_qie.train import build_trainer, open_sets, train
-from hf_qie.trainer import EditTrainer
+from hf_qie.training.trainer import EditTrainer
 
 ROWS = 6
 LATENTS = ("target_latents", "source_latents", "inverse_target_latents", "inverse_source_latents")

@@ -7,12 +7,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from embedding_sets import write_recipe
 
-from hf_qie import precision
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.precision import settle
 from hf_qie.runtime.device import log_once
 from hf_qie.train import build_trainer, open_sets, training_arguments
+from hf_qie.training import precision
+from hf_qie.training.precision import settle
 
 PLAIN = ["--cpu", "hf_qie/train.py"]
 

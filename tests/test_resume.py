@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 import hf_qie.train
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.model import parameters
-from hf_qie.resume import apply_settings, settings_of
 from hf_qie.train import open_sets, train
-from hf_qie.trainer import EditTrainer
+from hf_qie.training.model import parameters
+from hf_qie.training.resume import apply_settings, settings_of
+from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 

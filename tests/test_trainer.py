@@ -15,17 +15,17 @@ from ranks import without_pace
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-import hf_qie.checkpoints
-import hf_qie.trainer
-from hf_qie.checkpoints import last_checkpoint
+import hf_qie.training.checkpoints
+import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.mixture import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.flow import noise_for
-from hf_qie.model import parameters
 from hf_qie.train import build_trainer, open_sets, train
-from hf_qie.trainer import EditTrainer
+from hf_qie.training.checkpoints import last_checkpoint
+from hf_qie.training.model import parameters
+from hf_qie.training.noise import noise_for
+from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 CUTS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}  # rows x accumulation
@@ -238,7 +238,7 @@ def test_the_limit_of_checkpoints_outlives_a_save_that_fails(tiny, tmp_path, mon
         raise OSError("no space")
 
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training={"save_total_limit": 1}))
-    monkeypatch.setattr("hf_qie.trainer.save_weights", fail)
+    monkeypatch.setattr("hf_qie.training.trainer.save_weights", fail)
     with pytest.raises(OSError, match="no space"):
         trainer.train()
     assert trainer.args.save_total_limit == 1
@@ -355,16 +355,16 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tiny, tmp_path, caplog):
 
 def test_samples_of_a_large_file_reach_its_first_and_last_byte(tmp_path, monkeypatch):
     for name, value in (("WHOLE_BYTES", 100), ("SAMPLES", 4), ("SAMPLE_BYTES", 10)):
-        monkeypatch.setattr(hf_qie.checkpoints, name, value)
+        monkeypatch.setattr(hf_qie.training.checkpoints, name, value)
     path = tmp_path / "large"
     path.write_bytes(bytes(1000))
-    digest = hf_qie.checkpoints.file_digest(path)
+    digest = hf_qie.training.checkpoints.file_digest(path)
     seen = []
     for place in range(1000):
         data = bytearray(1000)
         data[place] = 1
         path.write_bytes(data)
-        if hf_qie.checkpoints.file_digest(path) != digest:
+        if hf_qie.training.checkpoints.file_digest(path) != digest:
             seen.append(place)
     assert seen == [*range(10), *range(330, 340), *range(660, 670), *range(990, 1000)]
 
@@ -435,13 +435,13 @@ def test_complete_json_tells_of_every_file(tiny, tmp_path):
 
 def test_older_checkpoints_go_only_once_the_new_one_is_whole(tiny, tmp_path, monkeypatch):
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
-    there, mark = [], hf_qie.trainer.mark_complete
+    there, mark = [], hf_qie.training.trainer.mark_complete
 
     def watch(folder, **facts):
         there.append(sorted(p.name for p in folder.parent.glob("checkpoint-*")))
         mark(folder, **facts)
 
-    monkeypatch.setattr(hf_qie.trainer, "mark_complete", watch)
+    monkeypatch.setattr(hf_qie.training.trainer, "mark_complete", watch)
     run(path, "training.save_steps=1", "training.save_total_limit=1")
     assert there == [["checkpoint-1"], *([f"checkpoint-{n}", f"checkpoint-{n + 1}"] for n in (1, 2, 3))]
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]

@@ -13,12 +13,12 @@ from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
 from transformers import TrainerCallback
 
-from hf_qie.checkpoints import last_checkpoint
 from hf_qie.config.recipe import load_recipe
-from hf_qie.model import parameters
 from hf_qie.train import build_trainer, open_sets
-from hf_qie.trainer import EditTrainer
-from hf_qie.watch import NotFinite, Pace
+from hf_qie.training.checkpoints import last_checkpoint
+from hf_qie.training.metrics import NotFinite, Pace
+from hf_qie.training.model import parameters
+from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 PACE = ("rows_per_second", "tokens_per_second", "seconds_waiting_for_data", "peak_memory_gb")
@@ -161,7 +161,7 @@ def test_every_log_of_a_loss_has_the_pace(tiny, tmp_path):
 def test_seconds_are_those_of_the_steps_alone(tiny, tmp_path, monkeypatch):
     """A clock that only data, steps and what comes between them move."""
     now = [0.0]
-    monkeypatch.setattr("hf_qie.watch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_qie.training.metrics.time.perf_counter", lambda: now[0])
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA))
     pace = Pace(trainer.accelerator, None)
     batch = next(iter(trainer.get_train_dataloader()))

@@ -17,10 +17,10 @@ from embedding_sets import write_recipe
 from figures import Figure, at_most
 from transformers import TrainerCallback
 
-from hf_qie.checkpoints import COMPLETE, mark_complete
 from hf_qie.config.recipe import load_recipe
 from hf_qie.tiny import tiny_checkpoint
 from hf_qie.train import build_trainer, open_sets
+from hf_qie.training.checkpoints import COMPLETE, mark_complete
 
 EARLY, LATE, LOGGING_STEPS, ROUNDS = 10, 1_000_000, 10, 3
 STEPS = LATE + 10

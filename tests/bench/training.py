@@ -18,11 +18,11 @@ from figures import Figure, at_most
 from transformers import TrainerCallback
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.flow import add_noise
-from hf_qie.losses import velocity_mse
-from hf_qie.model import predict
 from hf_qie.tiny import tiny_checkpoint
 from hf_qie.train import build_trainer, open_sets
+from hf_qie.training.losses import velocity_mse
+from hf_qie.training.model import predict
+from hf_qie.training.noise import add_noise
 
 ROUNDS, STEPS, WIDTH, LAYERS = 4, 16, 256, 14
 

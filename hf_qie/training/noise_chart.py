@@ -10,9 +10,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 
 from hf_qie.config.recipe import Recipe
-from hf_qie.flow import mu_of, shift_mu, sigmas_for
-from hf_qie.losses import WEIGHTINGS
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
+from hf_qie.training.losses import WEIGHTINGS
+from hf_qie.training.noise import mu_of, shift_mu, sigmas_for
 
 DRAWS = 10_000  # a second; a bar of average height is off by 7 %
 BARS = 50

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 
-from hf_qie.checkpoints import NEVER_LOADED
 from hf_qie.errors import InputError
+from hf_qie.training.checkpoints import NEVER_LOADED
 
 OWN = "take a checkpoint of a run of your own"
 MODEL_FOLDER = "pytorch_model_fsdp_0"  # accelerate's name for it

@@ -17,29 +17,29 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, read_complete, states_of
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.loader import Draws, RankBatches, open_loader
 from hf_qie.data.mixture import realised_shares
 from hf_qie.data.online_latents import encode_pictures
 from hf_qie.errors import InputError
-from hf_qie.evaluation import HeldOut, generators_kept
-from hf_qie.flops import utilisation
-from hf_qie.fsdp import check_sharded
-from hf_qie.model import (
+from hf_qie.models.qwen_image.vae import LatentEncoder
+from hf_qie.runtime.alive import BETWEEN, at, at_any_length
+from hf_qie.training.checkpoints import WEIGHTS_ALONE, check_shapes, mark_complete, misfit, read_complete, states_of
+from hf_qie.training.dcp_reader import refuse_pickles
+from hf_qie.training.evaluation import HeldOut, generators_kept
+from hf_qie.training.flops import utilisation
+from hf_qie.training.fsdp import check_sharded
+from hf_qie.training.metrics import Losses, Pace
+from hf_qie.training.model import (
     enable_activation_checkpointing,
     load_weights,
     low_lr_parameters,
     model_on_paper,
     save_weights,
 )
-from hf_qie.models.qwen_image.vae import LatentEncoder
-from hf_qie.objective import Objective
-from hf_qie.resume import apply_settings, settings_of
-from hf_qie.runtime.alive import BETWEEN, at, at_any_length
-from hf_qie.shards import refuse_pickles
-from hf_qie.watch import Losses, Pace
+from hf_qie.training.objective import Objective
+from hf_qie.training.resume import apply_settings, settings_of
 
 logger = get_logger(__name__)
 

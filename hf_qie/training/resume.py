@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
-from hf_qie.checkpoints import check_identity, last_checkpoint, read_complete, step_of
 from hf_qie.config.recipe import Recipe, as_dict
 from hf_qie.errors import InputError
 from hf_qie.runtime.settings import leaves
+from hf_qie.training.checkpoints import check_identity, last_checkpoint, read_complete, step_of
 
 logger = get_logger(__name__)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from hf_qie.config.recipe import Lora, Recipe
 from hf_qie.data.collate import Batch
 from hf_qie.errors import InputError
-from hf_qie.fsdp import gathered
 from hf_qie.models.qwen_image.lora_files import UNEVEN, read_lora
+from hf_qie.training.fsdp import gathered
 
 logger = get_logger(__name__)
 

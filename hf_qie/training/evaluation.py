@@ -16,8 +16,8 @@ from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.mixture import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.flow import eval_fractions
-from hf_qie.watch import NAMED, NotFinite
+from hf_qie.training.metrics import NAMED, NotFinite
+from hf_qie.training.noise import eval_fractions
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import Batch
-from hf_qie.flow import add_noise, mu_of, noise_for, shifted, sigmas_for
-from hf_qie.losses import WEIGHTINGS, velocity_mse
-from hf_qie.model import predict
+from hf_qie.training.losses import WEIGHTINGS, velocity_mse
+from hf_qie.training.model import predict
+from hf_qie.training.noise import add_noise, mu_of, noise_for, shifted, sigmas_for
 
 
 class Objective:

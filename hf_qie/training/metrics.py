@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_qie.data.collate import Batch
-from hf_qie.flops import Utilisation
 from hf_qie.runtime.alive import at, at_any_length
+from hf_qie.training.flops import Utilisation
 
 NAMED = 16  # rows of an error message
 

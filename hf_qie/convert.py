@@ -77,7 +77,7 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
 
     from hf_qie.data.samples import most_bad
     from hf_qie.data.schema import read_provenance
-    from hf_qie.publish import open_repo
+    from hf_qie.hub.publish import open_repo
 
     if start().num_processes > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")

@@ -41,9 +41,9 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import PartialState
 
-    from hf_qie.formats import EXPORTS
-    from hf_qie.model_card import CARD, PICTURES, model_card
-    from hf_qie.trained import find_trained
+    from hf_qie.hub.export_formats import EXPORTS
+    from hf_qie.hub.model_card import CARD, PICTURES, model_card
+    from hf_qie.hub.trained_run import find_trained
 
     PartialState()  # without it, what finds checkpoints cannot log
     trained = find_trained(asked.checkpoint)
@@ -103,8 +103,8 @@ def open_repo(asked: Namespace) -> "ModelCard | None":
     """
     from huggingface_hub import HfApi, ModelCard
 
-    from hf_qie.model_card import CARD
-    from hf_qie.publish import check_license, hub_errors
+    from hf_qie.hub.model_card import CARD
+    from hf_qie.hub.publish import check_license, hub_errors
 
     api, repo, private = HfApi(), asked.push_to_hub, not asked.public
     with hub_errors(repo, at="--push_to_hub", remedy="try again; nothing was written yet"):
@@ -123,7 +123,7 @@ def push(folder: Path, repo: str, *, message: str) -> str:
     """Send the exported folder in one commit; returns the address."""
     from huggingface_hub import HfApi
 
-    from hf_qie.publish import hub_errors
+    from hf_qie.hub.publish import hub_errors
 
     remedy = f"what was exported is in {folder}; send it with: hf upload {repo} {folder}"
     with hub_errors(repo, at="--push_to_hub", remedy=remedy):

@@ -83,7 +83,7 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     from hf_qie.data.samples import most_bad
     from hf_qie.data.schema import PROVENANCE, checkpoint_compat, read_provenance
     from hf_qie.extraction.set_writer import request_of
-    from hf_qie.publish import open_repo
+    from hf_qie.hub.publish import open_repo
     from hf_qie.runtime.device import compute_dtype
 
     state = start()
@@ -255,7 +255,7 @@ def push(recipe: Recipe, names: list[str], code: int) -> None:
     from accelerate.logging import get_logger
 
     from hf_qie.data.schema import PROVENANCE
-    from hf_qie.publish import push_sets
+    from hf_qie.hub.publish import push_sets
 
     logger = get_logger("hf_qie.extract")
     if not all(Path(recipe.extract.output_dir, name, PROVENANCE).exists() for name in names):

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_qie.data.schema import set_features, to_table
-from hf_qie.publish import write_shard
+from hf_qie.hub.publish import write_shard
 
 WIDTH = 3584
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, BytesStorageMetadata
 
-from hf_qie import export, formats
+from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.trained import find_trained, saved_tensors
+from hf_qie.hub import export_formats as formats
+from hf_qie.hub.trained_run import find_trained, saved_tensors
 from hf_qie.training.checkpoints import COMPLETE, mark_complete
 from hf_qie.training.dcp_reader import Restricted, sharded_tensors
 from hf_qie.training.model import LORA_FILE, build_model, load_weights

@@ -24,9 +24,9 @@ from hf_qie.data.schema import PROVENANCE, matrix
 from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.export import main as export
+from hf_qie.hub.trained_run import find_trained, saved_tensors
 from hf_qie.runtime.files import written
 from hf_qie.train import open_sets, train
-from hf_qie.trained import find_trained, saved_tensors
 from hf_qie.training.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit
 from hf_qie.training.dcp_reader import refuse_pickles
 

@@ -21,12 +21,12 @@ from hub import TOKEN, Hub
 from push_rate import measure
 from safetensors.torch import load_file
 
-from hf_qie.cards import BEGIN, END
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extract import TOO_MANY_BAD
 from hf_qie.extract import push as push_unless_bad
-from hf_qie.public import public, public_path
+from hf_qie.hub.dataset_card import BEGIN, END
+from hf_qie.hub.redact import public, public_path
 
 TASKS = ("edit", "combine", "text_to_image")
 # `load_dataset` in a process of its own: each config is left in a folder as it comes
@@ -331,7 +331,7 @@ def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(
 # tries to open a repository by each of the settings given, and says what went wrong
 REFUSED = """
 import json, sys
-from hf_qie.publish import open_repo
+from hf_qie.hub.publish import open_repo
 from hf_qie.config.recipe import Extract, InputError
 for settings in sys.argv[1:]:
     try:

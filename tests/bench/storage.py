@@ -6,7 +6,7 @@ import torch
 from figures import Figure, at_most
 from wide_rows import CAPTIONS, LATENTS, open_chunks, prompts, wide_rows, write_chunk
 
-from hf_qie.publish import write_shard
+from hf_qie.hub.publish import write_shard
 
 ROWS = 32
 MAX_TOKENS = 512  # to which trainers pad that keep all prompts one length

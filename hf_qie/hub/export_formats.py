@@ -18,8 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_qie.errors import InputError
+from hf_qie.hub.trained_run import (
+    PLAIN,
+    WEIGHTS_FILE,
+    Adapters,
+    Tensors,
+    Trained,
+    base_folder,
+    read_adapters,
+    saved_tensors,
+)
 from hf_qie.models.qwen_image.family import read_config
-from hf_qie.trained import PLAIN, WEIGHTS_FILE, Adapters, Tensors, Trained, base_folder, read_adapters, saved_tensors
 from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")

@@ -5,13 +5,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_qie.cards import TAGS, rendered, renewed
 from hf_qie.config.recipe import as_dict
-from hf_qie.formats import comfyui_file
+from hf_qie.hub.dataset_card import TAGS, rendered, renewed
+from hf_qie.hub.export_formats import comfyui_file
+from hf_qie.hub.redact import public
+from hf_qie.hub.trained_run import Trained
 from hf_qie.models.qwen_image.family import read_family
-from hf_qie.public import public
 from hf_qie.runtime.settings import write_yaml
-from hf_qie.trained import Trained
 
 PICTURES = "pictures.png"  # edits of held-out rows, where the run has made some
 CARD = "README.md"

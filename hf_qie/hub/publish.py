@@ -27,15 +27,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from hf_qie.cards import dataset_card
 from hf_qie.config.recipe import Extract, Task
 from hf_qie.data.embedding_sets import open_set, published_shards
 from hf_qie.data.schema import matrix_width, parse_provenance, read_provenance, request_differences
 from hf_qie.errors import InputError
-from hf_qie.public import image_roots, public, public_rows, reason_of
+from hf_qie.hub.dataset_card import dataset_card
+from hf_qie.hub.redact import image_roots, public, public_rows, reason_of
 from hf_qie.runtime.files import move_durably
 
-logger = logging.getLogger("hf_qie.publish")
+logger = logging.getLogger("hf_qie.hub.publish")
 
 SHARD_BYTES = 750_000_000  # of Arrow; as Parquet about 500 MB
 ROW_GROUP_ROWS = 64  # what a reader holds at once

@@ -158,7 +158,7 @@ def grid(edits: Sequence["Edit"], before: Sequence["Image.Image"], after: Sequen
     """A line an edit, under `HEADS`."""
     from PIL import Image, ImageDraw
 
-    from hf_qie.lettering import write
+    from hf_qie.plots import write
     from hf_qie.shapes import draw
 
     step, head = CELL + GAP, GAP + 2 * TEXT

@@ -19,10 +19,10 @@ LAYERS = (
     "extraction.set_writer extract extraction.firered convert data.mixture data.online_latents "
     "data.loader data.collate training.noise training.losses training.noise_chart training.loss_chart "
     "training.flops training.metrics training.evaluation training.fsdp models.qwen_image.lora_files "
-    "training.model training.footprint training.objective lettering training.image_grid "
-    "training.checkpoints training.resume training.dcp_reader training.trainer training.run_record train "
-    "hub.trained_run hub.export_formats hub.model_card export sampling extraction.stats "
-    "extraction.contact_sheet extraction.verify check shapes tiny_vae tiny demo "
+    "training.model training.footprint training.objective plots training.image_grid training.checkpoints "
+    "training.resume training.dcp_reader training.trainer training.run_record train hub.trained_run "
+    "hub.export_formats hub.model_card export sampling extraction.stats extraction.contact_sheet "
+    "extraction.verify check shapes tiny_vae tiny demo "
 ).split()
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from small_recipes import BLUE, GREEN, RED, columns_of, plans_of, weightless, write_recipe
 
-from hf_qie import lettering
+from hf_qie import plots as lettering
 from hf_qie.extraction import contact_sheet as sheet
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from hf_qie.data.mixture import draw_rng
 from hf_qie.data.samples import BadRow
 from hf_qie.extraction.preprocess import Plan, read_file, read_picture
-from hf_qie.lettering import font_for, legible, wrap, write
+from hf_qie.plots import font_for, legible, wrap, write
 
 NUM_ROWS = 6  # on a sheet
 BOX_PX = 288  # the square that a picture fits in

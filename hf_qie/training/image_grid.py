@@ -23,8 +23,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.online_latents import load_vae
-from hf_qie.lettering import font_for, legible, wrap, write
 from hf_qie.models.qwen_image.vae import pack_latents
+from hf_qie.plots import font_for, legible, wrap, write
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.model import predict
 from hf_qie.training.noise import shift_mu

@@ -20,7 +20,7 @@ $(INSTALLED): setup.py constraints.txt
 install: $(INSTALLED)  ## make the environment with everything that tests and style need
 
 demo: $(INSTALLED)  ## teach a tiny model to edit, and draw what it learned: outputs/demo/edits.png, in some minutes
-	$(BIN)/python hf_qie/demo.py recipes/demo.yaml
+	$(BIN)/python hf_qie/demo/run.py recipes/demo.yaml
 
 test: $(INSTALLED)  ## run the tests, after the set-up they need
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2

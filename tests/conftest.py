@@ -18,7 +18,7 @@ from filelock import FileLock
 from hub import Hub
 from PIL import Image
 
-from hf_qie.shapes import synthetic_edits
+from hf_qie.demo.shapes import synthetic_edits
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two workers on two cores; one thread gives the same bits on every machine
@@ -31,7 +31,7 @@ def no_network(monkeypatch):
 
     def refuse(sock, address):
         if sock.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test reached for {address}; build what it needs in hf_qie/tiny.py instead")
+            raise AssertionError(f"a test reached for {address}; build what it needs in hf_qie/demo/tiny.py instead")
         return connect(sock, address)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
@@ -63,7 +63,7 @@ def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pa
 @pytest.fixture(scope="session")
 def tiny(built_once) -> Callable[[str], Path]:
     """`tiny(kind)` -> the tiny checkpoint of that kind; read only, since every test shares it."""
-    from hf_qie.tiny import tiny_checkpoint  # here, so that tests without models need not wait for diffusers
+    from hf_qie.demo.tiny import tiny_checkpoint
 
     return lambda kind="edit_plus": built_once(kind, lambda folder: tiny_checkpoint(folder, kind=kind))
 

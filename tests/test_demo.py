@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.demo import CELL, HEADS, PICTURES, grid, held_out, psnr_db, score
-from hf_qie.shapes import LESSON_PX, LESSONS, draw, synthetic_edits
+from hf_qie.demo.run import CELL, HEADS, PICTURES, grid, held_out, psnr_db, score
+from hf_qie.demo.shapes import LESSON_PX, LESSONS, draw, synthetic_edits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +82,9 @@ def test_the_demo_learns(tmp_path):
     for name in ("hf_qie", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    subprocess.run([sys.executable, "hf_qie/demo.py", "recipes/demo.yaml"], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "hf_qie/demo/run.py", "recipes/demo.yaml"], cwd=tmp_path, env=environment, check=True
+    )
     told = json.loads((tmp_path / "outputs" / "demo" / "demo.json").read_text())
     assert told["psnr_copy_source"] <= 16
     assert told["psnr_after"] >= told["psnr_copy_source"] + 5

@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
-from hf_qie.demo import ROWS
+from hf_qie.demo.run import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {"hf_qie/convert.py": "test_convert.py"}  # a script whose line is run there, on files that it needs
 SHORTER = {
-    "hf_qie/tiny.py": ["--rows", "8"],
+    "hf_qie/demo/tiny.py": ["--rows", "8"],
     "hf_qie/train.py": ["training.max_steps=10"],
     "hf_qie/sampling.py": ["--num_inference_steps", "2"],
 }

@@ -12,8 +12,8 @@ from diffusers.modular_pipelines.qwenimage import prompt_templates
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from hf_qie.shapes import COLOURS, CORNERS, synthetic_edits
-from hf_qie.tiny import KINDS, SPECIAL_TOKENS, main, tiny_checkpoint
+from hf_qie.demo.shapes import COLOURS, CORNERS, synthetic_edits
+from hf_qie.demo.tiny import KINDS, SPECIAL_TOKENS, main, tiny_checkpoint
 
 SYSTEM_TEXTS = [prompt_templates.QWENIMAGE_PROMPT_TEMPLATE, prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE]
 

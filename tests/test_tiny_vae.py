@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLQwenImage
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hf_qie.tiny_vae import CONFIG, FILE, HELD_OUT, FlatConvolutions, pictures, psnr_db, tiny_vae
+from hf_qie.demo.tiny_vae import CONFIG, FILE, HELD_OUT, FlatConvolutions, pictures, psnr_db, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_the_file_is_small_and_says_how_it_was_made():
     with safe_open(FILE, framework="pt") as file:
         words = shlex.split(file.metadata()["command"])
     assert {tensor.dtype for name, tensor in load_file(FILE).items() if "latents" not in name} == {torch.float16}
-    assert words[:2] == ["python", "hf_qie/tiny_vae.py"]
+    assert words[:2] == ["python", "hf_qie/demo/tiny_vae.py"]
     assert "--seed" in words
 
 

@@ -22,6 +22,8 @@ from figures import Figure, at_least
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import to_pixels
+from hf_qie.demo.shapes import synthetic_edits
+from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.extract import load_models, write_chunks
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction.chunk_writer import Models
@@ -29,8 +31,6 @@ from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Pictures, Prepared, prepare
 from hf_qie.extraction.set_writer import open_folder
 from hf_qie.models.qwen_image.family import read_family
-from hf_qie.shapes import synthetic_edits
-from hf_qie.tiny import tiny_checkpoint
 
 ROWS, CHUNK_ROWS, BATCH, WORKERS = 512, 256, 4, 4
 ENCODE_S = 0.2  # of a batch, at least

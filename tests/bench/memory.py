@@ -18,8 +18,8 @@ from pathlib import Path
 import small_recipes
 from figures import Figure, at_most
 
-from hf_qie.shapes import synthetic_edits
-from hf_qie.tiny import tiny_checkpoint
+from hf_qie.demo.shapes import synthetic_edits
+from hf_qie.demo.tiny import tiny_checkpoint
 
 SIZES = (100, 1_000, 10_000)
 STEPS, CHUNK_ROWS = 60, 64

@@ -18,7 +18,7 @@ from figures import Figure, at_most
 from transformers import TrainerCallback
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.tiny import tiny_checkpoint
+from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.train import build_trainer, open_sets
 from hf_qie.training.losses import velocity_mse
 from hf_qie.training.model import predict

@@ -1,6 +1,6 @@
 """The demo: a tiny model learns edits from scratch, through the very scripts that users run, and a picture shows it.
 
-    python hf_qie/demo.py recipes/demo.yaml [key.of.the.recipe=value ...]
+    python hf_qie/demo/run.py recipes/demo.yaml [key.of.the.recipe=value ...]
 
 Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and edits pictures that training never
 saw, with the official pipeline. Leaves in outputs/demo: edits.png (source, instruction, before and after training,
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hf_qie.config.recipe import Recipe
-    from hf_qie.shapes import Edit
+    from hf_qie.demo.shapes import Edit
 
-logger = logging.getLogger("hf_qie.demo")
+logger = logging.getLogger("hf_qie.demo.run")
 
 FOLDER = Path("outputs/demo")
 ROWS = 600  # a task
@@ -36,7 +36,7 @@ PICTURES = 12  # held out; each is edited with three instructions
 SHOWN = 2  # pictures in the grid
 SAMPLING = {"num_inference_steps": 12, "true_cfg_scale": 1.0}  # a third of the time; so small a model needs no more
 STAGES = {
-    "data": f"hf_qie/tiny.py --kind learner --rows {ROWS} --model {FOLDER}/model --data {FOLDER}/data",
+    "data": f"hf_qie/demo/tiny.py --kind learner --rows {ROWS} --model {FOLDER}/model --data {FOLDER}/data",
     "extract": "-m accelerate.commands.launch -q hf_qie/extract.py",
     "train": "-m accelerate.commands.launch -q hf_qie/train.py",
 }
@@ -78,7 +78,7 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def held_out(size_px: int) -> list["Edit"]:
     """`PICTURES` pictures that training never draws, each with three edits: ground, shape, negative."""
-    from hf_qie.shapes import negative, repaint
+    from hf_qie.demo.shapes import negative, repaint
 
     edits = []
     for i in range(PICTURES):
@@ -92,8 +92,8 @@ def sampled(recipe: "Recipe", edits: Sequence["Edit"], *, trained: bool) -> list
     """The edits as the model makes them, before or after training."""
     from tqdm import tqdm
 
+    from hf_qie.demo.shapes import draw
     from hf_qie.sampling import BASE, Sampler
-    from hf_qie.shapes import draw
 
     sampler = Sampler(recipe, checkpoint=None if trained else BASE)
     sampler.pipeline.set_progress_bar_config(disable=True)  # one bar for all
@@ -120,7 +120,7 @@ def score(
     `share_own_instruction`: of the edits after training, those nearer to their own target than to the targets of the
     other two instructions on the same picture.
     """
-    from hf_qie.shapes import draw
+    from hf_qie.demo.shapes import draw
 
     targets = [draw(edit.target) for edit in edits]
     made = {
@@ -158,8 +158,8 @@ def grid(edits: Sequence["Edit"], before: Sequence["Image.Image"], after: Sequen
     """A line an edit, under `HEADS`."""
     from PIL import Image, ImageDraw
 
+    from hf_qie.demo.shapes import draw
     from hf_qie.plots import write
-    from hf_qie.shapes import draw
 
     step, head = CELL + GAP, GAP + 2 * TEXT
     sheet = Image.new("RGB", (GAP + len(HEADS) * step, head + len(edits) * step), "white")

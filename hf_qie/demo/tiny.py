@@ -1,10 +1,10 @@
 """A tiny checkpoint for the demo and the tests: real classes and layout, random weights, nothing downloaded.
 
-    python hf_qie/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
+    python hf_qie/demo/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
 
 --model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
 edit_plus_2511, edit, text_to_image, learner). --data: the folder for synthetic edits, --rows of each task. The
-VAE is trained (hf_qie/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
+VAE is trained (hf_qie/demo/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
 """
 
 import json
@@ -37,11 +37,11 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
 from hf_qie.config.recipe import Count
+from hf_qie.demo.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
+from hf_qie.demo.tiny_vae import tiny_vae
 from hf_qie.runtime.cli import Options, run_script, to_path, wanted
-from hf_qie.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
-from hf_qie.tiny_vae import tiny_vae
 
-logger = logging.getLogger("hf_qie.tiny")
+logger = logging.getLogger("hf_qie.demo.tiny")
 
 KINDS = {
     "edit_plus": QwenImageEditPlusPipeline,  # like Qwen-Image-Edit-2509

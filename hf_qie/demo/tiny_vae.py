@@ -1,8 +1,8 @@
 """The VAE of the tiny checkpoints: trained once on synthetic pictures, so that what a tiny model learns can be seen.
 
-    python hf_qie/tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
+    python hf_qie/demo/tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
-makes hf_qie/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D convolution
+makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D convolution
 the slice that a single picture meets, as float16, with the mean and std of the latents, and the command that made it.
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hf_qie.config.recipe import Count, Positive, Seed
+from hf_qie.demo.shapes import draw, random_scene
 from hf_qie.runtime.cli import Options, run_script, wanted
-from hf_qie.shapes import draw, random_scene
 
-logger = logging.getLogger("hf_qie.tiny_vae")
+logger = logging.getLogger("hf_qie.demo.tiny_vae")
 
 FILE = Path(__file__).with_name("tiny_vae.safetensors")
 CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
@@ -149,7 +149,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     vae = train(**vars(args))
     command = " ".join(f"--{key} {value}" for key, value in vars(args).items())
-    save(vae, made_by={"command": f"python hf_qie/tiny_vae.py {command}", "torch": torch.__version__})
+    save(vae, made_by={"command": f"python hf_qie/demo/tiny_vae.py {command}", "torch": torch.__version__})
     vae, held_out = tiny_vae(), pictures(HELD_OUT, range(64))
     with torch.no_grad():
         quality_db = psnr_db(vae.decode(vae.encode(held_out).latent_dist.mode()).sample, held_out)

@@ -1,0 +1,1 @@
+"""The recipe, `TrainingArguments`, and what the launcher adds to them."""

@@ -1,0 +1,1 @@
+"""A tiny checkpoint and synthetic edits, for the demo and the tests."""

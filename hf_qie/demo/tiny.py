@@ -4,7 +4,8 @@
 
 --model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
 edit_plus_2511, edit, text_to_image, learner). --data: the folder for synthetic edits, --rows of each task. The
-VAE is trained (hf_qie/demo/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
+VAE is trained (hf_qie/demo/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on
+a CPU.
 """
 
 import json

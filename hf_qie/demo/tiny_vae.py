@@ -2,8 +2,9 @@
 
     python hf_qie/demo/tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
-makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D convolution
-the slice that a single picture meets, as float16, with the mean and std of the latents, and the command that made it.
+makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D
+convolution the slice that a single picture meets, as float16, with the mean and std of the latents, and the command
+that made it.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""Rows to embedding sets, a chunk at a time."""

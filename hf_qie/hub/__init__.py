@@ -1,0 +1,1 @@
+"""Publishing embedding sets, exporting trained weights, and their cards."""

@@ -1,0 +1,1 @@
+"""Command lines, files, locks and the device."""

@@ -1,0 +1,1 @@
+"""The Trainer subclass, its loss, checkpoints, metrics and evaluation."""

@@ -93,7 +93,6 @@ class EditTrainer(Trainer):
         assert args.max_steps > 0, "the plan has a fixed length"
         if args.activation_checkpointing:
             enable_activation_checkpointing(model, args.activation_checkpointing_kwargs)
-            # done; Trainer would call a method that diffusers' models lack
             args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)

@@ -1,0 +1,1 @@
+"""Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus."""

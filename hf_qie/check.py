@@ -126,7 +126,7 @@ def verify(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"], *, num
     """Encode random rows of every finished set again; raises InputError where one differs by more than rounding."""
     import torch
 
-    from hf_qie.data.schema import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
+    from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
     from hf_qie.extraction.verify import Official, beyond, bound, table_of, verify_set
     from hf_qie.runtime.device import computes_bfloat16, own_device
 

@@ -75,8 +75,8 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
     """Write the sets of all tasks; returns the exit code."""
     from accelerate.logging import get_logger
 
+    from hf_qie.data.provenance import read_provenance
     from hf_qie.data.samples import most_bad
-    from hf_qie.data.schema import read_provenance
     from hf_qie.hub.publish import open_repo
 
     if start().num_processes > 1:
@@ -111,7 +111,7 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
     """Make one set; whether it is whole now."""
     from tqdm import tqdm
 
-    from hf_qie.data.schema import PROVENANCE
+    from hf_qie.data.provenance import PROVENANCE
     from hf_qie.extraction.firered import dtype_in
     from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, request_of
 
@@ -137,7 +137,7 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
 
 def compat_of() -> dict[str, Any]:
     """What is known of how the states were computed: nothing; and of the VAE: that there was none."""
-    from hf_qie.data.schema import FORMAT_VERSION, UNKNOWN
+    from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 
     unknown = ("encoder", "processor", "templates", "vlm_area_px", "resampling", "positions", "drop_caption")
     return {"format": FORMAT_VERSION, "vae": {}} | dict.fromkeys(unknown, UNKNOWN)
@@ -148,7 +148,7 @@ def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
     from importlib.metadata import version
 
     from hf_qie.config.recipe import as_dict
-    from hf_qie.data.schema import UNKNOWN
+    from hf_qie.data.provenance import UNKNOWN
     from hf_qie.extraction.firered import dtype_in
 
     return {

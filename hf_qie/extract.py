@@ -80,8 +80,8 @@ def extract(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> in
     """Write the sets of all plans; returns the exit code."""
     from accelerate.logging import get_logger
 
+    from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenance
     from hf_qie.data.samples import most_bad
-    from hf_qie.data.schema import PROVENANCE, checkpoint_compat, read_provenance
     from hf_qie.extraction.set_writer import request_of
     from hf_qie.hub.publish import open_repo
     from hf_qie.runtime.device import compute_dtype
@@ -126,7 +126,7 @@ def make_set(
     state: "PartialState",
 ) -> bool:
     """Make one set, unless it was finished before; rank 0 opens and closes it, every rank does chunks."""
-    from hf_qie.data.schema import PROVENANCE
+    from hf_qie.data.provenance import PROVENANCE
     from hf_qie.extraction.reuse import digests_of
     from hf_qie.extraction.set_writer import finish, is_done, open_folder, record_of
     from hf_qie.runtime.alive import at_any_length
@@ -222,7 +222,7 @@ def write_chunks(plan: "Plan", models: "Models", folder: Path, *, recipe: Recipe
 
 def old_line(name: str, folder: Path, counts: Mapping[str, int]) -> str:
     """One line on a set that there was nothing to do for."""
-    from hf_qie.data.schema import PROVENANCE
+    from hf_qie.data.provenance import PROVENANCE
     from hf_qie.extraction.reuse import read_digests
 
     same = "data" if read_digests(folder) is None else "data and images"  # older sets do not know of their images
@@ -254,7 +254,7 @@ def push(recipe: Recipe, names: list[str], code: int) -> None:
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.data.schema import PROVENANCE
+    from hf_qie.data.provenance import PROVENANCE
     from hf_qie.hub.publish import push_sets
 
     logger = get_logger("hf_qie.extract")

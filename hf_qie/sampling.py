@@ -93,7 +93,7 @@ class Sampler:
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
-        from hf_qie.data.schema import source_area
+        from hf_qie.data.provenance import source_area
         from hf_qie.hub.trained_run import find_weights
         from hf_qie.models.qwen_image.family import read_family
         from hf_qie.runtime.device import compute_dtype, own_device

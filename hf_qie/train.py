@@ -69,7 +69,8 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     Raises InputError where one is missing or does not fit.
     """
     from hf_qie.data.embedding_sets import open_embeddings
-    from hf_qie.data.schema import check_compat, checkpoint_compat, matrix_width, unverified
+    from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
+    from hf_qie.data.schema import matrix_width
     from hf_qie.models.qwen_image.family import check_steps, read_config, read_family
 
     if recipe.sampling.every:

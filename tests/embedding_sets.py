@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from hf_qie.data.schema import PROVENANCE, checkpoint_compat, set_features
+from hf_qie.data.provenance import PROVENANCE, checkpoint_compat
+from hf_qie.data.schema import set_features
 from hf_qie.models.qwen_image.family import read_family
 
 WIDTH = 96  # of the tiny checkpoints' prompt states

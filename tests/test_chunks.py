@@ -24,8 +24,8 @@ from small_recipes import write_recipe
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import read_image
+from hf_qie.data.provenance import FORMAT_VERSION, read_provenance
 from hf_qie.data.samples import BadRow
-from hf_qie.data.schema import FORMAT_VERSION, read_provenance
 from hf_qie.extract import load_models, write_chunks
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction import preprocess as prepare

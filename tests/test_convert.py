@@ -21,7 +21,7 @@ from small_recipes import WIDTH, extract_edits
 from hf_qie.check import main as check
 from hf_qie.config.recipe import load_recipe
 from hf_qie.convert import main
-from hf_qie.data.schema import UNKNOWN, read_provenance
+from hf_qie.data.provenance import UNKNOWN, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.firered import read_tensors, shared_length
 from hf_qie.hub.dataset_card import dataset_card

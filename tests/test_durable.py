@@ -15,7 +15,7 @@ import small_recipes
 from hf_qie import extract, train
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.embedding_sets import open_set
-from hf_qie.data.schema import read_provenance
+from hf_qie.data.provenance import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.chunk_writer import ChunkWriter
 from hf_qie.extraction.manifest import account_path

@@ -11,16 +11,15 @@ import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from hf_qie.data.embedding_sets import open_set
-from hf_qie.data.schema import (
+from hf_qie.data.provenance import (
     PROVENANCE,
     check_compat,
     checkpoint_compat,
     fingerprint,
     read_provenance,
-    set_features,
     source_area,
-    to_table,
 )
+from hf_qie.data.schema import set_features, to_table
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.family import FAMILIES, read_family
 

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
-from hf_qie.data.schema import read_provenance
+from hf_qie.data.provenance import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import extract, load_models, main
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, ChunkWriter

@@ -20,7 +20,8 @@ from torch.distributed import checkpoint as dcp
 
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.schema import PROVENANCE, matrix
+from hf_qie.data.provenance import PROVENANCE
+from hf_qie.data.schema import matrix
 from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.export import main as export

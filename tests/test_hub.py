@@ -6,7 +6,7 @@ import sys
 
 from hub import Hub
 
-from hf_qie.data.schema import checkpoint_compat
+from hf_qie.data.provenance import checkpoint_compat
 from hf_qie.models.qwen_image.family import read_family
 
 CODE = """

@@ -22,7 +22,7 @@ from small_recipes import write_recipe
 
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.schema import PROVENANCE, read_provenance
+from hf_qie.data.provenance import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import load_models, main
 from hf_qie.extraction import set_writer as unfinished

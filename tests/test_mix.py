@@ -10,7 +10,6 @@ from shaped_sets import embedding_set
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import (
     cell_plan,
-    draw_rng,
     group_shares,
     mix_table,
     mix_warnings,
@@ -18,6 +17,7 @@ from hf_qie.data.mixture import (
     read_groups,
     resolve_same_shape,
 )
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 
 A, B, C = (2, 3), (3, 2), (4, 4)

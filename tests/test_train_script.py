@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import hf_qie.extract
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.schema import PROVENANCE
+from hf_qie.data.provenance import PROVENANCE
 from hf_qie.errors import InputError
 from hf_qie.train import global_batch_size, main, open_sets, run, train, training_arguments
 

@@ -19,7 +19,7 @@ import hf_qie.training.checkpoints
 import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.loader import Draws
-from hf_qie.data.mixture import draw_rng
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.train import build_trainer, open_sets, train
 from hf_qie.training.checkpoints import last_checkpoint

@@ -10,7 +10,7 @@ from datasets import load_from_disk
 from small_recipes import extract_edits
 
 from hf_qie import check
-from hf_qie.data.schema import PROVENANCE, read_provenance
+from hf_qie.data.provenance import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.verify import Difference, bound, compare
 from hf_qie.runtime.files import written

@@ -11,7 +11,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hf_qie.data.schema import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
+from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
 from hf_qie.data.tables import HUB_ID
 from hf_qie.data.validation import DAMAGED, check_columns
 from hf_qie.errors import InputError

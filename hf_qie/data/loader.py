@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.data.captions import weighed_as
 from hf_qie.data.images import BadImage
-from hf_qie.data.mixture import draw_rng
 from hf_qie.data.online_latents import has_latents, read_pixels
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import Grid
 from hf_qie.runtime.settings import unknown

@@ -4,7 +4,6 @@ A **group** is (task, source count). A **cell** is `same_shape` rows of one shap
 has a plan of cells of its own; the run is their interleaving by share. Nothing is read here but grids and counts.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, interleave_datasets
 
 from hf_qie.config.recipe import Mix
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 
 MANY_TIMES_OVER = 10  # a group drawn more often than this within a run is worth a warning
-
-
-def draw_rng(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """The generator of (seed, purpose, numbers): the same in every process, release and order of calls.
-
-    Hashed, because numpy's SeedSequence takes (1,) and (1, 0) for the same seed and Python's hash differs by process.
-    """
-    key = repr((int(seed), purpose, *map(int, numbers)))
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

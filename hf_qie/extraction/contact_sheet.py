@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from hf_qie.data.mixture import draw_rng
 from hf_qie.data.samples import BadRow
+from hf_qie.data.seeding import draw_rng
 from hf_qie.extraction.preprocess import Plan, read_file, read_picture
 from hf_qie.plots import font_for, legible, wrap, write
 

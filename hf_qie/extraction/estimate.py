@@ -17,8 +17,9 @@ from transformers import Qwen2_5_VLConfig
 
 from hf_qie.data.fetch import BadUrl, is_url
 from hf_qie.data.images import BadImage, area_size, header_size
+from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.samples import BadRow, has_inverse, refuse_bad
-from hf_qie.data.schema import LATENT_CHANNELS, PROVENANCE
+from hf_qie.data.schema import LATENT_CHANNELS
 from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Plan, check_length, open_picture
 from hf_qie.models.qwen_image.prompts import IMAGE_TOKEN, VIDEO_TOKEN

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_qie.config.recipe import Recipe, Task
+from hf_qie.data.provenance import source_area
 from hf_qie.data.samples import Rows, open_rows, read_rows
-from hf_qie.data.schema import source_area
 from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Plan
 from hf_qie.models.qwen_image.family import Family

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from datasets import Dataset, Features
 
+from hf_qie.data.provenance import PROVENANCE, files_of, read_provenance, request_differences
 from hf_qie.data.samples import Rows
-from hf_qie.data.schema import PROVENANCE, files_of, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.extraction.manifest import REQUEST, UNFINISHED, read_account
 from hf_qie.runtime.alive import at_any_length

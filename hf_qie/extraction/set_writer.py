@@ -20,7 +20,7 @@ from datasets import DatasetInfo, Features
 from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 
 from hf_qie.config.recipe import Recipe, as_dict, save_recipe
-from hf_qie.data.schema import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
+from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.extraction.chunk_writer import Models
 from hf_qie.extraction.manifest import REQUEST, UNFINISHED, Account, damage, read_account

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from hf_qie.data.embedding_sets import open_set
-from hf_qie.data.mixture import draw_rng
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import matrix_width
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Pictures, Plan, files_of, read_pictures
 from hf_qie.extraction.stats import aligned

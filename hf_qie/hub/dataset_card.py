@@ -10,7 +10,7 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
-from hf_qie.data.schema import UNKNOWN
+from hf_qie.data.provenance import UNKNOWN
 from hf_qie.models.qwen_image.family import FAMILIES
 from hf_qie.runtime.settings import write_yaml
 

@@ -29,7 +29,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_qie.config.recipe import Extract, Task
 from hf_qie.data.embedding_sets import open_set, published_shards
-from hf_qie.data.schema import matrix_width, parse_provenance, read_provenance, request_differences
+from hf_qie.data.provenance import parse_provenance, read_provenance, request_differences
+from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
 from hf_qie.hub.dataset_card import dataset_card
 from hf_qie.hub.redact import image_roots, public, public_rows, reason_of

@@ -14,7 +14,7 @@ from transformers import EvalPrediction
 
 from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.loader import TaskRows
-from hf_qie.data.mixture import draw_rng
+from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.training.metrics import NAMED, NotFinite
 from hf_qie.training.noise import eval_fractions

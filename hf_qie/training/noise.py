@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_qie.config.recipe import Loss
-from hf_qie.data.mixture import draw_rng
+from hf_qie.data.seeding import draw_rng
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 

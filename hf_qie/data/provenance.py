@@ -1,0 +1,198 @@
+"""What an embedding set was made from: `provenance.json` beside its data, and whether two sets fit each other."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from hf_qie.errors import InputError
+from hf_qie.models.qwen_image.family import Family, from_hub
+from hf_qie.runtime.files import samples
+
+FORMAT_VERSION = 1
+PROVENANCE = "provenance.json"
+# What is read of a provenance, and as what; the format comes first, as another one may have all else otherwise
+KINDS = {
+    "compat.format": int,
+    "record.model": str,
+    "record.dtype?": str,
+    "record.set?": str,
+    "record.request?": dict,
+    "record.request?.image_root?": list,
+    "record.request?.latents?": bool,
+    "record.recipe?": dict,
+    "record.skipped?": dict,
+    "record.counts?": dict,
+    "record.counts?.rows_in?": int,
+    "record.counts?.rows_out?": int,
+    "record.counts?.bad?": int,
+    "record.counts?.num_bytes?": int,
+    "record.files?": dict,
+    "record.files?.*.bytes": int,
+    "record.files?.*.sha256": str,
+}
+UNKNOWN = "unknown"  # of a field of `compat` in a set that others made: compared with nothing
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # 1 MB of a weight file at fixed offsets: 16 GB take seconds, not minutes
+
+
+def request_differences(found: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    """In what a set is made from something else than `request`; `identity` only tells what of the data changed."""
+    before, now = ({**one, **one["compat"], "compat": None, "identity": None} for one in (found, request))
+    if "identity" in request and found.get("data") == request["identity"]:  # of a set from before rows had digests
+        before["data"] = now["data"]
+    return sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
+
+
+def files_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """`bytes` and `sha256` of each file of a set on disk; {} of a set that was written before they were recorded."""
+    files = provenance["record"].get("files", {})
+    return {Path(name).name: was for name, was in files.items()}  # nothing beyond the set's own folder
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """`compat` and `record` of the set in `folder`; raises InputError for a set of another format."""
+    return parse_provenance(folder / PROVENANCE, where=str(folder))
+
+
+def parse_provenance(path: Path, *, where: str) -> dict[str, Any]:
+    """The provenance in a file; raises InputError for a set of another format."""
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {path.name} cannot be read ({error}); fetch or extract the set again") from error
+    for place, kind in KINDS.items():
+        if not has_kind(provenance, place.split("."), kind):
+            at = f"{where}: {path.name}: {place.replace('?', '')}"
+            raise InputError(f"{at} is missing, or not what extract.py writes; fetch or extract the set again")
+        if place == "compat.format" and (version := provenance["compat"]["format"]) != FORMAT_VERSION:
+            raise InputError(f"{where}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
+    return provenance
+
+
+def has_kind(value: Any, place: Sequence[str], kind: type) -> bool:
+    """Whether what lies at `place` in nested mappings is of a kind; `?` marks what may be missing, `*` each item."""
+    for name in place:
+        if not isinstance(value, dict):
+            return False
+        if name == "*":
+            rest = place[place.index(name) + 1 :]
+            return all(has_kind(item, rest, kind) for item in value.values())
+        if name.endswith("?") and name[:-1] not in value:
+            return True
+        value = value.get(name.removesuffix("?"))
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def checkpoint_compat(model: str, *, revision: str | None, family: Family, weights: bool = True) -> dict[str, Any]:
+    """The part of `compat` that the checkpoint decides; the recipe adds `vae_area_px` and `drop_caption`.
+
+    `weights: False` leaves out weight files that are not on this machine, rather than fetch 16 GB to compare them.
+    """
+    processor = ("processor", "tokenizer") if family.edit else ("tokenizer",)
+    parts = {"encoder": ("text_encoder",), "processor": processor, "vae": ("vae",)}
+    templates = {"edit": family.edit, "text_to_image": family.text_to_image}
+    return {
+        "format": FORMAT_VERSION,
+        **{part: identity(model, names, revision=revision, weights=weights) for part, names in parts.items()},
+        "templates": {name: asdict(template) for name, template in templates.items() if template},
+        "vlm_area_px": family.vlm_area_px,
+        "resampling": "lanczos",
+        "positions": "m-rope by token type",
+    }
+
+
+def identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:
+    """sha256 by file over parts of a checkpoint: small files whole, weights by size, header and samples."""
+    root = Path(model)
+    if not root.is_dir():
+        patterns = [f"{folder}/{kind}" for folder in folders for kind in (("*",) if weights else ("*.json", "*.txt"))]
+        with from_hub(model):
+            root = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    digests = {}
+    for folder in folders:
+        if not (root / folder).is_dir():
+            raise InputError(f"model: {root} has no folder {folder}; it has to be in diffusers layout")
+        for path in sorted((root / folder).iterdir()):
+            if path.suffix == ".safetensors":
+                digests[f"{folder}/{path.name}"] = weight_digest(path)
+            elif path.suffix in (".json", ".txt", ".jinja"):
+                digests[f"{folder}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
+def weight_digest(path: Path) -> str:
+    """sha256 over the size, the safetensors header and 1 MB at fixed offsets of a weight file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if (length := int.from_bytes(head, "little")) > size:  # what Git leaves where LFS is not installed, say
+            raise InputError(f"model: {path} is no safetensors file; fetch it again")
+        digest = hashlib.sha256(str(size).encode() + head + file.read(length))
+        for part in samples(file, count=SAMPLES, num_bytes=SAMPLE_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def fingerprint(compat: Mapping[str, Any]) -> str:
+    """One hash over what has to be equal."""
+    return hashlib.sha256(json.dumps(compat, sort_keys=True).encode()).hexdigest()
+
+
+def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mapping[str, Any], *, model: str) -> None:
+    """Raise InputError naming the fields in which a set differs from the checkpoint or from the set of a task before.
+
+    `checkpoint` is `checkpoint_compat` of the model that trains. What a set does not know is not compared: see
+    `unverified`.
+    """
+    fellows = {f"the checkpoint {model}": checkpoint}
+    for task, provenance in provenances.items():
+        for fellow, compat in fellows.items():
+            if differing := differences(provenance["compat"], compat):
+                raise InputError(
+                    f"tasks.{task}: its embedding set does not fit {fellow}: {', '.join(differing)} differ; "
+                    f"it was made from {provenance['record']['model']}. Extract it again, or train without it"
+                )
+        fellows[f"the set of task {task}"] = provenance["compat"]
+
+
+def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning for each task whose set does not know all that `check_compat` compares, as others computed it."""
+    warnings = []
+    for task, provenance in provenances.items():
+        if unknown := [field for field, value in provenance["compat"].items() if value == UNKNOWN]:
+            warnings.append(
+                f"tasks.{task}: its states were computed by others; {', '.join(unknown)} are unknown, so nobody can "
+                "say that they are those of this checkpoint's pipeline: compare with check.py --verify, or extract "
+                "them again"
+            )
+    return warnings
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Fields of `other` that differ in `one`; of file digests those that both know, as weights may not be at hand."""
+    found = []
+    for field, value in other.items():
+        if UNKNOWN in (one.get(field), value):
+            continue
+        if isinstance(mine := one.get(field), Mapping) and field in ("encoder", "processor", "vae"):
+            found += [f"{field} ({name})" for name in sorted(mine.keys() & value.keys()) if mine[name] != value[name]]
+        elif mine != value:
+            found.append(field)
+    return found
+
+
+def source_area(family: Family, source_sample_size: int | None) -> int:
+    """Area in pixels that the VAE sees of a source; raises InputError where the family allows no other."""
+    if source_sample_size is None:
+        return family.vae_area_px
+    if family.one_resize and source_sample_size**2 != family.vae_area_px:
+        hands = f"hands one picture of {family.vae_area_px:,} pixels to encoder and VAE"
+        raise InputError(
+            f"extract.source_sample_size: {source_sample_size}: {family.pipeline} "
+            f"{hands if family.edit else 'takes no sources'}; leave it null"
+        )
+    return source_sample_size**2

@@ -212,11 +212,11 @@ def test_a_card_of_such_a_set_says_what_is_not_known(converted):
     )
 
 
-def test_the_readme_says_how(root, converted, tiny, tmp_path):
+def test_the_page_on_migration_says_how(root, converted, tiny, tmp_path):
     """Its recipe and its command, with a tiny checkpoint, where a reader would have the files."""
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    (recipe,) = re.findall(r"^```yaml\n(# moved\.yaml\n.*?)^```$", readme, flags=re.M | re.S)
-    (command,) = re.findall(r"^python (hf_qie/convert\.py .*)$", readme, flags=re.M)
+    page = (root / "docs" / "migration.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```yaml\n(# moved\.yaml\n.*?)^```$", page, flags=re.M | re.S)
+    (command,) = re.findall(r"^python (hf_qie/convert\.py .*)$", page, flags=re.M)
     (tmp_path / "moved.yaml").write_text(recipe, encoding="utf-8")
     shutil.copy(converted / "pt" / "null_text_embedding.pt", tmp_path)
     for task in ("edit", "text_to_image"):

@@ -1,4 +1,4 @@
-"""README: its commands run, its recipe is the file, its list of modules is the package, its tables are computed."""
+"""README and docs: commands run, recipes and tables are those of the package, both languages say the same."""
 
 import ast
 import os
@@ -20,7 +20,10 @@ from hf_qie.demo.run import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ELSEWHERE = {"hf_qie/convert.py": "test_convert.py"}  # a script whose line is run there, on files that it needs
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+IN_TWO_LANGUAGES = ["README.md", "docs/weights.md", "docs/migration.md", "docs/troubleshooting.md"]
+PAGES = [*IN_TWO_LANGUAGES, "docs/performance.md", "recipes/README.md", "CONTRIBUTING.md"]
 SHORTER = {
     "hf_qie/demo/tiny.py": ["--rows", "8"],
     "hf_qie/train.py": ["training.max_steps=10"],
@@ -67,8 +70,7 @@ def test_the_commands_leave_what_the_readme_says(clone):
 def test_the_other_commands_run(clone):
     for block in blocks("bash")[1:]:
         for line in block.splitlines():
-            if not any(script in line for script in ELSEWHERE):
-                run(shlex.split(line), clone)
+            run(shlex.split(line), clone)
 
 
 def test_the_python_examples_run(clone):
@@ -80,16 +82,14 @@ def test_the_recipe_shown_is_the_recipe_shipped():
     assert (ROOT / "recipes" / "lora_one_gpu.yaml").read_text(encoding="utf-8") in blocks("yaml")
 
 
-def test_every_room_is_linked_in_its_order():
-    rooms = dict.fromkeys(name.split(".")[0] for name in LAYERS if "." in name)
-    assert re.findall(r"\]\(hf_qie/(\w+)/\)", README) == list(rooms)
+def test_every_room_is_linked():
+    assert sorted(re.findall(r"\]\(hf_qie/(\w+)/\)", README)) == sorted({n.split(".")[0] for n in LAYERS if "." in n})
 
 
-def tables(heading: str) -> list[list[list[str]]]:
-    """The tables of a section, as cells by line, without the line of dashes."""
-    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", README, flags=re.M | re.S)
-    found = re.findall(r"(?:^\|.*\n)+", section, flags=re.M)
-    return [[[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()] for table in found]
+def tables(page: str) -> list[list[list[str]]]:
+    """The tables of a page, as cells by line, without the header and the line of dashes."""
+    found = re.findall(r"(?:^\|.*\n)+", page, flags=re.M)
+    return [[[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]] for table in found]
 
 
 def rows_with(counts: dict[int, int]) -> Dataset:
@@ -99,16 +99,15 @@ def rows_with(counts: dict[int, int]) -> Dataset:
 
 
 def test_the_example_of_weights_is_what_the_mix_makes_of_it():
-    ((_, _, *tasks),) = tables("How weights count")
+    (tasks,) = tables(WEIGHTS)
     numbers = {"without": 0, "one": 1, "two": 2, "three": 3}
     sets, weights = {}, {}
     for name, rows, weight in tasks:
         counts = re.findall(r"([\d,]+)[a-z ]* (without|with one|with two|with three)", rows)
         sets[name.strip("`")] = rows_with({numbers[w.split()[-1]]: int(n.replace(",", "")) for n, w in counts})
         weights[name.strip("`")] = float(weight)
-    (section,) = re.findall(r"^## How weights count\n(.*?)(?=^## )", README, flags=re.M | re.S)
-    (num_draws,) = re.findall(r"([\d,]+) draws \(", section)
-    shown = re.findall(r"^```\n(.*?)\n```$", section, flags=re.M | re.S)
+    (num_draws,) = re.findall(r"([\d,]+) draws \(", WEIGHTS)
+    shown = re.findall(r"^```\n(.*?)\n```$", WEIGHTS, flags=re.M | re.S)
     for mix, table in zip((Mix(), Mix(source_count_weights={0: 1, 1: 1, 2: 1, 3: 0})), shown, strict=True):
         groups = read_groups(sets, weights, mix)
         assert mix_table(groups, group_shares(groups, mix), num_draws=int(num_draws.replace(",", ""))) == table
@@ -136,7 +135,7 @@ def messages() -> str:
 
 
 def test_every_message_that_is_explained_is_one_of_ours():
-    ((_, _, *rows),) = tables("Questions by error message")
+    rows = [row for table in tables(TROUBLESHOOTING) for row in table]
     assert len(rows) >= 12
     known = messages()
     for message, cause, remedy in rows:
@@ -154,7 +153,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])
+@pytest.mark.parametrize("name", [*IN_TWO_LANGUAGES, "recipes/README.md"])
 def test_every_key_of_the_recipe_that_is_named_is_one(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     named = re.findall(
@@ -170,28 +169,36 @@ def test_every_key_of_the_recipe_that_is_named_is_one(name):
             assert inner in Lora.__dataclass_fields__
 
 
-CHINESE = (ROOT / "README_zh.md").read_text(encoding="utf-8")
 SAME_IN_BOTH = {
     "blocks of code": r"^```.*?^```$",
     "depths of headings": r"^#+(?= )",
-    "links": r"\]\((?!README)[^)]+\)",
+    "links": r"\]\([^)]+\)",
     "lines of tables": r"^\|(?=.)",
 }
 
 
+def both_languages(name: str) -> list[str]:
+    path = ROOT / name
+    return [file.read_text(encoding="utf-8") for file in (path, path.with_stem(f"{path.stem}_zh"))]
+
+
+@pytest.mark.parametrize("name", IN_TWO_LANGUAGES)
 @pytest.mark.parametrize("what", SAME_IN_BOTH)
-def test_the_chinese_readme_has_what_the_english_one_has(what):
-    found = [re.findall(SAME_IN_BOTH[what], text, flags=re.M | re.S) for text in (README, CHINESE)]
-    assert found[0]
-    assert found[0] == found[1]
+def test_both_languages_have_the_same(what, name):
+    english, chinese = (
+        [part.replace("_zh.md", ".md") for part in re.findall(SAME_IN_BOTH[what], text, flags=re.M | re.S)]
+        for text in both_languages(name)
+    )
+    assert english == chinese
 
 
-def test_both_readmes_name_the_same_code_section_by_section():
+@pytest.mark.parametrize("name", IN_TWO_LANGUAGES)
+def test_both_languages_name_the_same_code_section_by_section(name):
     """In tables by line; in prose, where words stand in another order, by section."""
     code = re.compile(r"`([^`\n]+)`")
     sections = [
         re.split(r"^## ", re.sub(SAME_IN_BOTH["blocks of code"], "", text, flags=re.M | re.S), flags=re.M)
-        for text in (README, CHINESE)
+        for text in both_languages(name)
     ]
     for english, chinese in zip(*sections, strict=True):
         rows = [re.findall(r"^\|.*$", text, flags=re.M) for text in (english, chinese)]
@@ -200,3 +207,17 @@ def test_both_readmes_name_the_same_code_section_by_section():
         assert set(code.findall(english)) == set(code.findall(chinese)), english.splitlines()[0]
         numbers = [Counter(re.findall(r"\d[\d,.]*\d|\d", "\n".join(lines))) for lines in rows]
         assert numbers[0] == numbers[1], "figures of tables"
+
+
+@pytest.mark.parametrize("name", [*PAGES, *(name.replace(".md", "_zh.md") for name in IN_TWO_LANGUAGES)])
+def test_links_lead_to_files_in_the_language_of_the_page_and_prose_fits_the_line_length(name):
+    path = ROOT / name
+    text = re.sub(SAME_IN_BOTH["blocks of code"], "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\[([^\]]*)\]\((?!https?:)([^)#]+)", text)
+    for link in (link for label, link in links if label not in ("中文", "English")):
+        assert (path.parent / link).exists(), link
+        chinese = path.parent / link.replace(".md", "_zh.md")
+        assert "_zh" not in name or chinese == path.parent / link or not chinese.exists(), f"{link} is in English"
+        assert "_zh" in name or "_zh.md" not in link
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "!", "[", "- the scripts", "- 脚本"))]
+    assert [line for line in prose if len(line) > 119] == []

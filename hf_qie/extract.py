@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
     from hf_qie.extraction.plan import own_tasks, read_plans, rows_folder
     from hf_qie.models.qwen_image.family import read_family
     from hf_qie.runtime.alive import Alive
-    from hf_qie.runtime.lock import held
+    from hf_qie.runtime.lock import held_by_launch
 
     family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
     state = start()
     remedy = "give another extract.output_dir, or an extract.shard that nobody works on"
-    with held(locks_of(recipe, tasks), remedy=remedy):
+    with held_by_launch(locks_of(recipe, tasks), remedy=remedy):
         with Alive(signs_folder(recipe)):
             try:
                 plans = read_plans(recipe, tasks, family, state)

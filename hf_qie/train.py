@@ -55,7 +55,7 @@ def run(recipe: Recipe) -> "EditTrainer":
     stuck_s = math.inf if any(map(recipe.training.get, COMPILE)) else recipe.training.get("ddp_timeout", STUCK_S)
     folder = Path(recipe.training["output_dir"])
     with (
-        held({folder: folder / ".lock"}, remedy="give another training.output_dir"),
+        held(folder, remedy="give another training.output_dir"),
         Alive(folder / "signs-of-life", stuck_s=stuck_s),
     ):
         with at_any_length("the opening of its sets"):

@@ -33,7 +33,7 @@ from hf_qie.extraction.reuse import digests_of, find_kept
 from hf_qie.extraction.set_writer import finish, open_folder, writing
 from hf_qie.models.qwen_image.family import read_family
 from hf_qie.runtime.device import compute_dtype
-from hf_qie.runtime.lock import held, in_turn, lock_of
+from hf_qie.runtime.lock import held_by_launch, in_turn, lock_of
 
 ROWS = 7
 SETTINGS = {"batch_size": 1, "chunk_rows": 3, "max_bad_share": 1.0}  # alone in its batch, a row has the same bits
@@ -437,14 +437,14 @@ def test_a_finished_set_that_is_being_made_anew_is_not_given_up_for_data_without
 def test_a_set_is_not_begun_anew_under_the_hands_of_a_shard_that_is_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_qie.runtime.lock.WAIT_S", 0.01)
     folder, one, two = tmp_path / "task", Data("a b"), Data("a c")
-    with held({folder: lock_of(folder, "0-of-2")}, remedy=""):
+    with held_by_launch({folder: lock_of(folder, "0-of-2")}, remedy=""):
         start(folder, one, shard(0))
         before = content(folder)
         with pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .* data or images .* have changed"):
             start(folder, two, shard(1))
         assert content(folder) == before
     os.utime(folder / "unfinished" / "writing-0-of-2", (0, 0))
-    with held({folder: lock_of(folder, "0-of-2")}, remedy=""):  # started again, of the new data too
+    with held_by_launch({folder: lock_of(folder, "0-of-2")}, remedy=""):  # started again, of the new data too
         start(folder, two, shard(1))
     assert json.loads((folder / "unfinished" / "request.json").read_text()) == two.request
 

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors runtime.settings config.installed config.training_args runtime.storage config.recipe "
-    "runtime.cli config.launch runtime.device training.precision runtime.lock runtime.files runtime.alive "
+    "runtime.cli config.launch runtime.device training.precision "
+    "runtime.ranks runtime.lock runtime.files runtime.alive "
     "models.qwen_image.family data.seeding data.schema data.fetch data.textfiles data.tables data.readers "
     "data.captions data.samples data.images models.qwen_image.prompts models.qwen_image.text_encoder "
     "models.qwen_image.vae data.provenance data.validation data.embedding_sets hub.dataset_card hub.redact "

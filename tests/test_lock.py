@@ -11,11 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import embedding_sets
 import pytest
 from datasets import load_from_disk
 from launches import Launch
-from ranks import in_ranks
 from small_recipes import write_recipe
 
 from hf_qie.config.recipe import load_recipe
@@ -27,7 +25,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from hf_qie.runtime.lock import held
-with held({Path(sys.argv[1]).parent: Path(sys.argv[1])}, remedy="go elsewhere"):
+with held(Path(sys.argv[1]), remedy="go elsewhere"):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -36,7 +34,7 @@ with held({Path(sys.argv[1]).parent: Path(sys.argv[1])}, remedy="go elsewhere"):
 @pytest.fixture
 def other(tmp_path, root):
     """A process that holds `tmp_path`/run/.lock."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run" / ".lock")]
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
@@ -46,7 +44,7 @@ def other(tmp_path, root):
 
 def refusal(lock: Path) -> str:
     """What a launch that wants the lock is told."""
-    with pytest.raises(InputError) as refused, held({lock.parent: lock}, remedy="go elsewhere"):
+    with pytest.raises(InputError) as refused, held(lock.parent, remedy="go elsewhere"):
         pass
     return str(refused.value)
 
@@ -57,22 +55,15 @@ def test_a_second_launch_is_told_who_holds_the_folder_and_a_killed_one_holds_it_
     assert re.fullmatch(told, refusal(lock))
     other.kill()
     other.wait()
-    with held({lock.parent: lock}, remedy="go elsewhere"):
+    with held(lock.parent, remedy="go elsewhere"):
         assert json.loads(Path(f"{lock}.json").read_text())["process"] == os.getpid()
     assert list(lock.parent.iterdir()) == []
 
 
 def test_what_fails_gives_the_folder_back(tmp_path):
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), held({tmp_path: tmp_path / ".lock"}, remedy=""):
+        with pytest.raises(ZeroDivisionError), held(tmp_path, remedy=""):
             raise ZeroDivisionError
-
-
-def test_all_is_given_back_where_one_of_several_folders_is_in_use(tmp_path, other):
-    locks = {tmp_path: tmp_path / ".lock", tmp_path / "run": tmp_path / "run" / ".lock"}
-    with pytest.raises(InputError, match="in use"), held(locks, remedy=""):
-        pass
-    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -82,7 +73,7 @@ def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_pat
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
     lock = tmp_path / ".lock"
-    with held({lock.parent: lock}, remedy="go elsewhere"):
+    with held(lock.parent, remedy="go elsewhere"):
         assert f"{lock}.soft: the file system has no locks" in caplog.text
         assert re.search(f"in use by process {os.getpid()} .*; if it was killed, delete {lock}.soft$", refusal(lock))
     assert list(tmp_path.iterdir()) == []
@@ -91,7 +82,7 @@ def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_pat
 def test_a_lock_that_another_machine_did_not_give_back_is_taken_with_a_warning(tmp_path, caplog):
     holder = {"process": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
     Path(tmp_path, ".lock.json").write_text(json.dumps(holder))
-    with caplog.at_level(logging.WARNING), held({tmp_path: tmp_path / ".lock"}, remedy=""):
+    with caplog.at_level(logging.WARNING), held(tmp_path, remedy=""):
         pass
     assert "was in use by process 1 on elsewhere since 2026-01-01 00:00:00, which was killed, or" in caplog.text
 
@@ -100,19 +91,6 @@ def test_launches_that_share_an_output_folder_keep_their_signs_of_life_apart(tmp
     one, other = (load_recipe(write_recipe(tmp_path, tmp_path, {task: []})) for task in ("one", "other"))
     shards = [load_recipe(other.path, [f"extract.shard=[{i},2]"]) for i in (0, 1)]
     assert len({signs_folder(recipe) for recipe in (one, other, *shards)}) == 4
-
-
-@pytest.mark.two_rank
-def test_all_ranks_of_a_launch_learn_that_the_output_folder_is_in_use_and_leave_no_trace(tmp_path, tiny, other):
-    recipe = embedding_sets.write_recipe(tmp_path, tiny(), training={"per_device_train_batch_size": 2})
-    run = {"recipe": str(recipe), "overrides": []}
-    codes = in_ranks([run], ranks=2, log=tmp_path / "log")
-    assert codes == [0, 0], (tmp_path / "log").read_text()
-    for rank in (0, 1):
-        report = json.loads((tmp_path / "run" / f"rank{rank}.json").read_text())
-        assert f"in use by process {other.pid} on " in report["error"]
-        assert "training.output_dir" in report["error"]
-    assert not (tmp_path / "run" / "signs-of-life").exists()
 
 
 def test_an_extraction_that_is_at_work_is_not_begun_again_but_shared_by_shards(tmp_path, tiny, edits):

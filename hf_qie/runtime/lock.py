@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from hf_qie.errors import InputError
+from hf_qie.runtime.ranks import rank
 from hf_qie.runtime.storage import disk_trouble
 
 WAIT_S = 1.0  # for a launch that is just ending
@@ -25,7 +26,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(locks: Mapping[Path, Path], *, remedy: str) -> Iterator[None]:
+def held(folder: Path, *, remedy: str) -> Iterator[None]:
+    """Hold `folder` for this launch: rank 0 locks `.lock` in it, which names its holder.
+
+    Raises InputError, on rank 0, where another launch holds it; `remedy` says what else could be done.
+    """
+    if rank() != 0:
+        yield
+        return
+    with _held(folder, folder / ".lock", remedy):
+        yield
+
+
+@contextmanager
+def held_by_launch(locks: Mapping[Path, Path], *, remedy: str) -> Iterator[None]:
     """Hold `locks`, a file for each folder, for all ranks of this launch, which have joined; rank 0 does.
 
     Raises InputError, on every rank, where another launch holds one; `remedy` says what else could be done.

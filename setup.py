@@ -34,6 +34,7 @@ setup(
         "pillow>=11.3",  # AVIF in its wheels
         "numpy>=2.0",
         "tqdm>=4.67",
+        "matplotlib>=3.9",  # charts of losses and noise levels; the first that runs on numpy 2
     ],
     extras_require={
         "heif": ["pillow-heif>=1.0"],  # images as phones save them

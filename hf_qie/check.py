@@ -65,7 +65,8 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     from hf_qie.extraction.stats import findings_of, survey, table_of
     from hf_qie.models.qwen_image.family import read_config
     from hf_qie.models.qwen_image.text_encoder import load_processor
-    from hf_qie.training.noise_chart import noise_chart, noise_of
+    from hf_qie.plots import noise_chart
+    from hf_qie.training.noise import noise_levels
 
     processor = load_processor(recipe.model, family=family, revision=recipe.revision)
     width = encoder_width(recipe.model, revision=recipe.revision)
@@ -85,7 +86,7 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
         problems += unusable(found)
     scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
     chart = folder / "noise-levels.png"  # no task can have this name either
-    noise_chart(noise_of(recipe, scheduler)).save(chart)
+    noise_chart(**noise_levels(recipe, scheduler)).savefig(chart)
     say(f"{chart}: the noise that training draws, and the steps that sampling takes")
     try:
         remade = [name for name, plan in plans.items() if keeps_some(output_dir / name, plan.rows)]

@@ -1,77 +1,204 @@
-"""Words in pictures: lines that fit, in a font that has their letters."""
+"""Charts by matplotlib, and sheets of labelled images by Pillow, of plain numbers, images and text."""
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-TRIAL_PX = 19  # a size in which fonts are looked at
-# Pillow's own font has Latin letters alone; these, where one is installed, have Chinese ones too
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHART_INCHES = (7.6, 4.4)
+GAP_PX, TEXT_PX, TITLE_PX, LINE_PX = 16, 16, 28, 22
+MAX_LINES = 5  # of one text
+PAPER, CARD, INK, FAINT = "#f4f4f2", "#ffffff", "#1c1c1e", "#7c7c80"
+ACCENT = "#c2410c"  # of the target and of the arrow that points to it
+# Pillow's own font has Latin letters alone; these, where one is installed, have Chinese characters too
 CHINESE_FONTS = (
     *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf"),
     *("SourceHanSansCN-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),  # Linux
     *("PingFang.ttc", "Hiragino Sans GB.ttc", "STHeiti Medium.ttc", "Arial Unicode.ttf"),  # macOS
     *("msyh.ttc", "simhei.ttf", "simsun.ttc"),  # Windows
 )
-NO_GLYPH = "\U000ffffe"  # never a character, so a font draws its box for it
+NO_GLYPH = "\U000ffffe"  # never a character, so that a font draws its box for a missing one
 
 
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels, broken between words and between Chinese characters."""
-    lines = [""]
-    for piece in re.findall(r"[^\s\u2e80-\uffef]{1,40}|\s+|[\u2e80-\uffef][，。、；：？！）》」』”’]*", text):
+def loss_chart(log_history: Iterable[Mapping[str, Any]]) -> "Figure":
+    """Losses by step on a logarithmic scale: each task as `loss/<task>`, thin as `eval_loss/<task>` on held-out rows.
+
+    `log_history` is that of `transformers.TrainerState`. A run that logged no task by name shows its `loss`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    curves: dict[str, dict[int, float]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if key == "loss" or re.fullmatch(r"(eval_)?loss/(?!sigma )[^/]+", key):
+                curves.setdefault(key, {})[entry["step"]] = value  # of a step logged twice, the later
+    if len(curves) > 1:
+        curves.pop("loss", None)
+    tasks = sorted({name.removeprefix("eval_") for name in curves})
+    figure = Figure(figsize=CHART_INCHES, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    for name, losses in sorted(curves.items()):
+        steps = sorted(losses)
+        axes.plot(
+            steps,
+            [losses[step] for step in steps],
+            label=f"{name}: {losses[steps[-1]]:.4g} at step {steps[-1]:,}",
+            color=f"C{tasks.index(name.removeprefix('eval_')) % 10}",
+            linewidth=0.8 if name.startswith("eval_") else 2,
+            marker="." if len(steps) < 3 else None,  # a single point has no line
+        )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, few over many decades
+    axes.grid(which="both", alpha=0.3)
+    if curves:
+        axes.legend(fontsize="small")
+    else:
+        axes.set_title("no loss was logged")
+    return figure
+
+
+def noise_chart(
+    *, shares: Sequence[float], weights: Sequence[float], sampled: Sequence[float], title: str
+) -> "Figure":
+    """Bars of the share of draws and a line of the loss weight by noise level, 0 to 1, in parts of equal width.
+
+    `sampled` are the noise levels at which the pipeline calls the model.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    edges = np.linspace(0, 1, len(shares) + 1)
+    figure = Figure(figsize=CHART_INCHES, layout="constrained")
+    axes = figure.add_subplot(xlabel="sigma: 0 is a clean image, 1 is noise alone", ylabel="share of draws")
+    axes.set_title(title, fontsize="medium")
+    drawn = axes.stairs(shares, edges, fill=True, color="#7aa6d8", label="share of draws")
+    ticks = axes.plot(sampled, [0] * len(sampled), "|k", markersize=16, label=f"the {len(sampled)} steps of sampling")
+    right = axes.twinx()
+    line = right.plot((edges[:-1] + edges[1:]) / 2, weights, color=ACCENT, label="weight in the loss")
+    right.set(ylabel="weight in the loss", ylim=(0, 1.05 * max(weights)))
+    figure.legend(handles=[drawn, *line, *ticks], loc="outside lower center", ncols=3)
+    return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One row of a data set on a sheet: labelled images side by side, texts below them.
+
+    A string in place of an image is written into its box, None leaves the place empty.
+    """
+
+    heading: str
+    boxes: Sequence[tuple[str, Image.Image | str | None]]
+    target: int  # the place of the target in `boxes`; an arrow points to it
+    texts: Mapping[str, str] = field(default_factory=dict)  # by name
+
+
+def labelled_sheet(
+    cards: Sequence[Card], *, title: str, note: str = "", box_px: int = 256, width_px: int = 0
+) -> Image.Image:
+    """Cards below each other, side by side as far as `width_px` reaches; images fit into squares of `box_px`."""
+    card_px = GAP_PX + max(len(card.boxes) for card in cards) * (box_px + GAP_PX)
+    drawn = [_draw_card(card, card_px, box_px) for card in cards]
+    across = min(len(cards), max(1, (width_px - GAP_PX) // (card_px + GAP_PX)))
+    lines = [drawn[start : start + across] for start in range(0, len(drawn), across)]
+    heights = [max(card.height for card in line) + GAP_PX for line in lines]
+    top = 3 * GAP_PX + TITLE_PX + (LINE_PX if note else 0)
+    sheet = Image.new("RGB", (GAP_PX + across * (card_px + GAP_PX), top + sum(heights)), PAPER)
+    _write(sheet, (GAP_PX, GAP_PX), title, size=TITLE_PX)
+    _write(sheet, (GAP_PX, 2 * GAP_PX + TITLE_PX), note, color=FAINT)
+    for line, height in zip(lines, heights, strict=True):
+        for place, card in enumerate(line):
+            sheet.paste(card, (GAP_PX + place * (card_px + GAP_PX), top))
+        top += height
+    return sheet
+
+
+def fit(image: Image.Image, box_px: int) -> Image.Image:
+    """The image, RGB, as large as a square of side `box_px` takes it."""
+    return ImageOps.contain(image.convert("RGB"), (box_px, box_px), Image.Resampling.LANCZOS)
+
+
+def _draw_card(card: Card, width: int, box_px: int) -> Image.Image:
+    inner, top = width - 2 * GAP_PX, GAP_PX + 2 * LINE_PX
+    texts = [(name, _lines(text, inner)) for name, text in card.texts.items()]
+    below = top + box_px + GAP_PX
+    height = below + sum((1 + len(lines)) * LINE_PX + GAP_PX for _, lines in texts)
+    image = Image.new("RGB", (width, height), CARD)
+    pen = ImageDraw.Draw(image)
+    _write(image, (GAP_PX, GAP_PX // 2), card.heading)
+    for place, (label, shown) in enumerate(card.boxes):
+        left, color = GAP_PX + place * (box_px + GAP_PX), ACCENT if place == card.target else FAINT
+        if shown is None:
+            continue
+        _write(image, (left, top - LINE_PX), label, color=color)
+        pen.rectangle((left, top, left + box_px - 1, top + box_px - 1), fill=PAPER)
+        if isinstance(shown, str):
+            for number, line in enumerate(_lines(shown, box_px - 2 * GAP_PX, max_lines=2 * MAX_LINES)):
+                _write(image, (left + GAP_PX, top + GAP_PX + number * LINE_PX), line, color=color)
+        else:
+            small = fit(shown, box_px)
+            image.paste(small, (left + (box_px - small.width) // 2, top + (box_px - small.height) // 2))
+    tip, middle = GAP_PX + card.target * (box_px + GAP_PX) - 1, top + box_px // 2
+    pen.polygon([(tip, middle), (tip - GAP_PX + 2, middle - 10), (tip - GAP_PX + 2, middle + 10)], fill=ACCENT)
+    for name, lines in texts:
+        _write(image, (GAP_PX, below), name, color=FAINT)
+        for number, line in enumerate(lines, 1):
+            _write(image, (GAP_PX, below + number * LINE_PX), line)
+        below += (1 + len(lines)) * LINE_PX + GAP_PX
+    return image
+
+
+def _write(image: Image.Image, corner: tuple[int, int], text: str, *, color: str = INK, size: int = TEXT_PX) -> None:
+    ImageDraw.Draw(image).text(corner, text, fill=color, font=_load_font(_best_font(text), size))
+
+
+def _lines(text: str, width: int, *, max_lines: int = MAX_LINES) -> list[str]:
+    """At most `max_lines` lines of `width` pixels, broken between words and between Chinese characters.
+
+    Characters that no font has are question marks; a text of which they are the most is left out.
+    """
+    name = _best_font(text)
+    legible = "".join(char if _has_glyph(name, char) else "?" for char in text)
+    if 2 * sum(not _has_glyph(name, char) for char in text) >= len("".join(text.split())):
+        legible = "(no font here has these characters: install Noto Sans CJK)"
+    font, lines = _load_font(name, TEXT_PX), [""]
+    for piece in re.findall(r"[^\s\u2e80-\uffef]{1,24}|\s+|[\u2e80-\uffef][，。、；：？！）》」』”’]*", legible):
         if font.getlength(lines[-1] + piece.rstrip()) > width:
             lines.append("")
-        lines[-1] += piece if lines[-1] else piece.lstrip()
-    return lines
+        lines[-1] += " " * bool(lines[-1]) if piece.isspace() else piece
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1][:-4].rstrip()} ..."]
 
 
-def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, colour: str) -> None:
-    """One line of text of our own."""
-    pen.text(corner, legible(text) or "?", fill=colour, font=font_for(text, size))
-
-
-def legible(text: str) -> str | None:
-    """`text` with a question mark for each character that no font has, None where that would be the most of it."""
-    name = best_font(text)
-    shown = "".join(char if has_glyph(name, char) else "?" for char in " ".join(text.split()))
-    return shown if sum(char not in "? " for char in shown) * 2 > sum(not char.isspace() for char in text) else None
-
-
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font that has the most of `text`."""
-    return load_font(best_font(text), size)
-
-
-def best_font(text: str) -> str | None:
+def _best_font(text: str) -> str | None:
     """The first of the installed fonts that lacks fewest characters of `text`; None is Pillow's own."""
-    return min(installed_fonts(), key=lambda name: sum(not has_glyph(name, char) for char in set(text)))
+    return min(_installed_fonts(), key=lambda name: sum(not _has_glyph(name, char) for char in set(text)))
 
 
 @functools.cache
-def installed_fonts() -> tuple[str | None, ...]:
-    """Pillow's own font and the Chinese ones of this machine."""
-
-    def there(name: str) -> bool:
-        try:
-            load_font(name, TRIAL_PX)
-        except OSError:
-            return False
-        return True
-
-    return None, *filter(there, CHINESE_FONTS)
+def _installed_fonts() -> list[str | None]:
+    found: list[str | None] = [None]
+    for name in CHINESE_FONTS:
+        with contextlib.suppress(OSError):
+            _load_font(name, TEXT_PX)
+            found.append(name)
+    return found
 
 
 @functools.cache
-def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
+def _load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
     """A font by its file name, looked for where the system keeps fonts; raises OSError where it is not."""
     return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
 
 
 @functools.cache
-def has_glyph(name: str | None, char: str) -> bool:
-    """Whether a font can draw `char` as itself and not as the box for what it lacks."""
-    if char.isspace():
-        return True
-    font = load_font(name, TRIAL_PX)
-    return bytes(font.getmask(char)) != bytes(font.getmask(NO_GLYPH))
+def _has_glyph(name: str | None, char: str) -> bool:
+    font = _load_font(name, TEXT_PX)
+    return char.isspace() or bytes(font.getmask(char)) != bytes(font.getmask(NO_GLYPH))

@@ -105,8 +105,8 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
 
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the last whole checkpoint of the output folder, or from the start; save what trained."""
+    from hf_qie.plots import loss_chart
     from hf_qie.runtime.alive import at_any_length
-    from hf_qie.training.loss_chart import loss_chart
     from hf_qie.training.run_record import STATE, write_record
 
     with at_any_length("the loading of the model"):
@@ -121,7 +121,7 @@ def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
         trainer.save_model()
         trainer.save_state()  # after the weights: says that the run has ended
     if trainer.args.should_save:
-        loss_chart(trainer.state.log_history).save(Path(trainer.args.output_dir, "loss.png"))
+        loss_chart(trainer.state.log_history).savefig(Path(trainer.args.output_dir, "loss.png"))
     return trainer
 
 

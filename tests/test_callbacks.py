@@ -14,7 +14,7 @@ from embedding_sets import write_recipe
 from PIL import Image
 from ranks import in_ranks
 from safetensors.torch import load_file
-from small_recipes import extract_edits
+from small_recipes import columns_of, extract_edits
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
@@ -22,11 +22,12 @@ from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.family import read_config
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
+from hf_qie.plots import GAP_PX
 from hf_qie.sampling import Sampler
 from hf_qie.train import open_sets, train
 from hf_qie.training import image_grid as callbacks
 from hf_qie.training.evaluation import HeldOut, held_out_part
-from hf_qie.training.image_grid import CELL_PX, GAP_PX, GridRow, denoise, draw_grid, spread
+from hf_qie.training.image_grid import BOX_PX, GridRow, denoise, draw_grid, spread
 from hf_qie.training.model import predict
 from hf_qie.training.trainer import EditTrainer
 
@@ -167,19 +168,16 @@ def test_rows_come_from_each_task_in_turn(recipe):
 
 def test_the_grid_has_sources_target_and_steps_in_columns():
     def plain(colour: str) -> Image.Image:
-        return Image.new("RGB", (CELL_PX, CELL_PX), colour)
+        return Image.new("RGB", (BOX_PX, BOX_PX), colour)
 
-    one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("green")], target=plain("blue"))
-    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("navy"), pictures={4: plain("yellow")})
+    one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("lime")], target=plain("blue"))
+    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"), pictures={4: plain("yellow")})
     grid = draw_grid([one, two], [0, 4])
-    middles = [GAP_PX + column * (CELL_PX + GAP_PX) + CELL_PX // 2 for column in range(5)]
-    half = CELL_PX // 2 + GAP_PX
-    top, below = (grid.height - GAP_PX) // 2 - half, grid.height - half - GAP_PX
-    colours = [
-        [Image.new("RGB", (1, 1), name).getpixel((0, 0)) for name in row]
-        for row in (("red", "green", "blue", "white", "white"), ("white", "white", "navy", "white", "yellow"))
-    ]
-    assert [[grid.getpixel((x, y)) for x in middles] for y in (top, below)] == colours
+    colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
+    columns = [columns_of(grid, colour) for colour in colours]
+    assert all(len(found) == 1 for found in columns), "the targets of both rows stand in one column"
+    starts = [start for ((start, _),) in columns]
+    assert np.diff(starts).tolist() == [BOX_PX + GAP_PX, BOX_PX + GAP_PX, 2 * (BOX_PX + GAP_PX)]
 
 
 # --- what they leave -------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
     assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0"]
     assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
     folder = odd.parent / "sets" / check.FIRST_LOOK
+    assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("odd.png", "noise-levels.png"))
     assert f"bad row: and 2 more, all in {folder / 'odd.jsonl'}\n" in out
     rows = [json.loads(line)["row"] for line in (folder / "odd.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "errors runtime.settings config.installed config.training_args runtime.storage config.recipe "
+    "errors plots runtime.settings config.installed config.training_args runtime.storage config.recipe "
     "runtime.cli config.launch runtime.device training.precision "
     "runtime.ranks runtime.lock runtime.files runtime.alive "
     "models.qwen_image.family data.seeding data.schema data.fetch data.textfiles data.tables data.readers "
@@ -18,9 +18,9 @@ LAYERS = (
     "hub.publish extraction.preprocess extraction.plan extraction.estimate extraction.batching "
     "extraction.encoded extraction.manifest extraction.reuse extraction.chunk_writer "
     "extraction.set_writer extract extraction.firered convert data.mixture data.online_latents "
-    "data.loader data.collate training.noise training.losses training.noise_chart training.loss_chart "
+    "data.loader data.collate training.losses training.noise "
     "training.flops training.metrics training.evaluation training.fsdp models.qwen_image.lora_files "
-    "training.model training.footprint training.objective plots training.image_grid training.checkpoints "
+    "training.model training.footprint training.objective training.image_grid training.checkpoints "
     "training.resume training.dcp_reader training.trainer training.run_record train hub.trained_run "
     "hub.export_formats hub.model_card export sampling extraction.stats extraction.contact_sheet "
     "extraction.verify check demo.shapes demo.tiny_vae demo.tiny demo.run "

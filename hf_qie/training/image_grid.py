@@ -17,14 +17,14 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.online_latents import load_vae
 from hf_qie.models.qwen_image.vae import pack_latents
-from hf_qie.plots import font_for, legible, wrap, write
+from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.model import predict
 from hf_qie.training.noise import shift_mu
@@ -32,12 +32,8 @@ from hf_qie.training.noise import shift_mu
 logger = get_logger(__name__)
 
 GRID, FOLDER = "pictures.png", "pictures"  # in the output folder
-CELL_PX, GAP_PX = 256, 12  # a picture stands in a square
-TITLE_PX, TEXT_PX = 18, 15
-LINE = 1.4  # height of a line of text in its size
-MOST_LINES = 2  # of an instruction
+BOX_PX = 256  # side of the square that an image is fitted into
 MOST_STEPS = 24  # in the grid; more would be too wide to look at, and all are in the folder
-PAPER, INK, FAINT = "#ffffff", "#1c1c1e", "#7c7c80"
 
 
 @dataclass(kw_only=True)
@@ -101,7 +97,7 @@ class PictureGrid(TrainerCallback):
             for place, row in enumerate(self.rows):
                 picture = self.vae.decode(*found[place])
                 picture.save(folder / f"{row.name}.png")
-                row.pictures[step] = small(picture)
+                row.pictures[step] = fit(picture, BOX_PX)
             draw_grid(self.rows, self._steps()).save(self.folder.with_name(GRID))
             self._track(draw_grid(self.rows, [step]), step)
             seconds = time.monotonic() - started
@@ -138,8 +134,8 @@ class PictureGrid(TrainerCallback):
         return GridRow(
             name=f"{task}-{self.held_out.rows[number]}",
             instruction=self.held_out.instruction(number) or self.trainer.recipe.extract.drop_caption,
-            sources=[small(source) for source in sources],
-            target=small(target),
+            sources=[fit(source, BOX_PX) for source in sources],
+            target=fit(target, BOX_PX),
         )
 
     def _keep(self, *, up_to: int) -> None:
@@ -152,7 +148,7 @@ class PictureGrid(TrainerCallback):
             for row in self.rows:
                 if (path := folder / f"{row.name}.png").is_file():
                     with Image.open(path) as picture:
-                        row.pictures[step] = small(picture)
+                        row.pictures[step] = fit(picture, BOX_PX)
 
     def _steps(self) -> list[int]:
         """The steps of the grid's columns, first and last among them."""
@@ -221,31 +217,14 @@ def denoise(
     return latents
 
 
-def small(picture: Image.Image) -> Image.Image:
-    """As it stands in the grid."""
-    return ImageOps.contain(picture.convert("RGB"), (CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
-
-
 def draw_grid(rows: Sequence[GridRow], steps: Sequence[int]) -> Image.Image:
-    """One row an edit below its instruction: its sources, the target, and a picture for each of `steps`."""
+    """One card a row: its sources, the target, an image for each of `steps`, and below them its instruction."""
     most = max(len(row.sources) for row in rows)
-    names = [f"source {place + 1}" if most > 1 else "source" for place in range(most)]
-    names += ["target", *(f"step {step:,}" for step in steps)]
-    width = GAP_PX + max(len(names), 3) * (CELL_PX + GAP_PX)
-    head, line = TITLE_PX + 2 * GAP_PX, round(LINE * TEXT_PX)
-    height = MOST_LINES * line + CELL_PX + 2 * GAP_PX
-    grid = Image.new("RGB", (width, head + len(rows) * height), PAPER)
-    pen = ImageDraw.Draw(grid)
-    for column, name in enumerate(names):
-        write(pen, (GAP_PX + column * (CELL_PX + GAP_PX), GAP_PX), name, TITLE_PX, FAINT)
-    for place, row in enumerate(rows):
-        top, font = head + place * height, font_for(row.instruction, TEXT_PX)
-        lines = wrap(legible(row.instruction) or row.name, width - 2 * GAP_PX, font)
-        for number, text in enumerate(lines[:MOST_LINES]):
-            more = " ..." if number == MOST_LINES - 1 and len(lines) > MOST_LINES else ""
-            pen.text((GAP_PX, top + number * line), text + more, fill=INK, font=font)
-        shown = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.pictures.get, steps)]
-        for column, picture in enumerate(shown):
-            if picture:
-                grid.paste(picture, (GAP_PX + column * (CELL_PX + GAP_PX), top + MOST_LINES * line))
-    return grid
+    labels = [f"source {place + 1}" if most > 1 else "source" for place in range(most)]
+    labels += ["target", *(f"step {step:,}" for step in steps)]
+    cards = []
+    for row in rows:
+        images = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.pictures.get, steps)]
+        boxes = list(zip(labels, images, strict=True))
+        cards.append(Card(heading=row.name, boxes=boxes, target=most, texts={"instruction": row.instruction}))
+    return labelled_sheet(cards, title="Held-out rows", box_px=BOX_PX)

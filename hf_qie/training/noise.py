@@ -5,13 +5,17 @@ Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level,
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from hf_qie.config.recipe import Loss
+from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.seeding import draw_rng
+from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
+from hf_qie.training.losses import WEIGHTINGS
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 
@@ -102,3 +106,28 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) latents + sigma noise in float32: `[B, S, C]` each, `sigma[B]`."""
     sigma = sigma.float()[:, None, None]
     return (1 - sigma) * latents.float() + sigma * noise.float()
+
+
+def noise_levels(
+    recipe: Recipe, scheduler_config: Mapping[str, Any], *, num_draws: int = 10_000, num_parts: int = 50
+) -> dict[str, Any]:
+    """What `plots.noise_chart` shows of a recipe, for targets of its own size: training's draws and sampling's steps.
+
+    `shares` of the draws and `weights` of the loss for each of `num_parts` equal parts of sigma, `sampled`: the levels
+    at which the pipeline calls the model, from high to low, and a `title`.
+    """
+    loss, num_steps = recipe.loss, recipe.sampling.num_inference_steps
+    num_tokens = (recipe.extract.image_sample_size // PIXELS_PER_TOKEN) ** 2
+    mu = mu_of(loss, num_tokens, scheduler_config)
+    sigma = sigmas_for(range(num_draws), loss=loss, seed=recipe.seed, global_batch_size=100, mu=mu)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+    # diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750-770
+    steps = np.linspace(1.0, 1 / num_steps, num_steps)
+    scheduler.set_timesteps(sigmas=steps, mu=shift_mu(num_tokens, scheduler_config))
+    how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
+    return {
+        "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / num_draws,
+        "weights": WEIGHTINGS[loss.weighting]((torch.arange(num_parts) + 0.5) / num_parts).double().numpy(),
+        "sampled": scheduler.sigmas[:-1].double().numpy(),
+        "title": f"{how}; {num_tokens:,} target tokens",
+    }

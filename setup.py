@@ -26,6 +26,7 @@ setup(
         "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
         "peft>=0.21",
         "huggingface_hub>=2.0",
+        "httpx2>=2.0",  # reads images from URLs; the Hub client's own, a continuation of httpx with the same interface
         "filelock>=4",  # one launch at a time in a folder; a forked child does not keep the lock of a killed one
         "jinja2>=3.1",  # cards
         "safetensors>=0.8",

@@ -22,6 +22,10 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client has had enough
             self.close_connection = True
 
+    def do_CONNECT(self):
+        self.server.asked.append(self.path)
+        answer(status=403)(self)
+
     def log_message(self, *args):
         pass
 

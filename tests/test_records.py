@@ -651,7 +651,7 @@ def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, r
     assert sets["saved"][3]["source_image"] == ["row-3-source-0", "row-3-source-1"]
     bad = [json.loads(line) for line in (tmp_path / "refused" / "urls" / "bad_rows.jsonl").open()]
     assert [row["row"] for row in bad] == list(range(6))
-    told = "127.0.0.1 is no address of the open internet; extract.allow_private_urls: true lets it in"
+    told = "127.0.0.1 is not a public address; extract.allow_private_urls: true allows it"
     assert {row["reason"] for row in bad} == {told}
 
 

@@ -1,53 +1,53 @@
-"""A picture over http(s): bounded in time and bytes, and from the machine's own network only where that is allowed.
+"""Read an image over http(s), bounded in time and bytes; private addresses only where the recipe allows them.
 
-Through http.client, because it reads from what it is handed: a socket connected to the very address that was checked
-(a name that resolves anew gains nothing), each read of which keeps the deadline. So no proxy is asked either.
+The client runs on an event loop in a thread of its own, so that one timeout covers name resolution, redirects, retries
+and bytes that drip in. `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` are honoured. Without a proxy the address that a
+connection went to is checked before anything is sent, so a name that resolves anew gains nothing. A proxy resolves
+names itself: there the addresses that the host has from here are checked, and a host without any is left to the proxy.
 """
 
+import asyncio
+import atexit
 import functools
-import http.client
-import io
 import ipaddress
 import math
 import re
 import socket
 import ssl
-import string
-import time
+import threading
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urljoin
+from urllib.request import getproxies, proxy_bypass
 
-PORTS = {"http": 80, "https": 443}  # by scheme; no other is fetched
-STARTS = tuple(f"{scheme}://" for scheme in PORTS)
+import httpx2
+
+STARTS = ("http://", "https://")
 MAX_BYTES = 64 << 20
-DEADLINE_S = 120.0  # of one URL in all, redirects, pauses and further tries included
-CONNECT_TIMEOUT_S = 10.0  # of one address
-READ_TIMEOUT_S = 30.0  # of silence
+DEADLINE_S = 120.0  # of one URL in all, redirects, pauses and retries included
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0  # READ: of silence
 MAX_REDIRECTS = 5
-PAUSES_S = (1.0, 2.0, 4.0)  # before each further try
-REDIRECTS = (301, 302, 303, 307, 308)
-TOO_MANY_REQUESTS = 429
+PAUSES_S = (1.0, 2.0, 4.0)  # before each retry
 PASSWORD = "the URL holds a user name or password, which would be stored with the row; leave it out"
+PRIVATE = "{} is not a public address; extract.allow_private_urls: true allows it"
 HEADERS = {"User-Agent": "hf_qie", "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is open internet in IPv6
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+IPV6_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
+
+_clients: dict[tuple[str | None, bool], httpx2.AsyncClient] = {}  # by proxy and `allow_private`
+_starting = threading.Lock()
 
 
 class BadUrl(ValueError):
-    """A URL that gives no picture; the message says why and does not repeat the URL."""
+    """A URL that gives no image; the message says why and does not repeat the URL."""
 
 
-class Passing(Exception):
-    """A trouble that may be over at the next try, after `pause_s` at least."""
-
-    def __init__(self, reason: str, *, pause_s: float = 0.0):
-        super().__init__(reason)
-        self.pause_s = pause_s
+class _Retry(Exception):
+    """Reason, and seconds to wait at least."""
 
 
 def is_url(path: str) -> bool:
-    """Whether a picture is to be fetched rather than opened."""
+    """Whether an image is read over http(s) rather than from a file."""
     return path[: len("https://")].lower().startswith(STARTS)
 
 
@@ -56,188 +56,150 @@ def holds_password(url: str) -> bool:
     return re.match(r"[^/?#]*//[^/?#]*@", url) is not None
 
 
-def fetch(url: str, *, allow_private: bool) -> bytes:
-    """What lies at an http(s) `url`, at most 64 MB, within two minutes.
-
-    Server errors, 429, timeouts and broken connections are tried again. `allow_private` also lets in addresses that
-    are not on the open internet: this machine's, its network's, a cloud's metadata server.
-
-    Raises:
-        BadUrl: it is not to be had, too large, too slow, a web page, or lies where it must not.
-    """
-    deadline = time.monotonic() + DEADLINE_S
-    pauses_s = iter(PAUSES_S)
-    while True:
-        try:
-            return follow(url, allow_private=allow_private, deadline=deadline)
-        except Passing as trouble:
-            pause_s = max(next(pauses_s, math.inf), trouble.pause_s)
-            if time.monotonic() + pause_s >= deadline:
-                raise BadUrl(str(trouble)) from trouble
-            time.sleep(pause_s)
-
-
-def follow(url: str, *, allow_private: bool, deadline: float) -> bytes:
-    """The body at the end of the redirects, each of which is checked like the first URL. One try.
-
-    Raises:
-        BadUrl: another try would not help.
-        Passing: another try may.
-    """
-    for _ in range(1 + MAX_REDIRECTS):
-        parts = split(url)
-        try:
-            with connect(parts, allow_private=allow_private, deadline=deadline) as connection:
-                response = ask(connection, parts, deadline=deadline)
-                if response.status not in REDIRECTS or "Location" not in response.headers:
-                    return body_of(response)
-                url = urljoin(url, response.headers["Location"])
-        except ssl.SSLCertVerificationError as error:
-            raise BadUrl(f"its certificate is not trusted ({error.verify_message})") from error
-        except TimeoutError as error:
-            raise Passing("the server is too slow") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Passing(f"the connection broke ({type(error).__name__}: {error})") from error
-    raise BadUrl(f"more than {MAX_REDIRECTS} redirects")
-
-
-def split(url: str) -> SplitResult:
-    """The parts of a URL that may be fetched; raises BadUrl."""
-    try:
-        parts = urlsplit(url)
-        allowed = parts.scheme in PORTS and bool(parts.hostname) and parts.port != 0  # `port` raises too
-    except ValueError as error:
-        raise BadUrl("no valid URL") from error
-    if not allowed:
-        raise BadUrl(f"only {' and '.join(PORTS)} URLs with a host are fetched")
-    if holds_password(url):
-        raise BadUrl(PASSWORD)
-    return parts
-
-
-def connect(parts: SplitResult, *, allow_private: bool, deadline: float) -> socket.socket:
-    """A connection to the host of a URL, with TLS for https; raises BadUrl, or OSError of the last address tried."""
-    error: OSError = OSError("no address")
-    for family, kind, protocol, _, address in resolve(parts, allow_private=allow_private):
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.settimeout(min(CONNECT_TIMEOUT_S, left_of(deadline)))
-            connection.connect(address)
-            if parts.scheme == "https":
-                return tls().wrap_socket(connection, server_hostname=parts.hostname)
-            return connection
-        except OSError as failure:
-            connection.close()
-            error = failure
-    raise error
-
-
-def resolve(parts: SplitResult, *, allow_private: bool) -> list[tuple]:
-    """What `socket.getaddrinfo` gives for the host of a URL; raises BadUrl where any address must not be asked."""
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or PORTS[parts.scheme], type=socket.SOCK_STREAM)
-    except UnicodeError as error:
-        raise BadUrl("no valid host name") from error
-    except socket.gaierror as error:
-        if error.errno == socket.EAI_AGAIN:
-            raise
-        raise BadUrl(f"no such host ({error.strerror})") from error
-    for *_, address in found:
-        if not (allow_private or is_public(address[0])):
-            raise BadUrl(
-                f"{address[0]} is no address of the open internet; extract.allow_private_urls: true lets it in"
-            )
-    return found
-
-
 def is_public(address: str) -> bool:
-    """Whether an address is on the open internet; one in IPv6 that stands for one in IPv4 counts as that."""
+    """Whether an IP address is on the open internet; one of IPv6 that stands for one of IPv4 counts as that."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is None:
-            return ip in GLOBAL_UNICAST and ip.is_global
-        ip = inner
-    return ip.is_global and not ip.is_multicast
+    if ip.version == 6 and (ip in NAT64 or ip.ipv4_mapped):
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.is_global and not ip.is_multicast and (ip.version == 4 or (ip in IPV6_UNICAST and not ip.sixtofour))
+
+
+def fetch(url: str, *, allow_private: bool) -> bytes:
+    """Read the image at an http(s) `url`, at most 64 MB, within two minutes.
+
+    Server errors, 429, timeouts and broken connections are tried again. `allow_private` also allows addresses that are
+    not public: this machine's, its network's, a cloud's metadata server. Raises BadUrl.
+    """
+    with _starting:
+        loop = _loop()
+    return asyncio.run_coroutine_threadsafe(_fetch(url, allow_private), loop).result()
+
+
+def close() -> None:
+    """Close the connections that are kept for further URLs; done at exit, too."""
+
+    async def close_clients() -> None:
+        while _clients:
+            await _clients.popitem()[1].aclose()
+
+    asyncio.run_coroutine_threadsafe(close_clients(), _loop()).result()
 
 
 @functools.cache
-def tls() -> ssl.SSLContext:
-    """The system's certificates ($SSL_CERT_FILE names others), read once: that takes milliseconds."""
-    return ssl.create_default_context()
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fetch", daemon=True).start()
+    atexit.register(close)
+    return loop
 
 
-class Stream(io.RawIOBase):
-    """A connection as http.client uses one; however slowly bytes drip in, no read goes past the deadline."""
-
-    def __init__(self, connection: socket.socket, *, deadline: float):
-        self.connection, self.deadline = connection, deadline
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Read what is there; raises TimeoutError."""
-        self.connection.settimeout(min(READ_TIMEOUT_S, left_of(self.deadline)))
-        return self.connection.recv_into(buffer)
-
-    def sendall(self, data: bytes) -> None:
-        """Send all of `data`; raises TimeoutError."""
-        self.connection.settimeout(min(READ_TIMEOUT_S, left_of(self.deadline)))
-        self.connection.sendall(data)
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        """A buffered reader of this stream."""
-        return io.BufferedReader(self)
-
-    def close(self) -> None:
-        """Nothing: http.client closes before the body is read; the connection's owner closes it."""
+async def _fetch(url: str, allow_private: bool) -> bytes:
+    reason = "the server is too slow"
+    try:
+        async with asyncio.timeout(DEADLINE_S) as timeout:
+            for pause_s in (*PAUSES_S, math.inf):
+                try:
+                    return await _follow(url, allow_private)
+                except _Retry as error:
+                    reason, least_s = error.args
+                if asyncio.get_running_loop().time() + max(pause_s, least_s) >= timeout.when():
+                    break
+                await asyncio.sleep(max(pause_s, least_s))
+    except TimeoutError:
+        pass
+    raise BadUrl(reason)
 
 
-def left_of(deadline: float) -> float:
-    """Seconds until `deadline`; raises TimeoutError where it has passed."""
-    if (left_s := deadline - time.monotonic()) <= 0:
-        raise TimeoutError
-    return left_s
+async def _follow(url: str, allow_private: bool) -> bytes:
+    """The body at the end of the redirects, each of which is checked like the first URL. One try."""
+    for _ in range(1 + MAX_REDIRECTS):
+        if holds_password(url):
+            raise BadUrl(PASSWORD)
+        try:
+            parsed = httpx2.URL(url)
+            if f"{parsed.scheme}://" not in STARTS or not parsed.host:
+                raise BadUrl("only http and https URLs with a host are read")
+            if (parsed.port or 0) >= 1 << 16:
+                raise BadUrl("invalid URL")
+            proxy = await _proxy(parsed, allow_private)
+            extensions = {} if proxy or allow_private else {"trace": _check_peer}
+            async with _client(proxy, allow_private).stream("GET", parsed, extensions=extensions) as response:
+                if not response.has_redirect_location:
+                    return await _body(response)
+                url = urljoin(url, response.headers["Location"])
+        except (httpx2.InvalidURL, UnicodeError) as error:  # Unicode: a host name that DNS cannot have
+            raise BadUrl("invalid URL") from error
+        except httpx2.TimeoutException as error:
+            raise _Retry("the server is too slow", 0) from error
+        except httpx2.TransportError as error:
+            raise _explained(error) from error
+    raise BadUrl(f"more than {MAX_REDIRECTS} redirects")
 
 
-def ask(connection: socket.socket, parts: SplitResult, *, deadline: float) -> http.client.HTTPResponse:
-    """GET the path and query of a URL over `connection`; the body is still to be read."""
-    host, port = parts.hostname, parts.port or PORTS[parts.scheme]
-    if parts.scheme == "https":  # for the Host header, which leaves out a scheme's own port
-        client = http.client.HTTPSConnection(host, port, context=tls())
-    else:
-        client = http.client.HTTPConnection(host, port)
-    client.sock = Stream(connection, deadline=deadline)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    # blanks and letters beyond ASCII are encoded, what is encoded already stays
-    client.request("GET", quote(target, safe=string.punctuation), headers=HEADERS | {"Connection": "close"})
-    return client.getresponse()
+async def _proxy(url: httpx2.URL, allow_private: bool) -> str | None:
+    proxies = getproxies()
+    proxy = None if proxy_bypass(url.netloc.decode()) else proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not allow_private:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(url.host, None)
+        except socket.gaierror:
+            found = []
+        if private := [address[0] for *_, address in found if not is_public(address[0])]:
+            raise BadUrl(PRIVATE.format(private[0]))
+    return proxy and (proxy if "://" in proxy else f"http://{proxy}")
 
 
-def body_of(response: http.client.HTTPResponse) -> bytes:
-    """The body of an answer that is one; raises BadUrl or Passing for any other."""
-    status = f"HTTP {response.status} {http.client.responses.get(response.status, '')}".strip()
-    if response.status == TOO_MANY_REQUESTS or response.status >= 500:
-        raise Passing(status, pause_s=retry_after_s(response.headers.get("Retry-After", "")))
-    if response.status != http.client.OK:
+def _client(*key: str | bool | None) -> httpx2.AsyncClient:
+    if key not in _clients:
+        _clients[key] = httpx2.AsyncClient(
+            transport=httpx2.AsyncHTTPTransport(proxy=key[0]),
+            timeout=httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=None),
+            headers=HEADERS,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none: a URL gives the same after any other
+        )
+    return _clients[key]
+
+
+async def _check_peer(event: str, info: dict) -> None:
+    """Close a new connection to a private address before TLS and before the request; a `trace` of httpx2."""
+    if event == "connection.connect_tcp.complete":
+        stream = info["return_value"]
+        if not is_public(address := stream.get_extra_info("server_addr")[0]):
+            await stream.aclose()
+            raise BadUrl(PRIVATE.format(address))
+
+
+def _explained(error: BaseException) -> BadUrl | _Retry:
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return BadUrl(f"its certificate is not trusted ({error.verify_message})")
+    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+        return BadUrl(f"host not found ({error.strerror})")
+    return _Retry(f"the connection failed ({type(error).__name__}: {error})", 0)
+
+
+async def _body(response: httpx2.Response) -> bytes:
+    status = f"HTTP {response.status_code} {httpx2.codes.get_reason_phrase(response.status_code)}".strip()
+    if response.status_code == httpx2.codes.TOO_MANY_REQUESTS or response.is_server_error:
+        raise _Retry(status, _retry_after_s(response.headers.get("Retry-After", "")))
+    if response.status_code != httpx2.codes.OK:
         raise BadUrl(status)
-    if response.headers.get_content_type() == "text/html":
-        raise BadUrl("a web page (text/html), no picture")
-    length = response.length  # None where the server does not say
-    body = b"" if length and length > MAX_BYTES else response.read(MAX_BYTES + 1)
-    if max(length or 0, len(body)) > MAX_BYTES:
-        raise BadUrl(f"more than {MAX_BYTES:,} bytes")
-    if length is not None and len(body) < length:
-        raise Passing(f"the connection broke ({len(body):,} of {length:,} bytes)")
-    return body
+    if response.headers.get("Content-Type", "").lower().startswith("text/html"):
+        raise BadUrl("a web page (text/html), not an image")
+    body = bytearray()
+    if int(response.headers.get("Content-Length", 0)) <= MAX_BYTES:
+        async for part in response.aiter_raw():
+            body += part
+            if len(body) > MAX_BYTES:
+                break
+        else:
+            return bytes(body)
+    raise BadUrl(f"more than {MAX_BYTES:,} bytes")
 
 
-def retry_after_s(header: str) -> float:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; 0 where it holds neither."""
+def _retry_after_s(header: str) -> float:
+    """Seconds by a Retry-After header, which holds seconds or a date; 0 where it holds neither."""
     if header.strip().isdecimal():
         return float(header)
     try:

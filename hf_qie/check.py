@@ -29,7 +29,7 @@ from hf_qie.runtime.cli import Options, run_script, wanted
 if TYPE_CHECKING:
     from hf_qie.extraction.preprocess import Plan
     from hf_qie.extraction.stats import Survey
-    from hf_qie.models.qwen_image.family import Family
+    from hf_qie.models.base import Family
 
 FIRST_LOOK = "first-look"  # no task can have this name
 
@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.models.qwen_image.family import check_steps, read_family
+    from hf_qie.models.base import read_family
+    from hf_qie.models.checkpoint import check_steps
 
     check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     family = read_family(recipe.model, revision=recipe.revision)
@@ -63,7 +64,7 @@ def look(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> None:
     from hf_qie.extraction.estimate import check_space, encoder_width
     from hf_qie.extraction.reuse import keeps_some
     from hf_qie.extraction.stats import findings_of, survey, table_of
-    from hf_qie.models.qwen_image.family import read_config
+    from hf_qie.models.checkpoint import read_config
     from hf_qie.models.qwen_image.text_encoder import load_processor
     from hf_qie.plots import noise_chart
     from hf_qie.training.noise import noise_levels

@@ -58,7 +58,7 @@ def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict
     from hf_qie.extraction.estimate import encoder_width
     from hf_qie.extraction.firered import has_inverse_files, open_foreign
     from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.models.qwen_image.family import read_family
+    from hf_qie.models.base import read_family
 
     family, sources = read_family(recipe.model, revision=recipe.revision), {}
     width = encoder_width(recipe.model, revision=recipe.revision)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hf_qie.extraction.chunk_writer import Models
     from hf_qie.extraction.preprocess import Plan
-    from hf_qie.models.qwen_image.family import Family
+    from hf_qie.models.base import Family
 
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
 TOO_MANY_BAD = 3  # exit code
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before torch is imported: it sets the threads that torch starts
     from hf_qie.extraction.plan import own_tasks, read_plans, rows_folder
-    from hf_qie.models.qwen_image.family import read_family
+    from hf_qie.models.base import read_family
     from hf_qie.runtime.alive import Alive
     from hf_qie.runtime.lock import held_by_launch
 

@@ -93,14 +93,13 @@ class Sampler:
 
         Raises InputError where there are no weights, or the family allows no such extract.source_sample_size.
         """
-        from hf_qie.data.provenance import source_area
         from hf_qie.hub.trained_run import find_weights
-        from hf_qie.models.qwen_image.family import read_family
+        from hf_qie.models.base import read_family
         from hf_qie.runtime.device import compute_dtype, own_device
 
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.family = read_family(recipe.model, revision=recipe.revision)
-        self.source_area_px = source_area(self.family, recipe.extract.source_sample_size)
+        self.source_area_px = self.family.source_area_px(recipe.extract.source_sample_size)
         self.weights = None
         if str(checkpoint) != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))
@@ -185,7 +184,7 @@ class Sampler:
         size: tuple[int, int] | None = None,
     ) -> None:
         """Raise InputError for options of `picture` that the pipeline cannot take, before a model is loaded."""
-        from hf_qie.models.qwen_image.family import check_steps
+        from hf_qie.models.checkpoint import check_steps
 
         check(seed, Seed, "seed")
         check(true_cfg_scale, Weight, "true_cfg_scale")

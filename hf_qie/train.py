@@ -71,7 +71,8 @@ def open_sets(recipe: Recipe) -> dict[str, "Dataset"]:
     from hf_qie.data.embedding_sets import open_embeddings
     from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
     from hf_qie.data.schema import matrix_width
-    from hf_qie.models.qwen_image.family import check_steps, read_config, read_family
+    from hf_qie.models.base import read_family
+    from hf_qie.models.checkpoint import check_steps, read_config
 
     if recipe.sampling.every:
         check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
@@ -131,7 +132,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> tuple["EditT
     Raises InputError where the output folder holds a run that cannot go on as this one.
     """
     from hf_qie.data.online_latents import has_latents, load_vae
-    from hf_qie.models.qwen_image.family import read_config
+    from hf_qie.models.checkpoint import read_config
     from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
     from hf_qie.training.fsdp import refuse_inactive
     from hf_qie.training.image_grid import PictureGrid
@@ -168,7 +169,7 @@ def make_model(recipe: Recipe, arguments: "TrainingArguments") -> "nn.Module":
     from accelerate import PartialState
     from accelerate.logging import get_logger
 
-    from hf_qie.models.qwen_image.family import read_config
+    from hf_qie.models.checkpoint import read_config
     from hf_qie.training.footprint import footprint
     from hf_qie.training.model import build_model, compile_blocks, model_on_paper
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_qie.data.provenance import PROVENANCE, checkpoint_compat
 from hf_qie.data.schema import set_features
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 
 WIDTH = 96  # of the tiny checkpoints' prompt states
 

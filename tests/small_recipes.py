@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.extraction.plan import make_plan
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.text_encoder import load_processor
 
 WIDTH = 96  # of the tiny encoder

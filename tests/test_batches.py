@@ -18,7 +18,7 @@ from hf_qie.data.images import area_size, read_image, resize
 from hf_qie.extraction.batching import like_length, same_size, shared_passes
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES
 from hf_qie.extraction.preprocess import Direction, Prepared
-from hf_qie.models.qwen_image.family import EDIT_PLUS
+from hf_qie.models.qwen_image.family import EDIT_PLUS_TEMPLATE
 from hf_qie.models.qwen_image.prompts import Prompt, make_prompt
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 
@@ -91,7 +91,7 @@ def rows(processor, photos, instructions) -> list[Prepared]:
 
     def way(path: Path, row: dict[str, str]) -> Direction:
         texts = [row[caption] for caption in CAPTIONS]
-        return direction(make_prompt(processor, EDIT_PLUS, [path], [*texts, " "]), str(path))
+        return direction(make_prompt(processor, EDIT_PLUS_TEMPLATE, [path], [*texts, " "]), str(path))
 
     return [
         prepared(way(sources[i % len(sources)], row), way(targets[i % len(targets)], undo))

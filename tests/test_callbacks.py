@@ -19,7 +19,7 @@ from small_recipes import columns_of, extract_edits
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import read_config
+from hf_qie.models.checkpoint import read_config
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 from hf_qie.plots import GAP_PX

@@ -30,7 +30,7 @@ from hf_qie.errors import InputError
 from hf_qie.extraction import contact_sheet as sheet
 from hf_qie.extraction.estimate import estimate_bytes
 from hf_qie.extraction.stats import KINDS, survey
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.text_encoder import load_processor
 
 URLS = ("/p.png", "/gone.png")

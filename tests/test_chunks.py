@@ -33,7 +33,7 @@ from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, Models
 from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Plan, Prepared
 from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, record_of
-from hf_qie.models.qwen_image.family import Family, read_family
+from hf_qie.models.base import Family, read_family
 from hf_qie.models.qwen_image.prompts import Prompt
 
 CAPTIONS = ("instruction", "instruction_cn")

@@ -17,11 +17,11 @@ from hf_qie.data.provenance import (
     checkpoint_compat,
     fingerprint,
     read_provenance,
-    source_area,
 )
 from hf_qie.data.schema import set_features, to_table
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import FAMILIES, read_family
+from hf_qie.models.base import read_family
+from hf_qie.models.qwen_image.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
 
 STATES, LATENTS = List(List(Value("float16"), length=96)), List(List(Value("float16"), length=64))
 GRID, GRIDS = List(Value("int32"), length=2), List(List(Value("int32"), length=2))
@@ -307,14 +307,13 @@ def test_a_set_of_another_format_is_refused(tmp_path):
 
 
 def test_only_a_family_of_two_resizes_takes_another_source_size():
-    edit_plus, edit = FAMILIES["QwenImageEditPlusPipeline"], FAMILIES["QwenImageEditPipeline"]
-    assert source_area(edit_plus, None) == source_area(edit, None) == source_area(edit, 1024) == 1024 * 1024
-    assert source_area(edit_plus, 512) == 512 * 512
+    assert EDIT_PLUS.source_area_px(None) == EDIT.source_area_px(None) == EDIT.source_area_px(1024) == 1024 * 1024
+    assert EDIT_PLUS.source_area_px(512) == 512 * 512
     with pytest.raises(InputError) as error:
-        source_area(edit, 512)
+        EDIT.source_area_px(512)
     assert str(error.value) == (
-        "extract.source_sample_size: 512: QwenImageEditPipeline hands one picture of 1,048,576 pixels to encoder and "
+        "extract.source_sample_size: 512: QwenImageEditPipeline hands one image of 1,048,576 pixels to encoder and "
         "VAE; leave it null"
     )
     with pytest.raises(InputError, match=r"512: QwenImagePipeline takes no sources; leave it null$"):
-        source_area(FAMILIES["QwenImagePipeline"], 512)
+        TEXT_TO_IMAGE.source_area_px(512)

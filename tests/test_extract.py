@@ -31,7 +31,7 @@ from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.extraction.manifest import read_account
 from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Prepared
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image import family as family_module
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models import checkpoint as checkpoint_module
+from hf_qie.models.base import read_family
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_config_that_is_no_json_is_named(tiny, tmp_path):
     shutil.copy(tiny("edit_plus") / "model_index.json", tmp_path)
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text("<html>")
-    with pytest.raises(InputError, match=r"^model: .*/transformer/config\.json is no JSON \(.+\)$"):
+    with pytest.raises(InputError, match=r"^model: .*/transformer/config\.json is not valid JSON \(.+\)$"):
         read_family(str(tmp_path))
 
 
@@ -105,26 +105,24 @@ def test_a_config_that_is_no_json_is_named(tiny, tmp_path):
 def test_what_is_neither_folder_nor_hub_id_is_refused(model):
     with pytest.raises(InputError) as error:
         read_family(model)
-    assert str(error.value) == (
-        f"model: {model!r} is neither a folder here nor a Hub id like Qwen/Qwen-Image-Edit-2509"
-    )
+    assert str(error.value).startswith(f"model: {model!r} is not a folder here; invalid Hub id: ")
 
 
 def test_a_hub_id_out_of_reach_is_told_from_a_missing_folder():
     with pytest.raises(InputError) as error:
         read_family("outputs/tiny")
     assert str(error.value) == (
-        "model: 'outputs/tiny' is no folder here, as a Hub id not in the local cache, and the Hub is out of reach"
+        "model: 'outputs/tiny' is not a folder here; it is not in the local cache, and the Hub cannot be reached"
     )
 
 
 def test_what_the_hub_says_reaches_the_user(monkeypatch):
     class Answer:
-        headers, request = {}, None
+        headers, request, status_code = {}, None, 401
 
     def download(*_, **__):
         raise HfHubHTTPError("401: log in to see org/name", response=Answer())
 
-    monkeypatch.setattr(family_module, "hf_hub_download", download)
-    with pytest.raises(InputError, match=r"no folder here, and the Hub refuses it .*401: log in"):
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", download)
+    with pytest.raises(InputError, match=r"^model: 'org/name' is not a folder here; the Hub answers: 401: log in"):
         read_family("org/name")

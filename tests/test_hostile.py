@@ -436,7 +436,7 @@ def test_a_config_that_is_no_config_is_refused(tmp_path, tiny, text):
     model = shutil.copytree(tiny(), tmp_path / "model")
     recipe = load_recipe(write_recipe(tmp_path, model))
     (model / "transformer" / "config.json").write_text(text)
-    with pytest.raises(InputError, match=r"transformer/config.json (is no JSON|holds no names and values)"):
+    with pytest.raises(InputError, match=r"transformer/config.json(: expected a mapping| is not valid JSON)"):
         open_sets(recipe)
 
 

@@ -7,13 +7,13 @@ import sys
 from hub import Hub
 
 from hf_qie.data.provenance import checkpoint_compat
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 
 CODE = """
 import json
 from huggingface_hub import HfApi, snapshot_download
 from hf_qie.data.schema import checkpoint_compat
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 family = read_family("org/tiny")
 compat = checkpoint_compat("org/tiny", revision=None, family=family)
 print(json.dumps([family.pipeline, compat, HfApi().model_info("org/tiny").private, HfApi().whoami()["name"]]))

@@ -31,7 +31,7 @@ from hf_qie.extraction.manifest import Account, damage, keep_chunk
 from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.reuse import digests_of, find_kept
 from hf_qie.extraction.set_writer import finish, open_folder, writing
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.runtime.device import compute_dtype
 from hf_qie.runtime.lock import held_by_launch, in_turn, lock_of
 

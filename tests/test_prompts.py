@@ -10,11 +10,10 @@ from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from hf_qie.data.images import area_size, resize
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import EDIT, EDIT_PLUS, FAMILIES, TEXT_TO_IMAGE
+from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, TEXT_TO_IMAGE_TEMPLATE
 from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
 from hf_qie.models.qwen_image.text_encoder import check_drop
 
-FAMILY = FAMILIES["QwenImageEditPlusPipeline"]
 WEIRD_CAPTIONS = [
     "\nA line break first",
     "  two blanks, then a tab\t",
@@ -37,7 +36,7 @@ def processor(built_once, tiny):
 
 def pictures(*sizes):
     """Pictures as the encoder sees them."""
-    return [resize(Image.new("RGB", size, "teal"), area_size(size, FAMILY.vlm_area_px)) for size in sizes]
+    return [resize(Image.new("RGB", size, "teal"), area_size(size, EDIT_PLUS.vlm_area_px)) for size in sizes]
 
 
 def test_the_vocabulary_is_qwens_own(processor):
@@ -51,7 +50,9 @@ def test_the_vocabulary_is_qwens_own(processor):
     assert len(words) > 30 and all(len(tokenizer(word).input_ids) == 1 for word in words)
 
 
-@pytest.mark.parametrize(("template", "num_tokens"), [(TEXT_TO_IMAGE, 34), (EDIT, 64), (EDIT_PLUS, 64)])
+@pytest.mark.parametrize(
+    ("template", "num_tokens"), [(TEXT_TO_IMAGE_TEMPLATE, 34), (EDIT_TEMPLATE, 64), (EDIT_PLUS_TEMPLATE, 64)]
+)
 def test_a_template_starts_with_as_many_tokens_as_are_dropped(processor, template, num_tokens):
     assert len(processor.tokenizer(template.before).input_ids) == template.drop == num_tokens
     check_drop(processor.tokenizer, template)
@@ -61,12 +62,12 @@ def test_a_template_starts_with_as_many_tokens_as_are_dropped(processor, templat
 def test_a_vocabulary_that_splits_a_template_otherwise_is_refused(processor):
     letters = Qwen2Tokenizer(vocab=processor.tokenizer.get_vocab(), merges=[])
     with pytest.raises(InputError, match=r"^model: its tokenizer gives \d{3} tokens .* the pipelines cut off 64; "):
-        check_drop(letters, EDIT_PLUS)
+        check_drop(letters, EDIT_PLUS_TEMPLATE)
 
 
 def test_a_picture_costs_its_label_its_marks_and_its_patches(processor):
     assert len(processor.tokenizer("Picture 1: ").input_ids) == 5
-    prompt = make_prompt(processor, EDIT_PLUS, pictures((384, 384), (448, 320)), ["x"])
+    prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, pictures((384, 384), (448, 320)), ["x"])
     # 384 x 384 becomes 392 x 392 and 448 x 320 becomes 448 x 308, in patches of 28 x 28
     assert prompt.split == 64 + (5 + 2 + 14 * 14) + (5 + 2 + 16 * 11)
     assert prompt.image_grid_thw.tolist() == [[1, 28, 28], [1, 22, 32]]
@@ -75,7 +76,7 @@ def test_a_picture_costs_its_label_its_marks_and_its_patches(processor):
 
 @pytest.mark.parametrize("num_pictures", [0, 1, 3])
 def test_shared_and_branch_tokens_are_those_of_the_whole_text(processor, num_pictures):
-    template, images = FAMILY.template(num_pictures), pictures(*[(300, 200)] * num_pictures)
+    template, images = EDIT_PLUS.template(num_pictures), pictures(*[(300, 200)] * num_pictures)
     prompt = make_prompt(processor, template, images, WEIRD_CAPTIONS)
     for caption, branch in zip(WEIRD_CAPTIONS, prompt.branches, strict=True):
         text = template.shared(num_pictures) + caption + template.after
@@ -89,7 +90,7 @@ def test_shared_and_branch_tokens_are_those_of_the_whole_text(processor, num_pic
 def test_one_caption_alone_shares_no_more_than_the_pictures(processor, captions):
     for num_pictures in (0, 1):
         images = pictures(*[(300, 200)] * num_pictures)
-        prompt = make_prompt(processor, FAMILY.template(num_pictures), images, captions)
+        prompt = make_prompt(processor, EDIT_PLUS.template(num_pictures), images, captions)
         assert len(prompt.shared) <= prompt.split and len(prompt.branches) == 1
         assert prompt.num_tokens == prompt.num_tokens_apart == len(prompt.shared + prompt.branches[0])
 
@@ -99,7 +100,7 @@ def test_one_caption_alone_shares_no_more_than_the_pictures(processor, captions)
 def test_a_caption_that_holds_a_picture_token_is_bad(processor, token, num_pictures):
     images = pictures(*[(300, 200)] * num_pictures)
     with pytest.raises(BadPrompt) as bad:
-        make_prompt(processor, FAMILY.template(num_pictures), images, ["fine", f"put {token} here"])
+        make_prompt(processor, EDIT_PLUS.template(num_pictures), images, ["fine", f"put {token} here"])
     assert str(bad.value) == f"the caption holds {token}, which stands for a picture"
     assert bad.value.place == 1
 
@@ -111,7 +112,7 @@ def test_the_encoder_sees_at_most_45_percent_of_one_pass_per_prompt(processor, p
         row = json.loads(line)
         with Image.open(photos / row["source_image"]) as image:
             images = pictures(image.size)
-        prompt = make_prompt(processor, EDIT_PLUS, images, [row["instruction"], row["instruction_cn"], " "])
+        prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, images, [row["instruction"], row["instruction_cn"], " "])
         texts = [prompt.shared + branch for branch in prompt.branches]
         run, apart = run + prompt.num_tokens, apart + sum(map(len, texts))
     assert run / apart <= 0.45
@@ -119,5 +120,5 @@ def test_the_encoder_sees_at_most_45_percent_of_one_pass_per_prompt(processor, p
 
 def test_pixels_do_not_depend_on_the_captions(processor):
     images = pictures((300, 200))
-    one, other = (make_prompt(processor, EDIT_PLUS, images, captions) for captions in (["a"], WEIRD_CAPTIONS))
+    one, other = (make_prompt(processor, EDIT_PLUS_TEMPLATE, images, captions) for captions in (["a"], WEIRD_CAPTIONS))
     assert torch.equal(one.pixel_values, other.pixel_values) and one.shared == other.shared

@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of

@@ -222,7 +222,7 @@ def test_the_pipelines_constant_is_that_of_training_for_the_call_alone(tiny, rec
 
 
 def test_edit_v1_allows_no_other_size_of_sources(tiny, recipe_of):
-    with pytest.raises(InputError, match=r"extract\.source_sample_size: 96: QwenImageEditPipeline hands one picture"):
+    with pytest.raises(InputError, match=r"extract\.source_sample_size: 96: QwenImageEditPipeline hands one image"):
         Sampler(recipe_of(tiny("edit"), SMALL_SOURCES), checkpoint="base")
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
 from hf_qie.data.tables import HUB_ID
 from hf_qie.data.validation import DAMAGED, check_columns
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import check_files, is_noted, note
+from hf_qie.runtime.hub_errors import hub_errors
 
 COLUMNS = "its columns are those of a set"  # noted of a provenance, which has the digests of all that holds them
 
@@ -62,17 +63,16 @@ def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict
     if not found:
         raise InputError(f"{at}: no folder here, and no Hub id like org/name, org/name:config or org/name@revision")
     repo, config, revision = found["repo"], found["config"] or task, found["revision"]
-    try:
-        return download_set(repo, config, revision=revision, where=at)
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{at}: no folder here, not in the local cache, and the Hub is out of reach") from error
-    except EntryNotFoundError as error:
-        files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
-        remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none at all"
-        raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise InputError(f"{at}: no folder here, and the Hub refuses it ({error})") from error
+    with hub_errors(f"{at} is not a folder here"):
+        try:
+            return download_set(repo, config, revision=revision, where=at)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+            there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
+            remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none"
+            raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
 
 
 def download_set(repo: str, config: str, *, revision: str | None, where: str) -> tuple[Dataset, dict[str, Any]]:

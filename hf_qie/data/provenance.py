@@ -10,8 +10,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import Family, from_hub
+from hf_qie.models.base import Family
 from hf_qie.runtime.files import samples
+from hf_qie.runtime.hub_errors import hub_errors
 
 FORMAT_VERSION = 1
 PROVENANCE = "provenance.json"
@@ -110,7 +111,7 @@ def identity(model: str, folders: Iterable[str], *, revision: str | None, weight
     root = Path(model)
     if not root.is_dir():
         patterns = [f"{folder}/{kind}" for folder in folders for kind in (("*",) if weights else ("*.json", "*.txt"))]
-        with from_hub(model):
+        with hub_errors(f"model: {model!r} is not a folder here"):
             root = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     digests = {}
     for folder in folders:
@@ -183,16 +184,3 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         elif mine != value:
             found.append(field)
     return found
-
-
-def source_area(family: Family, source_sample_size: int | None) -> int:
-    """Area in pixels that the VAE sees of a source; raises InputError where the family allows no other."""
-    if source_sample_size is None:
-        return family.vae_area_px
-    if family.one_resize and source_sample_size**2 != family.vae_area_px:
-        hands = f"hands one picture of {family.vae_area_px:,} pixels to encoder and VAE"
-        raise InputError(
-            f"extract.source_sample_size: {source_sample_size}: {family.pipeline} "
-            f"{hands if family.edit else 'takes no sources'}; leave it null"
-        )
-    return source_sample_size**2

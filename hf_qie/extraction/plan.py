@@ -10,11 +10,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_qie.config.recipe import Recipe, Task
-from hf_qie.data.provenance import source_area
 from hf_qie.data.samples import Rows, open_rows, read_rows
 from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Plan
-from hf_qie.models.qwen_image.family import Family
+from hf_qie.models.base import Family
 from hf_qie.runtime.alive import at_any_length
 from hf_qie.runtime.cli import Told
 
@@ -37,7 +36,7 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
-    area_px = source_area(family, recipe.extract.source_sample_size)
+    area_px = family.source_area_px(recipe.extract.source_sample_size)
     task = replace(task, columns=rows.columns)
     return Plan(task=task, family=family, extract=recipe.extract, rows=rows, source_area_px=area_px)
 

@@ -20,7 +20,7 @@ from hf_qie.data.fetch import BadUrl, fetch, is_url
 from hf_qie.data.images import BadImage, area_size, read_image, resize
 from hf_qie.data.samples import BadRow, Rows, has_inverse, refuse_bad
 from hf_qie.data.schema import set_features
-from hf_qie.models.qwen_image.family import Family
+from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.models.qwen_image.vae import MAX_POSITIONS, Grid, grid_of
 from hf_qie.runtime.alive import at_any_length

@@ -23,7 +23,7 @@ from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Pictures, Plan, files_of, read_pictures
 from hf_qie.extraction.stats import aligned
-from hf_qie.models.qwen_image.family import Family
+from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored

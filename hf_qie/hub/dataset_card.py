@@ -11,13 +11,13 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
-from hf_qie.models.qwen_image.family import FAMILIES
+from hf_qie.models.base import families
 from hf_qie.runtime.settings import write_yaml
 
 TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
 END = "<!-- hf_qie: end -->\n"
-STOCK_AREAS_PX = {family.vae_area_px for family in FAMILIES.values()}
+STOCK_AREAS_PX = {family.vae_area_px for family in families()}
 
 MEANINGS = {  # pattern of a column's name, without `inverse_`: what it holds
     "row": "0-based position in the task's data; rows that were skipped are missing",

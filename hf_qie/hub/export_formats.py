@@ -28,7 +28,7 @@ from hf_qie.hub.trained_run import (
     read_adapters,
     saved_tensors,
 )
-from hf_qie.models.qwen_image.family import read_config
+from hf_qie.models.checkpoint import read_config
 from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")

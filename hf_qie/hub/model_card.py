@@ -10,7 +10,7 @@ from hf_qie.hub.dataset_card import TAGS, rendered, renewed
 from hf_qie.hub.export_formats import comfyui_file
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 from hf_qie.runtime.settings import write_yaml
 
 PICTURES = "pictures.png"  # edits of held-out rows, where the run has made some

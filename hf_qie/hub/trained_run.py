@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import from_hub, read_config
+from hf_qie.models.checkpoint import read_config
+from hf_qie.runtime.hub_errors import hub_errors
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.training.dcp_reader import MODEL_FOLDER, sharded_tensors
 from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
@@ -215,7 +216,7 @@ def base_folder(recipe: Recipe, parts: list[str]) -> Path:
     """A folder with these parts of the checkpoint `recipe.model`, from here or from the Hub (cached)."""
     if not Path(recipe.model).is_dir():
         patterns = [f"{part}/*{kind}" for part in parts for kind in PLAIN]
-        with from_hub(recipe.model):
+        with hub_errors(f"model: {recipe.model!r} is not a folder here"):
             return Path(snapshot_download(recipe.model, revision=recipe.revision, allow_patterns=patterns))
     for part in parts:
         if not Path(recipe.model, part).is_dir():

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.mixture import Group
-from hf_qie.models.qwen_image.family import checkpoint_file
+from hf_qie.models.checkpoint import checkpoint_file
 from hf_qie.runtime.files import write_durably
 
 RECORD = "run.json"

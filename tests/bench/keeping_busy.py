@@ -30,7 +30,7 @@ from hf_qie.extraction.chunk_writer import Models
 from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Pictures, Prepared, prepare
 from hf_qie.extraction.set_writer import open_folder
-from hf_qie.models.qwen_image.family import read_family
+from hf_qie.models.base import read_family
 
 ROWS, CHUNK_ROWS, BATCH, WORKERS = 512, 256, 4, 4
 ENCODE_S = 0.2  # of a batch, at least

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.family import Family, Template
+from hf_qie.models.base import Family
+from hf_qie.models.qwen_image.family import Template
 from hf_qie.models.qwen_image.prompts import Prompt
 
 

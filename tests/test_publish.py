@@ -203,7 +203,7 @@ def test_the_card_tells_what_was_recorded(pushed):
     assert provenance["compat"] == local["compat"]
     assert provenance["fingerprint"] == local["fingerprint"]
     assert "| `edit` | 5 | 0 | 1 of 6 | " in text
-    assert re.search(r"## Skipped rows\n\n`edit`:\n\n- 1: target_image: cannot read the picture \(\w+: .*…\)\n", text)
+    assert re.search(r"## Skipped rows\n\n`edit`:\n\n- 1: target_image: cannot read the image \(\w+: .*…\)\n", text)
     assert "model `edit_plus`" in text
     assert "Picture {number}: <|vision_start|><|image_pad|><|vision_end|>{caption}<|im_end|>" in text
     assert "the stock pipeline\n  shows the VAE another area" in text

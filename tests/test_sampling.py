@@ -306,7 +306,7 @@ def test_what_the_pipeline_cannot_take_is_told_before_a_model_loads(
 def test_a_picture_that_cannot_be_read_is_named(tiny, recipe_of, tmp_path):
     (tmp_path / "page.png").write_text("<html>not found</html>")
     sampler = Sampler(recipe_of(weightless(tiny(), tmp_path / "weightless")), checkpoint="base")
-    with pytest.raises(InputError, match=r"--image: \S+page.png: cannot read the picture .* it begins with '<html>"):
+    with pytest.raises(InputError, match=r"--image: \S+page.png: cannot read the image .* it begins with '<html>"):
         sampler(INSTRUCTION, images=[tmp_path / "page.png"])
 
 

@@ -13,7 +13,7 @@ LAYERS = (
     "runtime.cli config.launch runtime.device training.precision "
     "runtime.ranks runtime.lock runtime.files runtime.alive "
     "runtime.hub_errors models.checkpoint models.base models.qwen_image.family "
-    "data.seeding data.schema data.fetch data.textfiles data.tables data.readers "
+    "data.seeding data.schema data.fetch data.text_files data.tables data.readers "
     "data.captions data.samples data.images models.qwen_image.prompts models.qwen_image.text_encoder "
     "models.qwen_image.vae data.provenance data.validation data.embedding_sets hub.dataset_card hub.redact "
     "hub.publish extraction.preprocess extraction.plan extraction.estimate extraction.batching "

@@ -217,7 +217,10 @@ def test_text_files_of_any_ending_give_the_rows_of_jsonl(tmp_path, edits, rows):
 
 def test_a_row_of_an_array_is_named_by_its_item(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"target_image": "a.png"}, 7], indent=1))
-    assert message(task_of(tmp_path / "a.json")) == f"{tmp_path}/a.json, item 2: 7 is no JSON object with columns"
+    assert (
+        message(task_of(tmp_path / "a.json"))
+        == f"{tmp_path}/a.json, item 2: got 7, expected a JSON object with columns"
+    )
 
 
 def test_several_columns_of_sources_may_hold_images(tmp_path):
@@ -383,10 +386,10 @@ def test_the_command_that_is_told_for_a_folder_of_images_writes_its_data(tmp_pat
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"a,b\n1,2\n1,2,3\n", ":3: more fields than the 2 names of the first line"),
+        (b"a,b\n1,2\n1,2,3\n", ":3: more fields than the 2 names in the first line"),
         (b"a,b,a\n1,2,3\n", ":1: a column occurs twice in a, b, a"),
-        (b"a,b\n1,2\n\xff,2\n", ", after line 2: no CSV in UTF-8 ("),
-        (b'a,b\n1,"2"x\n', ", after line 1: no CSV in UTF-8 ("),
+        (b"a,b\n1,2\n\xff,2\n", ", after line 2: invalid CSV, expected UTF-8 ("),
+        (b'a,b\n1,"2"x\n', ", after line 1: invalid CSV, expected UTF-8 ("),
     ],
 )
 def test_a_broken_csv_is_named_with_its_line(tmp_path, content, told):
@@ -423,7 +426,7 @@ def test_a_parquet_file_with_no_column_of_the_task_is_named(tmp_path):
 
 def test_json_that_is_nested_too_deeply_is_named_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"target_image": "a.png"}\n' + "[" * 100_000 + "\n")
-    assert message(task_of(tmp_path / "a.jsonl")).startswith(f"{tmp_path}/a.jsonl:2: no JSON (maximum recursion")
+    assert message(task_of(tmp_path / "a.jsonl")).startswith(f"{tmp_path}/a.jsonl:2: invalid JSON (maximum recursion")
 
 
 def test_of_several_parquet_files_the_damaged_one_is_named(tmp_path):

@@ -125,7 +125,7 @@ def test_blank_lines_and_a_byte_order_mark_do_not_count(data, tmp_path):
     file = data(["\ufeff" + json.dumps(ROW), "", "  ", ROW])
     assert read(tmp_path, file).table["row"][:] == [0, 1]
     file = data([ROW, "", "{"])
-    assert refusal(tmp_path, file).startswith(f"{file}:3: no JSON")
+    assert refusal(tmp_path, file).startswith(f"{file}:3: invalid JSON")
 
 
 def test_t2i_ignores_sources(data, tmp_path):
@@ -279,9 +279,11 @@ def test_backslashes_and_file_urls_name_files(data, tmp_path):
 
 
 BAD_LINES = {
-    '{"source_image": ': "no JSON (Expecting value: line 2 column 1 (char 18)); each line has to be one JSON object",
-    '["a.png"]': '["a.png"] is no JSON object with columns',
-    "null": "null is no JSON object with columns",
+    '{"source_image": ': (
+        "invalid JSON (Expecting value: line 2 column 1 (char 18)); expected one JSON object in each line"
+    ),
+    '["a.png"]': 'got ["a.png"], expected a JSON object with columns',
+    "null": "got null, expected a JSON object with columns",
 }
 
 
@@ -384,7 +386,7 @@ def test_one_bad_row_is_always_allowed_and_none_usable_never(data, tmp_path):
 def test_bytes_that_are_no_utf_8_are_named(tmp_path):
     file = tmp_path / "latin.jsonl"
     file.write_bytes(b'{"instruction": "caf\xe9"}\n')
-    assert refusal(tmp_path, file).startswith(f"{file}:1: no JSON ('utf-8' codec can't decode byte 0xe9")
+    assert refusal(tmp_path, file).startswith(f"{file}:1: invalid JSON ('utf-8' codec can't decode byte 0xe9")
 
 
 def test_a_long_value_is_cut(data, tmp_path):

@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 
 from hf_qie.config.recipe import Task
 from hf_qie.data.tables import HUB_ID, Embedded, Line, Table, hub_table, parquet_table, refuse_split, saved_table
-from hf_qie.data.textfiles import SUFFIXES, list_in, suffix_of, text_rows
+from hf_qie.data.text_files import SUFFIXES, list_in, suffix_of, text_rows
 from hf_qie.errors import InputError
 
 KINDS = {**SUFFIXES, ".parquet": "Parquet"}

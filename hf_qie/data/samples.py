@@ -23,7 +23,7 @@ from hf_qie.data.captions import MOST_TEXTS, by_column, text_columns
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
 from hf_qie.data.tables import Embedded, Line, Table, no_rows
-from hf_qie.data.textfiles import clip
+from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 
 BATCH_ROWS = 1000  # checked together

@@ -25,7 +25,7 @@ from hf_qie.data.fetch import is_url
 from hf_qie.data.images import area_size
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import BadRow, refuse_bad
-from hf_qie.data.textfiles import clip
+from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 from hf_qie.extraction.chunk_writer import fits_float16, to_float16
 from hf_qie.extraction.preprocess import Pictures, Plan, check_length, read_pictures, ways, words_of

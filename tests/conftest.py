@@ -17,8 +17,7 @@ import torch
 from filelock import FileLock
 from hub import Hub
 from PIL import Image
-
-from hf_qie.demo.shapes import synthetic_edits
+from synthetic_edits import synthetic_edits
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two workers on two cores; one thread gives the same bits on every machine

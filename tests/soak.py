@@ -111,8 +111,9 @@ def quiet() -> None:
 
 def prepare(folder: Path) -> None:
     """A tiny checkpoint, generated pictures and rows, a recipe for both runs, and a set to train on."""
+    from synthetic_edits import synthetic_edits
+
     from hf_qie import extract
-    from hf_qie.demo.shapes import synthetic_edits
     from hf_qie.demo.tiny import tiny_checkpoint
 
     quiet()

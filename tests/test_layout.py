@@ -24,7 +24,7 @@ LAYERS = (
     "training.model training.footprint training.objective training.image_grid training.checkpoints "
     "training.resume training.dcp_reader training.trainer training.run_record train hub.trained_run "
     "hub.export_formats hub.model_card export sampling extraction.stats extraction.contact_sheet "
-    "extraction.verify check demo.shapes demo.tiny_vae demo.tiny demo.run "
+    "extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()
 
 

@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from diffusers.modular_pipelines.qwenimage import prompt_templates
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from synthetic_edits import synthetic_edits
 
-from hf_qie.demo.shapes import COLOURS, CORNERS, synthetic_edits
+from hf_qie.demo.shapes import COLOURS, CORNERS
 from hf_qie.demo.tiny import KINDS, SPECIAL_TOKENS, main, tiny_checkpoint
 
 SYSTEM_TEXTS = [prompt_templates.QWENIMAGE_PROMPT_TEMPLATE, prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE]
@@ -254,7 +255,7 @@ def test_an_inverse_leads_back_where_one_can(edits):
 
 
 def colour_at(picture: Path, corner: str) -> tuple[int, ...]:
-    right, down = CORNERS[corner][1]
+    right, down = CORNERS[corner]
     with Image.open(picture) as image:
         return image.getpixel((right * image.width, down * image.height))
 
@@ -283,11 +284,7 @@ def test_a_longer_file_begins_with_the_shorter(edits, tmp_path):
 def test_the_script_builds_what_it_is_asked_for(tmp_path):
     main(["--model", str(tmp_path / "model"), "--kind", "text_to_image", "--data", str(tmp_path / "data"), "--rows=2"])
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["_class_name"] == "QwenImagePipeline"
-    assert {path.name for path in (tmp_path / "data").glob("*.jsonl")} == {
-        "edit.jsonl",
-        "combine.jsonl",
-        "text_to_image.jsonl",
-    }
+    assert {path.name for path in (tmp_path / "data").glob("*.jsonl")} == {"repaint.jsonl", "negative.jsonl"}
 
 
 # --- photos

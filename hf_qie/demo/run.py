@@ -1,10 +1,10 @@
-"""The demo: a tiny model learns edits from scratch, through the very scripts that users run, and a picture shows it.
+"""The demo: a tiny model learns two kinds of edit from scratch, through the scripts that users run.
 
     python hf_qie/demo/run.py recipes/demo.yaml [key.of.the.recipe=value ...]
 
-Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and edits pictures that training never
-saw, with the official pipeline. Leaves in outputs/demo: edits.png (source, instruction, before and after training,
-target), loss.png, demo.json (how near the edits come to their targets, and the seconds of each stage).
+Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and edits images that training never saw
+with the official pipeline. Leaves in outputs/demo: edits.png (source, before and after training, target, instruction),
+loss.png, demo.json (how near the edits come to their targets, and the seconds of each stage).
 """
 
 import json
@@ -20,51 +20,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.config.recipe import load_recipe
+from hf_qie.demo.shapes import Edit, draw, negative, repaint
+from hf_qie.plots import Card, labelled_sheet
 from hf_qie.runtime.cli import run_script
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from hf_qie.config.recipe import Recipe
-    from hf_qie.demo.shapes import Edit
 
 logger = logging.getLogger("hf_qie.demo.run")
 
 FOLDER = Path("outputs/demo")
-ROWS = 600  # a task
-PICTURES = 12  # held out; each is edited with three instructions
-SHOWN = 2  # pictures in the grid
+IMAGES = 12  # held out; each is edited with three instructions
+SHOWN = 2  # images in edits.png
 SAMPLING = {"num_inference_steps": 12, "true_cfg_scale": 1.0}  # a third of the time; so small a model needs no more
 STAGES = {
-    "data": f"hf_qie/demo/tiny.py --kind learner --rows {ROWS} --model {FOLDER}/model --data {FOLDER}/data",
+    "data": f"hf_qie/demo/tiny.py --kind learner --rows 600 --model {FOLDER}/model --data {FOLDER}/data",
     "extract": "-m accelerate.commands.launch -q hf_qie/extract.py",
     "train": "-m accelerate.commands.launch -q hf_qie/train.py",
 }
-HEADS = ("source", "instruction", "before training", "after training", "target")
-# px
-CELL, GAP, TEXT = 128, 12, 15
 
 
 def main(argv: list[str]) -> None:
-    """Run all stages by the recipe `argv[0]` with the overrides `argv[1:]`; what an earlier demo left is removed."""
+    """Run all stages by the recipe and overrides of `argv`; the output of an earlier demo is removed."""
     recipe = load_recipe(argv[0], argv[1:])
     shutil.rmtree(FOLDER, ignore_errors=True)
     seconds: dict[str, float] = {}
     for stage, command in STAGES.items():
         with timed(stage, seconds):
-            words = [] if stage == "data" else argv
-            done = subprocess.run([sys.executable, *command.split(), *words], check=False)
+            done = subprocess.run([sys.executable, *command.split(), *(argv if stage != "data" else [])], check=False)
         if done.returncode:
             sys.exit(done.returncode)
     with timed("sample", seconds):
         edits = held_out(recipe.extract.image_sample_size)
         before, after = (sampled(recipe, edits, trained=trained) for trained in (False, True))
         scores = score(recipe, edits, before, after)
-    grid(edits[: SHOWN * 3], before, after).save(FOLDER / "edits.png")
+    sheet(edits[: SHOWN * 3], before, after).save(FOLDER / "edits.png")
     shutil.copy(Path(recipe.training["output_dir"], "loss.png"), FOLDER / "loss.png")
-    told = {**scores, "held_out_pairs": len(edits), "seconds": {stage: round(s, 1) for stage, s in seconds.items()}}
-    (FOLDER / "demo.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    logger.info("%s\n%s", FOLDER / "edits.png", json.dumps(told, indent=2))
+    report = json.dumps({**scores, "held_out_pairs": len(edits), "seconds": seconds}, indent=2)
+    (FOLDER / "demo.json").write_text(report + "\n", encoding="utf-8")
+    logger.info("%s\n%s", FOLDER / "edits.png", report)
 
 
 @contextmanager
@@ -73,39 +69,35 @@ def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     logger.info("demo: %s", stage)
     start = time.monotonic()
     yield
-    seconds[stage] = time.monotonic() - start
+    seconds[stage] = round(time.monotonic() - start, 1)
 
 
-def held_out(size_px: int) -> list["Edit"]:
-    """`PICTURES` pictures that training never draws, each with three edits: ground, shape, negative."""
-    from hf_qie.demo.shapes import negative, repaint
-
-    edits = []
-    for i in range(PICTURES):
-        # the seed decides the picture, the number what becomes of it
-        lessons = ((repaint, 0), (repaint, 1), (negative, 0))
-        edits += [lesson(random.Random(f"held out {i}"), number, size_px) for lesson, number in lessons]
-    return edits
+def held_out(size_px: int) -> list[Edit]:
+    """`IMAGES` images that training never draws, each with three edits: ground, shape, negative."""
+    # the seed decides the image, the number what becomes of it
+    lessons = ((repaint, 0), (repaint, 1), (negative, 0))
+    return [
+        lesson(random.Random(f"held out {i}"), number, size_px) for i in range(IMAGES) for lesson, number in lessons
+    ]
 
 
-def sampled(recipe: "Recipe", edits: Sequence["Edit"], *, trained: bool) -> list["Image.Image"]:
+def sampled(recipe: "Recipe", edits: Sequence[Edit], *, trained: bool) -> list["Image.Image"]:
     """The edits as the model makes them, before or after training."""
     from tqdm import tqdm
 
-    from hf_qie.demo.shapes import draw
     from hf_qie.sampling import BASE, Sampler
 
     sampler = Sampler(recipe, checkpoint=None if trained else BASE)
     sampler.pipeline.set_progress_bar_config(disable=True)  # one bar for all
-    name = "after training" if trained else "before training"
+    bar = tqdm(edits, desc="after training" if trained else "before training", unit="edit", disable=None)
     return [
-        sampler(edit.words["instruction"], images=[draw(edit.sources[0])], seed=i, **SAMPLING)
-        for i, edit in enumerate(tqdm(edits, desc=name, unit="edit", disable=None))
+        sampler(edit.captions["instruction"], images=[draw(edit.sources[0])], seed=i, **SAMPLING)
+        for i, edit in enumerate(bar)
     ]
 
 
 def psnr_db(image: "Image.Image", target: "Image.Image") -> float:
-    """Peak signal-to-noise ratio of one 8-bit picture against another of the same size, in dB."""
+    """Peak signal-to-noise ratio of one 8-bit image against another of the same size, in dB."""
     import numpy as np
 
     difference = np.asarray(image, dtype=np.float64) - np.asarray(target, dtype=np.float64)
@@ -113,35 +105,27 @@ def psnr_db(image: "Image.Image", target: "Image.Image") -> float:
 
 
 def score(
-    recipe: "Recipe", edits: Sequence["Edit"], before: Sequence["Image.Image"], after: Sequence["Image.Image"]
+    recipe: "Recipe", edits: Sequence[Edit], before: Sequence["Image.Image"], after: Sequence["Image.Image"]
 ) -> dict[str, float]:
     """Mean PSNR to the target, in dB, of each way to make it; and how many edits obey their own instruction.
 
     `share_own_instruction`: of the edits after training, those nearer to their own target than to the targets of the
-    other two instructions on the same picture.
+    other two instructions on the same image.
     """
-    from hf_qie.demo.shapes import draw
-
-    targets = [draw(edit.target) for edit in edits]
-    made = {
-        "copy_source": [draw(edit.sources[0]) for edit in edits],
-        "before": before,
-        "after": after,
-        "vae": reconstructed(recipe, targets),
-    }
+    sources, targets = [draw(edit.sources[0]) for edit in edits], [draw(edit.target) for edit in edits]
+    made = {"copy_source": sources, "before": before, "after": after, "vae": reconstructed(recipe, targets)}
     scores = {
         f"psnr_{name}": round(sum(map(psnr_db, images, targets)) / len(targets), 2) for name, images in made.items()
     }
     own = 0
     for i, image in enumerate(after):
-        first = i - i % 3
-        nearness = [psnr_db(image, target) for target in targets[first : first + 3]]
-        own += max(nearness) == nearness[i - first]
+        nearness = [psnr_db(image, target) for target in targets[i - i % 3 : i - i % 3 + 3]]
+        own += max(nearness) == nearness[i % 3]
     return scores | {"share_own_instruction": round(own / len(after), 3)}
 
 
 def reconstructed(recipe: "Recipe", images: Sequence["Image.Image"]) -> list["Image.Image"]:
-    """Pictures through the VAE and back: as near as any edit can come."""
+    """Images through the VAE and back: as near as any edit can come."""
     import torch
     from diffusers import AutoencoderKLQwenImage
     from diffusers.image_processor import VaeImageProcessor
@@ -154,28 +138,15 @@ def reconstructed(recipe: "Recipe", images: Sequence["Image.Image"]) -> list["Im
     return processor.postprocess(decoded)
 
 
-def grid(edits: Sequence["Edit"], before: Sequence["Image.Image"], after: Sequence["Image.Image"]) -> "Image.Image":
-    """A line an edit, under `HEADS`."""
-    from PIL import Image, ImageDraw
-
-    from hf_qie.demo.shapes import draw
-    from hf_qie.plots import write
-
-    step, head = CELL + GAP, GAP + 2 * TEXT
-    sheet = Image.new("RGB", (GAP + len(HEADS) * step, head + len(edits) * step), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, name in enumerate(HEADS):
-        write(pen, (GAP + column * step, GAP), name, TEXT, "#1c1c1e")
-    for line, edit in enumerate(edits):
-        top = head + line * step
-        pictures = {0: draw(edit.sources[0]), 2: before[line], 3: after[line], 4: draw(edit.target)}
-        for column, picture in pictures.items():
-            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (GAP + column * step, top))
-        words = edit.words["instruction"].split()
-        for number, start in enumerate(range(0, len(words), 2)):  # two words a line fit the cell
-            corner = (GAP + step, top + CELL // 3 + number * (TEXT + 4))
-            write(pen, corner, " ".join(words[start : start + 2]), TEXT, "#1c1c1e")
-    return sheet
+def sheet(edits: Sequence[Edit], before: Sequence["Image.Image"], after: Sequence["Image.Image"]) -> "Image.Image":
+    """A card an edit: its images, and its instruction below them."""
+    labels = ("source", "before training", "after training", "target")
+    cards = []
+    for number, (edit, *made) in enumerate(zip(edits, before, after, strict=False), 1):
+        boxes = list(zip(labels, (draw(edit.sources[0]), *made, draw(edit.target)), strict=True))
+        texts = {"instruction": edit.captions["instruction"]}
+        cards.append(Card(heading=f"edit {number}", boxes=boxes, target=3, texts=texts))
+    return labelled_sheet(cards, title="Edits of images that training never saw", box_px=128, width_px=1300)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python hf_qie/demo/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
 
 --model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
-edit_plus_2511, edit, text_to_image, learner). --data: the folder for synthetic edits, --rows of each task. The
-VAE is trained (hf_qie/demo/tiny_vae.py), all else is random. The kind `learner` can be trained to edit in minutes on
-a CPU.
+edit_plus_2511, edit, text_to_image, learner). --data: the folder for two tasks of synthetic edits, --rows of each.
+The VAE is trained, all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
 """
 
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -24,6 +24,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from diffusers.modular_pipelines.qwenimage import prompt_templates
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -38,8 +39,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
 from hf_qie.config.recipe import Count
-from hf_qie.demo.shapes import CORNERS, LESSON_PX, LESSONS, PALETTE, SHAPES, TASKS, synthetic_edits
-from hf_qie.demo.tiny_vae import tiny_vae
+from hf_qie.demo.shapes import PALETTE, SHAPES, TASKS, synthetic_edits
 from hf_qie.runtime.cli import Options, run_script, to_path, wanted
 
 logger = logging.getLogger("hf_qie.demo.tiny")
@@ -51,6 +51,10 @@ KINDS = {
     "text_to_image": QwenImagePipeline,
     "learner": QwenImageEditPlusPipeline,  # learns in minutes: few picture tokens, plain weights in its transformer
 }
+# of each causal 3-D convolution the slice that a single image meets, as float16; latents_mean and latents_std
+VAE_FILE = Path(__file__).with_name("tiny_vae.safetensors")
+VAE_CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
+VAE_LOGVAR = 2 * math.log(0.05)  # of the posterior: the noise on latents that its training had
 # in the order of their ids in Qwen2.5-VL
 SPECIAL_TOKENS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -64,10 +68,10 @@ def _texts() -> Iterator[str]:
     yield prompt_templates.QWENIMAGE_PROMPT_TEMPLATE
     yield prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE
     yield prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE
-    for make in (TASKS | LESSONS).values():
-        yield from (make(random.Random(i), i, 64).words["instruction"] for i in range(100))
+    for make in TASKS.values():
+        yield from (make(random.Random(i), i, 64).captions["instruction"] for i in range(100))
     # words, not sentences: Chinese has no spaces, so that a whole sentence would become one token
-    yield from (chinese for table in (PALETTE, SHAPES, CORNERS) for chinese, _ in table.values())
+    yield from (chinese for table in (PALETTE, SHAPES) for chinese, _ in table.values())
 
 
 def _tokenizer() -> Qwen2Tokenizer:
@@ -168,6 +172,21 @@ def _transformer(*, zero_cond_t: bool) -> QwenImageTransformer2DModel:
     return model.eval()
 
 
+@torch.no_grad()
+def tiny_vae() -> AutoencoderKLQwenImage:
+    """The VAE of tests/train_tiny_vae.py; its normalised latents have mean 0 and std 1 over synthetic images."""
+    tensors = load_file(VAE_FILE)
+    scale = {name: tensors.pop(name).tolist() for name in ("latents_mean", "latents_std")}
+    vae = AutoencoderKLQwenImage(**VAE_CONFIG, **scale).eval()
+    for name, parameter in vae.state_dict().items():
+        parameter.zero_()
+        (parameter[:, :, -1:] if parameter.ndim == 5 else parameter).copy_(tensors[name])
+    channels = vae.config.z_dim
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = VAE_LOGVAR
+    return vae
+
+
 def _learner() -> QwenImageTransformer2DModel:
     """A transformer with the weights that its layers start with, as wide as two cores can train in minutes."""
     return QwenImageTransformer2DModel(
@@ -225,8 +244,7 @@ def main(argv: list[str]) -> None:
     if args.model:
         logger.info("%s checkpoint: %s", args.kind, tiny_checkpoint(args.model, kind=args.kind))
     if args.data:
-        what = {"tasks": LESSONS, "size_px": LESSON_PX} if args.kind == "learner" else {}
-        for task, path in synthetic_edits(args.data, rows=args.rows, **what).items():
+        for task, path in synthetic_edits(args.data, rows=args.rows).items():
             logger.info("%d rows of %s: %s", args.rows, task, path)
 
 

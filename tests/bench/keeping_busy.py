@@ -19,10 +19,10 @@ import small_recipes
 import torch
 from accelerate import PartialState
 from figures import Figure, at_least
+from synthetic_edits import synthetic_edits
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import to_pixels
-from hf_qie.demo.shapes import synthetic_edits
 from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.extract import load_models, write_chunks
 from hf_qie.extraction import chunk_writer as chunks

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import small_recipes
 from figures import Figure, at_most
+from synthetic_edits import synthetic_edits
 
-from hf_qie.demo.shapes import synthetic_edits
 from hf_qie.demo.tiny import tiny_checkpoint
 
 SIZES = (100, 1_000, 10_000)

@@ -1,6 +1,6 @@
-"""The VAE of the tiny checkpoints: trained once on synthetic pictures, so that what a tiny model learns can be seen.
+"""Training of the VAE of the tiny checkpoints, done once: with it an image shows what a tiny model has learned.
 
-    python hf_qie/demo/tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
+    python tests/train_tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
 makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D
 convolution the slice that a single picture meets, as float16, with the mean and std of the latents, and the command
@@ -9,32 +9,28 @@ that made it.
 
 import json
 import logging
-import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
-from safetensors import safe_open
 from safetensors.torch import save_file
+from synthetic_edits import random_scene
 from torch import Tensor, nn
 from tqdm import trange
 
 from hf_qie.config.recipe import Count, Positive, Seed
-from hf_qie.demo.shapes import draw, random_scene
+from hf_qie.demo.shapes import draw
+from hf_qie.demo.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
 from hf_qie.runtime.cli import Options, run_script, wanted
 
-logger = logging.getLogger("hf_qie.demo.tiny_vae")
+logger = logging.getLogger("train_tiny_vae")
 
-FILE = Path(__file__).with_name("tiny_vae.safetensors")
-CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
 CROP_PX = 64
 HELD_OUT = "held out"  # begins the seed of pictures that training never draws
 LATENT_NOISE = 0.05  # a tiny transformer's latents are never exact
 LATENT_PENALTY = 1e-4  # keeps latents near 1, or they would outgrow the noise
-LOGVAR = 2 * math.log(LATENT_NOISE)  # what the posterior says, as training has it
 
 
 def picture(seed: str) -> Tensor:
@@ -88,7 +84,7 @@ def psnr_db(pixels: Tensor, wanted: Tensor) -> float:
 def train(*, steps: int, batch_size: int, learning_rate: float, seed: int) -> AutoencoderKLQwenImage:
     """Train from random weights on as many new pictures as there are steps x rows."""
     torch.manual_seed(seed)
-    model = FlatConvolutions(AutoencoderKLQwenImage(**CONFIG))
+    model = FlatConvolutions(AutoencoderKLQwenImage(**VAE_CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     held_out = pictures(HELD_OUT, range(64))
@@ -111,32 +107,13 @@ def train(*, steps: int, batch_size: int, learning_rate: float, seed: int) -> Au
 
 @torch.no_grad()
 def save(vae: AutoencoderKLQwenImage, *, made_by: dict[str, str]) -> None:
-    """Write `FILE`: what one frame meets, as float16, and mean and std of the latents of held-out pictures."""
+    """Write `VAE_FILE`: what one frame meets, as float16, and mean and std of the latents of held-out pictures."""
     tensors = {}
     for name, tensor in vae.state_dict().items():
         tensors[name] = (tensor[:, :, -1:] if tensor.ndim == 5 else tensor).to(torch.float16).contiguous()
     latents = vae.encode(pictures(HELD_OUT, range(64))).latent_dist.mode()
     tensors["latents_mean"], tensors["latents_std"] = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
-    save_file(tensors, FILE, metadata=made_by)
-
-
-@torch.no_grad()
-def tiny_vae() -> AutoencoderKLQwenImage:
-    """The trained VAE, its normalised latents of mean 0 and std 1 over synthetic pictures."""
-    with safe_open(FILE, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    mean, std = tensors.pop("latents_mean").tolist(), tensors.pop("latents_std").tolist()
-    vae = AutoencoderKLQwenImage(**CONFIG, latents_mean=mean, latents_std=std).eval()
-    for name, parameter in vae.state_dict().items():
-        parameter.zero_()
-        if parameter.ndim == 5:
-            parameter[:, :, -1:] = tensors[name]
-        else:
-            parameter.copy_(tensors[name])
-    channels = vae.config.z_dim
-    vae.quant_conv.weight[channels:] = 0
-    vae.quant_conv.bias[channels:] = LOGVAR
-    return vae
+    save_file(tensors, VAE_FILE, metadata=made_by)
 
 
 def main(argv: list[str]) -> None:
@@ -150,11 +127,11 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     vae = train(**vars(args))
     command = " ".join(f"--{key} {value}" for key, value in vars(args).items())
-    save(vae, made_by={"command": f"python hf_qie/demo/tiny_vae.py {command}", "torch": torch.__version__})
+    save(vae, made_by={"command": f"python tests/train_tiny_vae.py {command}", "torch": torch.__version__})
     vae, held_out = tiny_vae(), pictures(HELD_OUT, range(64))
     with torch.no_grad():
         quality_db = psnr_db(vae.decode(vae.encode(held_out).latent_dist.mode()).sample, held_out)
-    logger.info("%s: %.2f dB on held-out pictures, %s", FILE, quality_db, json.dumps(vars(args)))
+    logger.info("%s: %.2f dB on held-out pictures, %s", VAE_FILE, quality_db, json.dumps(vars(args)))
 
 
 if __name__ == "__main__":

@@ -122,10 +122,10 @@ def test_a_caption_is_as_long_as_the_tokenizer_says(found, tiny):
 
 def test_buckets_are_those_that_the_mix_draws_from(found, odd):
     # shapes of the seven good rows: (red to blue) three times, (red to red) twice, two sources once, none once
-    assert found.buckets(load_recipe(odd).mix, cell_rows=2) == (4, pytest.approx(2 / 7))
+    assert found.buckets(load_recipe(odd).mix, batch_rows=2) == (4, pytest.approx(2 / 7))
     # with inverses, the row that has one is in a bucket of its own, and so is its inverse
     inverse = load_recipe(odd, ["mix.inverse_share=0.5"]).mix
-    assert found.buckets(inverse, cell_rows=2) == (6, pytest.approx(3 / 7))
+    assert found.buckets(inverse, batch_rows=2) == (6, pytest.approx(3 / 7))
 
 
 def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
@@ -134,7 +134,7 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
     told = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", out, re.MULTILINE))
     assert out.startswith("odd: 12 rows\n")
     assert told["sources of a row"] == "1 with 0, 10 with 1, 1 with 2"
-    assert told["shapes"] == "4; 28.6% of the draws from shapes of fewer rows than a cell, 2"
+    assert told["buckets"] == "4; 28.6% of the draws from buckets of fewer rows than a batch, 2"
     assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0"]
     assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
     folder = odd.parent / "sets" / check.FIRST_LOOK

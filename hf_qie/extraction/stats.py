@@ -15,7 +15,7 @@ from datasets import Dataset, Features
 
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import read_groups, small_bucket_share
-from hf_qie.data.samples import BadRow
+from hf_qie.data.samples import BadRow, most_bad
 from hf_qie.extraction.estimate import Estimator, Header, Outlook, Way
 from hf_qie.extraction.preprocess import Plan
 
@@ -120,13 +120,13 @@ class Survey:
         """Findings of one kind, in the order of rows."""
         return [finding for finding in self.findings if finding.kind == kind]
 
-    def buckets(self, mix: Mix, *, cell_rows: int) -> tuple[int, float]:
-        """How many shapes training will draw from, and the share of draws from those with fewer rows than a cell."""
+    def buckets(self, mix: Mix, *, batch_rows: int) -> tuple[int, float]:
+        """How many shapes training will draw from, and the share of draws from those with fewer rows than a batch."""
         shapes = Dataset(pa.concat_tables(self.shapes))
         if not len(shapes):
             return 0, 0.0
         groups = read_groups({"task": shapes}, {"task": 1.0}, mix)
-        small = sum(group.num_rows * small_bucket_share(group, cell_rows) for group in groups)
+        small = sum(group.num_rows * small_bucket_share(group, batch_rows) for group in groups)
         return sum(len(np.unique(group.bucket)) for group in groups), small / len(shapes)
 
 
@@ -184,7 +184,7 @@ def quantile(counts: Counter, share: float, *, key: Callable[[Any], Any] = lambd
     raise ValueError("no values")
 
 
-def table_of(found: Survey, mix: Mix, *, cell_rows: int) -> str:
+def table_of(found: Survey, mix: Mix, *, batch_rows: int) -> str:
     """All about a task on one page."""
     rows = [("", "number", "smallest", "median", "largest", "sizes", "grids")]
     for column, sizes in found.sizes.items():
@@ -199,18 +199,33 @@ def table_of(found: Survey, mix: Mix, *, cell_rows: int) -> str:
             at = [quantile(lengths, share) for share in (0.5, 0.95, 1)]
             rows.append((caption, lengths.total(), *(f"{length:,} tokens" for length in at)))
     lines += ["", *aligned(rows), ""]
-    num_shapes, small = found.buckets(mix, cell_rows=cell_rows)
+    num_shapes, small = found.buckets(mix, batch_rows=batch_rows)
     counts = [f"{rows:,} with {number}" for number, rows in sorted(found.source_counts.items())]
     lines += aligned(
         [
             ("sources of a row", ", ".join(counts)),
-            ("shapes", f"{num_shapes:,}; {small:.1%} of the draws from shapes of fewer rows than a cell, {cell_rows}"),
+            (
+                "buckets",
+                f"{num_shapes:,}; {small:.1%} of the draws from buckets of fewer rows than a batch, {batch_rows}",
+            ),
             *((kind, f"{len(found.found(kind)):,}") for kind in KINDS),
             ("on disk", f"{found.num_bytes / 1e6:,.1f} MB"),
         ],
         left=True,
     )
     return "\n".join([f"{found.plan.task.name}: {found.num_rows:,} rows", *(f"  {line}".rstrip() for line in lines)])
+
+
+def unusable(found: Survey) -> list[str]:
+    """Why extraction would not end well on the rows of a task; nothing if it would."""
+    extract, name, bad = found.plan.extract, found.plan.task.name, len(found.found("bad row"))
+    most = most_bad(extract, found.num_rows)
+    if bad == found.num_rows:
+        return [f"tasks.{name}: every row is bad"]
+    if bad > most:
+        rule = "on_bad_row: fail allows none" if most == 0 else f"max_bad_share allows {most:,.0f}"
+        return [f"tasks.{name}: {bad:,} of {found.num_rows:,} rows are bad, extract.{rule}; fix them, or allow more"]
+    return []
 
 
 def aligned(rows: Sequence[Sequence[Any]], *, left: bool = False) -> list[str]:
@@ -225,7 +240,7 @@ def aligned(rows: Sequence[Sequence[Any]], *, left: bool = False) -> list[str]:
     return [line(row) for row in texts]
 
 
-def findings_of(found: Survey, path: Path) -> str:
+def findings_of(found: Survey, path: Path) -> list[str]:
     """The first findings of each kind, in words; all of them go to the JSONL file `path`."""
     path.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found.findings), "utf-8")
     lines = []
@@ -235,4 +250,4 @@ def findings_of(found: Survey, path: Path) -> str:
             lines.append(f"  {kind}: row {one.row}: {one.column}: {f'{one.path}: ' if one.path else ''}{one.reason}")
         if len(of_kind) > NAMED:
             lines.append(f"  {kind}: and {len(of_kind) - NAMED:,} more, all in {path}")
-    return "\n".join(lines)
+    return lines

@@ -3,9 +3,10 @@
 Nothing here shares a pass, a batch or a formula with extraction; only reading a picture is the same.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from PIL import Image
 from torch import Tensor
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_set
+from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import matrix_width
 from hf_qie.data.seeding import draw_rng
@@ -25,6 +28,7 @@ from hf_qie.extraction.preprocess import Pictures, Plan, files_of, read_pictures
 from hf_qie.extraction.stats import aligned
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
+from hf_qie.runtime.device import computes_bfloat16, own_device
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored
 ROUNDINGS = 32
@@ -108,6 +112,39 @@ def hand_token_types_through(pipeline: Any) -> None:
 
     pipeline.processor = process
     pipeline.text_encoder.forward = lambda **kwargs: forward(**types | kwargs)
+
+
+def verify_sets(
+    recipe: Recipe, family: Family, plans: Mapping[str, Plan], *, num_rows: int
+) -> Iterator[tuple[str, list[str]]]:
+    """Encode random rows of every finished set again: a report of each set, and the columns that are off.
+
+    Raises InputError where there is no finished set.
+    """
+    sets = {name: Path(recipe.extract.output_dir, name) for name in plans}
+    finished = [name for name, folder in sets.items() if (folder / PROVENANCE).is_file()]
+    if not finished:
+        raise InputError(f"{recipe.extract.output_dir}: no finished embedding set; run hf_qie/extract.py first")
+    device, model, revision = own_device(), recipe.model, recipe.revision
+    official = functools.cache(lambda dtype: Official(model, family, revision=revision, dtype=dtype, device=device))
+    checkpoint = checkpoint_compat(model, revision=revision, family=family)
+    for name in finished:
+        folder, provenance = sets[name], read_provenance(sets[name])
+        latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
+        plan = replace(plans[name], extract=replace(plans[name].extract, latents=latents))
+        sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
+        check_compat({name: provenance}, checkpoint | sizes, model=model)
+        dtype = getattr(torch, made_in := provenance["record"]["dtype"])
+        limit = bound(dtype)
+        if dtype == torch.bfloat16 and not computes_bfloat16(device):
+            dtype = torch.float32  # nearer to the truth than bfloat16, so the limit of the set's own dtype holds
+        checked, differences = verify_set(plan, folder, official(dtype), num_rows=num_rows, seed=recipe.seed)
+        title = f"{name}: {checked:,} rows, made in {made_in}, against {family.pipeline} in {str(dtype)[6:]}"
+        off = beyond(differences, limit=limit)
+        yield (
+            "\n".join([*unverified({name: provenance}), title, table_of(differences, limit=limit), ""]),
+            [f"{folder}: differs by more than rounding in {', '.join(off)}; extract it again"] * bool(off),
+        )
 
 
 def verify_set(

@@ -122,7 +122,7 @@ def test_under_a_tenth_of_the_batches_is_padding(rows, inverse):
 def small(source: int, *captions: list[int]) -> Direction:
     """A way from the picture `source` with `captions` of one token or more; the drop caption is token 0."""
     branches = [*captions, [0]]
-    prompt = Prompt(shared=[source] * 5, branches=branches, drop=1, split=4, pixel_values=None, image_grid_thw=None)
+    prompt = Prompt(shared=[source] * 5, branches=branches, drop=1, split=4, vision={})
     return direction(prompt, str(source), num_captions=len(captions))
 
 

@@ -426,7 +426,7 @@ def test_bad_rows_are_listed_and_counted_and_the_others_kept(run, edits, tmp_pat
         ("instruction", None),
     ]
     assert "truncated" in bad[1]["reason"] and "UnidentifiedImageError" in bad[5]["reason"]
-    assert bad[3]["reason"] == "the caption holds <|image_pad|>, which stands for a picture"
+    assert bad[3]["reason"] == "the caption holds <|image_pad|>, which stands for an image"
     sizes = [
         area_size(read_image(edits / rows[4]["source_image"]).size, px**2) for px in (SOURCE_SIDE_PX, TARGET_SIDE_PX)
     ]

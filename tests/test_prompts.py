@@ -10,9 +10,9 @@ from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from hf_qie.data.images import area_size, resize
 from hf_qie.errors import InputError
+from hf_qie.models.base import BadPrompt
 from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, TEXT_TO_IMAGE_TEMPLATE
-from hf_qie.models.qwen_image.prompts import BadPrompt, make_prompt
-from hf_qie.models.qwen_image.text_encoder import check_drop
+from hf_qie.models.qwen_image.prompts import check_drop, make_prompt
 
 WEIRD_CAPTIONS = [
     "\nA line break first",
@@ -70,8 +70,8 @@ def test_a_picture_costs_its_label_its_marks_and_its_patches(processor):
     prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, pictures((384, 384), (448, 320)), ["x"])
     # 384 x 384 becomes 392 x 392 and 448 x 320 becomes 448 x 308, in patches of 28 x 28
     assert prompt.split == 64 + (5 + 2 + 14 * 14) + (5 + 2 + 16 * 11)
-    assert prompt.image_grid_thw.tolist() == [[1, 28, 28], [1, 22, 32]]
-    assert len(prompt.pixel_values) == 28 * 28 + 22 * 32
+    assert prompt.vision["image_grid_thw"].tolist() == [[1, 28, 28], [1, 22, 32]]
+    assert len(prompt.vision["pixel_values"]) == 28 * 28 + 22 * 32
 
 
 @pytest.mark.parametrize("num_pictures", [0, 1, 3])
@@ -101,7 +101,7 @@ def test_a_caption_that_holds_a_picture_token_is_bad(processor, token, num_pictu
     images = pictures(*[(300, 200)] * num_pictures)
     with pytest.raises(BadPrompt) as bad:
         make_prompt(processor, EDIT_PLUS.template(num_pictures), images, ["fine", f"put {token} here"])
-    assert str(bad.value) == f"the caption holds {token}, which stands for a picture"
+    assert str(bad.value) == f"the caption holds {token}, which stands for an image"
     assert bad.value.place == 1
 
 
@@ -121,4 +121,4 @@ def test_the_encoder_sees_at_most_45_percent_of_one_pass_per_prompt(processor, p
 def test_pixels_do_not_depend_on_the_captions(processor):
     images = pictures((300, 200))
     one, other = (make_prompt(processor, EDIT_PLUS_TEMPLATE, images, captions) for captions in (["a"], WEIRD_CAPTIONS))
-    assert torch.equal(one.pixel_values, other.pixel_values) and one.shared == other.shared
+    assert torch.equal(one.vision["pixel_values"], other.vision["pixel_values"]) and one.shared == other.shared

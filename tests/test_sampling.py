@@ -287,7 +287,7 @@ def test_states_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
             "edit_plus",
             "<|image_pad|>",
             1,
-            "the caption holds <|image_pad|>, which stands for a picture",
+            "the caption holds <|image_pad|>, which stands for an image",
         ),
         ("text_to_image", "word " * 2000, 0, "at most 1024 can be placed"),
         ("edit", INSTRUCTION, 2, "--image: 2 of them, but QwenImageEditPipeline takes 1"),

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +92,13 @@ def checkpoint_compat(model: str, *, revision: str | None, family: Family, weigh
 
     `weights: False` leaves out weight files that are not on this machine, rather than fetch 16 GB to compare them.
     """
-    processor = ("processor", "tokenizer") if family.edit else ("tokenizer",)
-    parts = {"encoder": ("text_encoder",), "processor": processor, "vae": ("vae",)}
-    templates = {"edit": family.edit, "text_to_image": family.text_to_image}
     return {
         "format": FORMAT_VERSION,
-        **{part: identity(model, names, revision=revision, weights=weights) for part, names in parts.items()},
-        "templates": {name: asdict(template) for name, template in templates.items() if template},
-        "vlm_area_px": family.vlm_area_px,
-        "resampling": "lanczos",
-        "positions": "m-rope by token type",
+        **{
+            part: identity(model, names, revision=revision, weights=weights)
+            for part, names in family.compat_folders.items()
+        },
+        **family.compat,
     }
 
 

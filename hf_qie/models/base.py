@@ -1,9 +1,19 @@
-"""What hf_qie asks of a family of models. A family is one folder beside this module and its lines in `FAMILIES`."""
+"""What hf_qie asks of a family of models. A family is one folder beside this module and its lines in `FAMILIES`.
 
-from abc import ABC
-from collections.abc import Iterator
+Letters: B rows, L prompt tokens, D width of the encoder, S tokens of the target, C width of a packed latent.
+A grid is (height, width) in tokens, a size (width, height) in pixels.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 from hf_qie.errors import InputError
 from hf_qie.models.checkpoint import read_config
@@ -14,18 +24,78 @@ FAMILIES = {
     "QwenImageEditPipeline": "hf_qie.models.qwen_image.family:EDIT",
     "QwenImagePipeline": "hf_qie.models.qwen_image.family:TEXT_TO_IMAGE",
 }
+Grid = tuple[int, int]
+Size = tuple[int, int]
+
+
+class BadPrompt(ValueError):
+    """A caption that cannot be encoded: why, and its `place` among the captions given."""
+
+    def __init__(self, reason: str, *, place: int):
+        super().__init__(reason)
+        self.place = place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Captions over the same sources, ready for the encoder; what they share is encoded once."""
+
+    shared: list[int]  # tokens that every caption starts with
+    branches: list[list[int]]  # the tokens of each caption from there on
+    drop: int  # tokens at the start whose embeddings the pipelines cut off
+    split: int  # tokens through the last image: embeddings in drop:split belong to the images
+    vision: Mapping[str, Tensor]  # what the encoder is given of the images; empty without any
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the encoder runs."""
+        return len(self.shared) + sum(map(len, self.branches))
+
+    @property
+    def num_tokens_apart(self) -> int:
+        """Tokens of one pass per caption."""
+        return len(self.shared) * len(self.branches) + sum(map(len, self.branches))
+
+    @property
+    def num_embeddings(self) -> list[int]:
+        """Of images and text together, by caption."""
+        return [len(self.shared) - self.drop + len(branch) for branch in self.branches]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLengths:
+    """What a prompt will have, known from sizes and captions alone."""
+
+    image: int  # embeddings of the images
+    captions: list[int]  # tokens of each caption
+    suffix: int  # tokens of the template behind a caption, which count as its embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEmbeddings:
+    """Of one prompt, in the encoder's dtype; images then text equal the pipeline's `encode_prompt`."""
+
+    image: Tensor  # [I, D], shared by all captions; I = 0 for text-to-image
+    texts: list[Tensor]  # one [T, D] a caption
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family(ABC):
-    """What a checkpoint's pipeline does to its inputs; areas are those of `calculate_dimensions`."""
+    """One generation of models: its facts, and what its pipeline does to prompts, images and latents."""
 
-    pipeline: str  # name of the class in diffusers
+    pipeline: str  # name of its class in diffusers
+    transformer: str  # the same
     max_sources: int | None  # None: any number; 0: text-to-image alone
     vlm_area_px: int  # what the prompt encoder sees of a source
     vae_area_px: int  # what the VAE sees of a source
+    side_multiple_px: int  # of an image that the VAE sees
+    pixels_per_token: int  # a side of the image behind one latent token
+    latent_width: int  # C
+    unsupported: tuple[str, ...]  # flags of a transformer's config that we do not train
+    card_name: str  # in cards
+    card_tags: tuple[str, ...]
 
-    unsupported: tuple[str, ...] = ()  # flags of a transformer's config that we do not train
+    # --- images and sizes ---
 
     @property
     def one_resize(self) -> bool:
@@ -43,6 +113,67 @@ class Family(ABC):
                 f"{'takes no sources' if self.max_sources == 0 else hands}; leave it null"
             )
         return source_sample_size**2
+
+    def fit(self, size: Size, area_px: int) -> Size:
+        """The size with the aspect of `size`, about `area_px` in area, sides multiples of `side_multiple_px`.
+
+        The pipelines' `calculate_dimensions` (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:158).
+        """
+        ratio, step = size[0] / size[1], self.side_multiple_px
+        width = math.sqrt(area_px * ratio)
+        return round(width / step) * step, round(width / ratio / step) * step
+
+    def resize(self, image: Image.Image, size: Size) -> Image.Image:
+        """As the pipelines' `VaeImageProcessor.resize`: LANCZOS, no crop."""
+        return image.resize(size, Image.Resampling.LANCZOS)
+
+    def grid_of(self, size: Size) -> Grid:
+        """The latent grid of an image of that size."""
+        return size[1] // self.pixels_per_token, size[0] // self.pixels_per_token
+
+    @abstractmethod
+    def load_vae(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`."""
+
+    # --- prompts ---
+
+    @abstractmethod
+    def load_processor(self, model: str, *, revision: str | None) -> Any:
+        """What makes tokens and the encoder's view of images; raises InputError where it is not the family's."""
+
+    @abstractmethod
+    def make_prompt(self, processor: Any, sources: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:
+        """Tokens and images for `captions` over `sources` of any size; raises BadPrompt. Thread-safe."""
+
+    @abstractmethod
+    def prompt_lengths(
+        self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
+    ) -> list[PromptLengths | BadPrompt]:
+        """What `make_prompt` would give for (sizes of sources, captions), without an image."""
+
+    @abstractmethod
+    def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
+        """Prompt embeddings that the transformer can place beside latents of these grids; none is cut."""
+
+    @abstractmethod
+    def encoder_width(self, model: str, *, revision: str | None) -> int:
+        """D, by the config of the encoder."""
+
+    @abstractmethod
+    def load_encoder(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+        """Callable: prompts -> their PromptEmbeddings; `.width` is D, `.device` where it lies."""
+
+    # --- what a set depends on ---
+
+    @property
+    @abstractmethod
+    def compat(self) -> dict[str, Any]:
+        """What of the family decides the numbers of an embedding set, as JSON holds it."""
+
+    @property
+    @abstractmethod
+    def compat_folders(self) -> dict[str, tuple[str, ...]]:
+        """Folders of a checkpoint whose files decide them: of the encoder, the processor and the VAE."""
 
 
 def families() -> Iterator[Family]:

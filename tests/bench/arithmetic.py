@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hf_qie.models.qwen_image.prompts import Prompt
+from hf_qie.models.base import Prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder
 
 GRID = 28  # patches of 14 pixels along the side of a picture, four of them to a token
@@ -45,10 +45,10 @@ class EncoderOnPaper(Encoder):
 
 def see_pictures(prompt: Prompt) -> None:
     """The vision tower over all pictures of a prompt."""
-    if prompt.pixel_values is not None:
-        patches = len(prompt.pixel_values)
-        places = torch.empty(patches, 2, dtype=torch.long, device="meta")
-        whole_model().model.visual(prompt.pixel_values, prompt.image_grid_thw, position_ids=places)
+    if prompt.vision:
+        pixel_values, grids = prompt.vision["pixel_values"], prompt.vision["image_grid_thw"]
+        places = torch.empty(len(pixel_values), 2, dtype=torch.long, device="meta")
+        whole_model().model.visual(pixel_values, grids, position_ids=places)
 
 
 def prompt_of(num_sources: int, branches: list[int]) -> Prompt:
@@ -63,8 +63,10 @@ def prompt_of(num_sources: int, branches: list[int]) -> Prompt:
         branches=[[1] * length for length in branches],
         drop=SYSTEM_TOKENS,
         split=len(shared),
-        pixel_values=torch.empty(num_sources * GRID * GRID, PATCH_VALUES, dtype=torch.bfloat16, device="meta"),
-        image_grid_thw=torch.tensor([[1, GRID, GRID]] * num_sources),
+        vision={
+            "pixel_values": torch.empty(num_sources * GRID * GRID, PATCH_VALUES, dtype=torch.bfloat16, device="meta"),
+            "image_grid_thw": torch.tensor([[1, GRID, GRID]] * num_sources),
+        },
     )
 
 

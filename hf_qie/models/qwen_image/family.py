@@ -1,39 +1,17 @@
-"""Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus: templates and sizes, as their pipelines have them."""
+"""Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus behind the protocol of `models/base.py`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from hf_qie.models.base import Family
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
+from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, Size
+from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
 
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """The chat text around a caption: `before`, one `picture` a source, the caption, `after`."""
-
-    before: str
-    picture: str  # may hold {number}, which counts from 1
-    after: str
-    drop: int  # tokens of `before`, whose embeddings the pipelines cut off
-
-    def shared(self, num_sources: int) -> str:
-        """The part that stands before every caption of the same sources."""
-        return self.before + "".join(self.picture.format(number=i + 1) for i in range(num_sources))
-
-
-@dataclass(frozen=True, kw_only=True)
-class QwenImage(Family):
-    """One generation of Qwen-Image."""
-
-    edit: Template | None  # None: the checkpoint takes no sources
-    text_to_image: Template
-    unsupported: tuple[str, ...] = ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds")
-
-    def template(self, num_sources: int) -> Template:
-        """The template for a row with that many sources."""
-        if num_sources == 0:
-            return self.text_to_image
-        assert self.edit is not None, "rows with sources are refused before a text-to-image checkpoint sees them"
-        return self.edit
-
+MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
+MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
 
 CHAT = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
 AFTER = "<|im_end|>\n<|im_start|>assistant\n"
@@ -55,10 +33,97 @@ EDIT_PLUS_TEMPLATE = Template(
     before=CHAT.format(system=ALTER), picture="Picture {number}: " + IMAGE, after=AFTER, drop=64
 )
 
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImage(Family):
+    """One generation of Qwen-Image."""
+
+    edit: Template | None  # None: the checkpoint takes no sources
+    text_to_image: Template = TEXT_TO_IMAGE_TEMPLATE
+    transformer: str = "QwenImageTransformer2DModel"
+    side_multiple_px: int = 32
+    pixels_per_token: int = 16  # 8 by the VAE, 2 by packing
+    latent_width: int = 64
+    unsupported: tuple[str, ...] = ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds")
+    card_name: str = "Qwen-Image-Edit"
+    card_tags: tuple[str, ...] = ("qwen-image-edit",)
+
+    def load_vae(self, model: str, **where: Any) -> Any:
+        """See `Family`."""
+        from hf_qie.models.qwen_image.vae import LatentEncoder
+
+        return LatentEncoder(model, **where)
+
+    # --- prompts ---
+
+    def template(self, num_sources: int) -> Template:
+        """The template for a row with that many sources."""
+        if num_sources == 0:
+            return self.text_to_image
+        assert self.edit is not None, "rows with sources are refused before a text-to-image checkpoint sees them"
+        return self.edit
+
+    def load_processor(self, model: str, *, revision: str | None) -> Any:
+        """The checkpoint's Qwen2VLProcessor, or its tokenizer where the family takes no images."""
+        if self.edit is None:
+            processor = AutoTokenizer.from_pretrained(model, subfolder="tokenizer", revision=revision)
+        else:  # by class: AutoProcessor needs a config.json at the root, which diffusers layout lacks
+            processor = Qwen2VLProcessor.from_pretrained(model, subfolder="processor", revision=revision)
+        for template in filter(None, (self.edit, self.text_to_image)):
+            check_drop(tokenizer_of(processor), template)
+        return processor
+
+    def make_prompt(self, processor: Any, sources: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:
+        """See `Family`."""
+        images = [self.resize(image, self.fit(image.size, self.vlm_area_px)) for image in sources]
+        return make_prompt(processor, self.template(len(images)), images, captions)
+
+    def prompt_lengths(
+        self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
+    ) -> list[PromptLengths | BadPrompt]:
+        """See `Family`."""
+        seen = [([self.fit(size, self.vlm_area_px) for size in sizes], captions) for sizes, captions in prompts]
+        return prompt_lengths(processor, self.template, seen)
+
+    def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
+        """The text's positions begin behind half of the longest side (transformer_qwenimage.py, QwenEmbedRope)."""
+        longest = max(side for grid in (*source_grids, target_grid) for side in grid)
+        return MAX_POSITIONS - longest // 2 if source_grids else MAX_TEXT_TO_IMAGE_TOKENS
+
+    def encoder_width(self, model: str, *, revision: str | None) -> int:
+        """See `Family`."""
+        config = Qwen2_5_VLConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
+        return config.text_config.hidden_size
+
+    def load_encoder(self, model: str, **where: Any) -> Any:
+        """See `Family`."""
+        from hf_qie.models.qwen_image.text_encoder import Encoder
+
+        return Encoder(model, **where)
+
+    # --- what a set depends on ---
+
+    @property
+    def compat(self) -> dict[str, Any]:
+        """Templates, and what the encoder sees of a source."""
+        templates = {"edit": self.edit, "text_to_image": self.text_to_image}
+        return {
+            "templates": {name: asdict(template) for name, template in templates.items() if template},
+            "vlm_area_px": self.vlm_area_px,
+            "resampling": "lanczos",
+            "positions": "m-rope by token type",
+        }
+
+    @property
+    def compat_folders(self) -> dict[str, tuple[str, ...]]:
+        """See `Family`."""
+        processor = ("processor", "tokenizer") if self.edit else ("tokenizer",)
+        return {"encoder": ("text_encoder",), "processor": processor, "vae": ("vae",)}
+
+
 EDIT_PLUS = QwenImage(
     pipeline="QwenImageEditPlusPipeline",
     edit=EDIT_PLUS_TEMPLATE,
-    text_to_image=TEXT_TO_IMAGE_TEMPLATE,
     vlm_area_px=384 * 384,
     vae_area_px=1024 * 1024,
     max_sources=None,
@@ -66,7 +131,6 @@ EDIT_PLUS = QwenImage(
 EDIT = QwenImage(
     pipeline="QwenImageEditPipeline",
     edit=EDIT_TEMPLATE,
-    text_to_image=TEXT_TO_IMAGE_TEMPLATE,
     vlm_area_px=1024 * 1024,
     vae_area_px=1024 * 1024,
     max_sources=1,
@@ -74,7 +138,6 @@ EDIT = QwenImage(
 TEXT_TO_IMAGE = QwenImage(
     pipeline="QwenImagePipeline",
     edit=None,
-    text_to_image=TEXT_TO_IMAGE_TEMPLATE,
     vlm_area_px=1024 * 1024,
     vae_area_px=1024 * 1024,
     max_sources=0,

@@ -1,86 +1,114 @@
 """From captions to the tokens that the encoder runs: one shared part and a branch per caption.
 
-The encoder is causal and the pictures come before the caption, so system text and pictures have the same states
+The encoder is causal and the images come before the caption, so system text and images have the same embeddings
 whatever caption follows: they are run once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import Lock
 from typing import Any
 
-import torch
 from PIL import Image
 
-from hf_qie.models.qwen_image.family import Template
+from hf_qie.errors import InputError
+from hf_qie.models.base import BadPrompt, Prompt, PromptLengths, Size
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # stand for what is seen; only templates may hold them
 TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread changes its padding
 
 
-class BadPrompt(ValueError):
-    """A caption that cannot be encoded: why, and its `place` among the captions given."""
-
-    def __init__(self, reason: str, *, place: int):
-        super().__init__(reason)
-        self.place = place
-
-
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One set of sources with its captions, ready for the encoder."""
+class Template:
+    """The chat text around a caption: `before`, one `picture` a source, the caption, `after`."""
 
-    shared: list[int]  # tokens that every caption starts with
-    branches: list[list[int]]  # the tokens of each caption from there on
-    drop: int  # tokens at the start whose states the pipelines cut off
-    split: int  # tokens through the last picture: states in drop:split belong to the pictures
-    pixel_values: torch.Tensor | None  # as the image processor gives them, all pictures in order
-    image_grid_thw: torch.Tensor | None  # [N, 3]
+    before: str
+    picture: str  # may hold {number}, which counts from 1
+    after: str
+    drop: int  # tokens of `before`, whose embeddings the pipelines cut off
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the encoder runs."""
-        return len(self.shared) + sum(map(len, self.branches))
+    def shared(self, num_sources: int) -> str:
+        """The part that stands before every caption of the same sources."""
+        return self.before + "".join(self.picture.format(number=i + 1) for i in range(num_sources))
 
-    @property
-    def num_tokens_apart(self) -> int:
-        """Tokens of one pass per caption."""
-        return len(self.shared) * len(self.branches) + sum(map(len, self.branches))
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of the checkpoint's Qwen2VLProcessor, or itself where there is no more than that."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def check_drop(tokenizer: Any, template: Template) -> None:
+    """Raise InputError unless `tokenizer` gives the start of `template` as many tokens as the pipelines cut off."""
+    num_tokens = len(tokenizer(template.before)["input_ids"])
+    if num_tokens != template.drop:
+        raise InputError(
+            f"model: its tokenizer gives {num_tokens} tokens for the system text, the pipelines cut off "
+            f"{template.drop}; this is not the vocabulary of Qwen2.5-VL"
+        )
 
 
 def make_prompt(processor: Any, template: Template, images: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:
     """Tokens and pixels for `captions` over the same `images`, which already have the encoder's size.
 
-    `processor` is the checkpoint's Qwen2VLProcessor, or a bare tokenizer where there are no images.
     The text is tokenized whole, as the pipelines do: a caption may merge with what stands before it.
-
-    Raises:
-        BadPrompt: a caption holds a token that stands for a picture.
+    Raises BadPrompt for a caption with a token that stands for an image.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    if bad := _bad_caption(captions):
+        raise bad
     shared_text, vision = template.shared(len(images)), {}
-    for place, caption in enumerate(captions):
-        if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in caption]:
-            raise BadPrompt(f"the caption holds {found[0]}, which stands for a picture", place=place)
     if images:
-        vision = processor.image_processor(images=list(images), return_tensors="pt")
-        tokens_per_image = vision["image_grid_thw"].prod(dim=-1) // processor.image_processor.merge_size**2
-        pieces = shared_text.split(IMAGE_TOKEN)
-        pads = [IMAGE_TOKEN * n for n in tokens_per_image.tolist()]
-        shared_text = pieces[0] + "".join(pad + piece for pad, piece in zip(pads, pieces[1:], strict=True))
-    texts = [shared_text + caption + template.after for caption in captions]
+        vision = dict(processor.image_processor(images=list(images), return_tensors="pt"))
+        num_patches = vision["image_grid_thw"].prod(dim=-1) // processor.image_processor.merge_size**2
+        first, *pieces = shared_text.split(IMAGE_TOKEN)
+        shared_text = first + "".join(
+            IMAGE_TOKEN * n + piece for n, piece in zip(num_patches.tolist(), pieces, strict=True)
+        )
     with TOKENIZING:
-        *tokens, through_pictures = tokenizer([*texts, shared_text])["input_ids"]
-    split = len(through_pictures) if images else template.drop
-    # text without pictures has no hard border: a caption that starts with a line break merges with the one before
+        *tokens, through_images = tokenizer_of(processor)(
+            [*(shared_text + caption + template.after for caption in captions), shared_text]
+        )["input_ids"]
+    split = len(through_images) if images else template.drop
+    # text without images has no hard border: a caption that starts with a line break merges with the one before
     same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*tokens, strict=False)))
     cut = min(same, split)
-    return Prompt(
-        shared=tokens[0][:cut],
-        branches=[sequence[cut:] for sequence in tokens],
-        drop=template.drop,
-        split=split,
-        pixel_values=vision.get("pixel_values"),
-        image_grid_thw=vision.get("image_grid_thw"),
-    )
+    branches = [sequence[cut:] for sequence in tokens]
+    return Prompt(shared=tokens[0][:cut], branches=branches, drop=template.drop, split=split, vision=vision)
+
+
+def prompt_lengths(
+    processor: Any, template_of: Callable[[int], Template], prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
+) -> list[PromptLengths | BadPrompt]:
+    """Lengths for (sizes of images that the encoder sees, captions); the tokenizer is called once."""
+    parts, texts = [], set()
+    for sizes, captions in prompts:
+        template = template_of(len(sizes))
+        shared = template.shared(len(sizes))
+        lead = shared.rpartition("|>")[2]  # no token reaches over a special one
+        parts.append((template, shared, lead))
+        texts |= {shared, lead, template.after, *(lead + caption for caption in captions)}
+    count = dict(zip(texts, map(len, tokenizer_of(processor)(list(texts))["input_ids"]), strict=True))
+    found = []
+    for (sizes, captions), (template, shared, lead) in zip(prompts, parts, strict=True):
+        # each image's own token is counted in the template
+        image = count[shared] - template.drop + sum(_num_patches(processor, size) - 1 for size in sizes)
+        lengths = PromptLengths(
+            image=image if sizes else 0,
+            captions=[count[lead + caption] - count[lead] for caption in captions],
+            suffix=count[template.after],
+        )
+        found.append(_bad_caption(captions) or lengths)
+    return found
+
+
+def _num_patches(processor: Any, size: Size) -> int:
+    images = processor.image_processor
+    return images.get_number_of_image_patches(size[1], size[0]) // images.merge_size**2
+
+
+def _bad_caption(captions: Sequence[str]) -> BadPrompt | None:
+    for place, caption in enumerate(captions):
+        for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+            if token in caption:
+                return BadPrompt(f"the caption holds {token}, which stands for an image", place=place)
+    return None

@@ -1,52 +1,15 @@
-"""Qwen2.5-VL as the prompt encoder: one pass per source set gives the states of all its captions.
+"""Qwen2.5-VL as the prompt encoder: one pass per source set gives the embeddings of all its captions.
 
 Letters: P prompts of a batch, L tokens of the longest, D width of the encoder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from hf_qie.errors import InputError
-from hf_qie.models.base import Family
-from hf_qie.models.qwen_image.family import Template
-from hf_qie.models.qwen_image.prompts import Prompt
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptStates:
-    """Final states of one prompt, in the encoder's dtype; pictures then text equal the pipeline's `encode_prompt`."""
-
-    image: Tensor  # [I, D], shared by all captions; I = 0 for text-to-image
-    texts: list[Tensor]  # one [T, D] a caption
-
-
-def load_processor(model: str, *, family: Family, revision: str | None = None) -> Any:
-    """The checkpoint's own processor, or its tokenizer where the family takes no pictures.
-
-    Raises InputError if its vocabulary does not give the templates the lengths that the pipelines cut off.
-    """
-    if family.edit is None:
-        processor = AutoTokenizer.from_pretrained(model, subfolder="tokenizer", revision=revision)
-    else:  # by class: AutoProcessor needs a config.json at the root, which diffusers layout lacks
-        processor = Qwen2VLProcessor.from_pretrained(model, subfolder="processor", revision=revision)
-    for template in filter(None, (family.edit, family.text_to_image)):
-        check_drop(getattr(processor, "tokenizer", processor), template)
-    return processor
-
-
-def check_drop(tokenizer: Any, template: Template) -> None:
-    """Raise InputError unless `tokenizer` gives the start of `template` as many tokens as the pipelines cut off."""
-    num_tokens = len(tokenizer(template.before)["input_ids"])
-    if num_tokens != template.drop:
-        raise InputError(
-            f"model: its tokenizer gives {num_tokens} tokens for the system text, the pipelines cut off "
-            f"{template.drop}; this is not the vocabulary of Qwen2.5-VL"
-        )
+from hf_qie.models.base import Prompt, PromptEmbeddings
 
 
 class Encoder:
@@ -66,8 +29,8 @@ class Encoder:
         self.device = self.model.device  # with its index, which a process that runs alone does not name
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[PromptStates]:
-        """States of each prompt's pictures and captions, on the encoder's device."""
+    def __call__(self, prompts: Sequence[Prompt]) -> list[PromptEmbeddings]:
+        """Embeddings of each prompt's images and captions, on the encoder's device."""
         packed = [pack(prompt) for prompt in prompts]
         length = max(len(ids) for ids, _ in packed)
         ids = torch.zeros(len(prompts), length, dtype=torch.long)
@@ -76,39 +39,38 @@ class Encoder:
         for i, (prompt, (tokens, numbers)) in enumerate(zip(prompts, packed, strict=True)):
             ids[i, : len(tokens)] = tokens
             branch[i, : len(tokens)] = numbers
-            positions[:, i, : len(tokens)] = self.positions(prompt, numbers)
-        states = self.model.language_model(
+            positions[:, i, : len(tokens)] = self.positions(prompt)
+        hidden = self.model.language_model(
             inputs_embeds=self.embed(prompts, ids.to(self.device)),
             position_ids=positions.to(self.device),
             attention_mask={"full_attention": visible(branch.to(self.device))[:, None]},
             use_cache=False,
         ).last_hidden_state
-        return [unpack(prompt, row) for prompt, row in zip(prompts, states, strict=True)]
+        return [unpack(prompt, row) for prompt, row in zip(prompts, hidden, strict=True)]
 
     def embed(self, prompts: Sequence[Prompt], ids: Tensor) -> Tensor:
-        """Token embeddings `[P, L, D]` with the pictures' features in their places; each picture is seen once."""
+        """Token embeddings `[P, L, D]` with the images' features in their places; each image is seen once."""
         embeds = self.model.get_input_embeddings()(ids)
-        pictures = [prompt for prompt in prompts if prompt.pixel_values is not None]
-        if not pictures:
+        seen = [prompt.vision for prompt in prompts if prompt.vision]
+        if not seen:
             return embeds
         features = self.model.get_image_features(
-            torch.cat([prompt.pixel_values for prompt in pictures]).to(self.device),
-            torch.cat([prompt.image_grid_thw for prompt in pictures]).to(self.device),
+            *(torch.cat([one[name] for one in seen]).to(self.device) for name in ("pixel_values", "image_grid_thw"))
         ).pooler_output
         places = (ids == self.model.config.image_token_id)[..., None]
         return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
 
-    def positions(self, prompt: Prompt, branch: Tensor) -> Tensor:
+    def positions(self, prompt: Prompt) -> Tensor:
         """M-RoPE positions `[3, tokens]`; each branch counts on from the end of the shared part."""
         shared = torch.tensor([prompt.shared])
         is_image = (shared == self.model.config.image_token_id).int()
         # without token types the model falls back to 1-D positions, in silence
-        start, _ = self.model.get_rope_index(shared, mm_token_type_ids=is_image, image_grid_thw=prompt.image_grid_thw)
+        start, _ = self.model.get_rope_index(
+            shared, mm_token_type_ids=is_image, image_grid_thw=prompt.vision.get("image_grid_thw")
+        )
         first = int(start.max()) + 1 if prompt.shared else 0
         rest = [torch.arange(len(tokens)).expand(3, -1) + first for tokens in prompt.branches]
-        positions = torch.cat([start[:, 0], *rest], dim=1)
-        assert positions.shape[1] == len(branch)
-        return positions
+        return torch.cat([start[:, 0], *rest], dim=1)
 
 
 def pack(prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -129,12 +91,20 @@ def visible(branch: Tensor) -> Tensor:
     return (causal & ((key == 0) | (key == query)) & (query >= 0)) | own
 
 
-def unpack(prompt: Prompt, states: Tensor) -> PromptStates:
-    """Cut `states[L, D]` of a packed prompt into pictures and captions, without the system text."""
+def unpack(prompt: Prompt, hidden: Tensor) -> PromptEmbeddings:
+    """Cut `hidden[L, D]` of a packed prompt into images and captions, without the system text."""
     cut = len(prompt.shared)
-    shared, rest = states[:cut], states[cut : prompt.num_tokens]
+    shared, rest = hidden[:cut], hidden[cut : prompt.num_tokens]
     branches = rest.split([len(tokens) for tokens in prompt.branches])
-    return PromptStates(
+    return PromptEmbeddings(
         image=shared[prompt.drop : prompt.split],
         texts=[torch.cat([shared, branch])[prompt.split :] for branch in branches],
     )
+
+
+PromptStates = PromptEmbeddings
+
+
+def load_processor(model, *, family, revision=None):
+    """`Family.load_processor`, which takes its place."""
+    return family.load_processor(model, revision=revision)

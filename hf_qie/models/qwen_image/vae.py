@@ -1,6 +1,6 @@
-"""Pictures to latents as the pipelines make them: VAE mode, normalised, packed in patches of 2 x 2.
+"""Images to latents as the pipelines make them: VAE mode, normalised, packed in patches of 2 x 2.
 
-Letters: B pictures, C latent channels (16), S packed tokens (H/16 x W/16). A grid is (packed height, packed width).
+Letters: B images, C latent channels (16), S packed tokens (H/16 x W/16). A grid is (packed height, packed width).
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,7 @@ from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from torch import Tensor
 
-PIXELS_PER_TOKEN = 16  # 8 by the VAE, 2 by packing
-MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
-
-Grid = tuple[int, int]  # packed height and width
-
-
-def grid_of(size: tuple[int, int]) -> Grid:
-    """Packed (height, width) of a picture of `size` (width, height) in pixels."""
-    return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN
+from hf_qie.models.base import Grid
 
 
 def unpack_latents(latents: Tensor, grid: Grid) -> Tensor:
@@ -47,7 +39,7 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def __call__(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Packed latents `[S, 4C]` of pictures `[3, H, W]` in [-1, 1], all of one size.
+        """Packed latents `[S, 4C]` of images `[3, H, W]` in [-1, 1], all of one size.
 
         The mode of the posterior, as the pipelines take it for sources: a stored sample would be one noise for ever.
         """
@@ -57,8 +49,17 @@ class LatentEncoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, grid: Grid) -> Image.Image:
-        """The picture of packed latents `[S, 4C]`, as the pipelines decode it."""
+        """The image of packed latents `[S, 4C]`, as the pipelines decode it."""
         unpacked = unpack_latents(latents[None], grid)[:, :, None].to(self.mean.device, self.mean.dtype)
         pixels = self.vae.decode(unpacked * self.std + self.mean, return_dict=False)[0][0, :, 0]
         values = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
         return Image.fromarray(values.round().to(torch.uint8).cpu().numpy())
+
+
+PIXELS_PER_TOKEN = 16
+MAX_POSITIONS = 4096
+
+
+def grid_of(size: tuple[int, int]) -> Grid:
+    """`Family.grid_of`, which takes its place."""
+    return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN

@@ -98,8 +98,8 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
                 lengths = [len(prompt.shared) + len(branch) - prompt.split for branch in prompt.branches]
                 assert list(way.num_text_states.values()) == lengths
                 assert way.num_image_states == prompt.split - prompt.drop
-                assert way.target_grid == grid_of(direction.target[1])
-                assert way.source_grids == tuple(grid_of(size) for _, size in direction.sources)
+                assert way.target_grid == grid_of(direction.images["target_image"][0][1])
+                assert way.grids["source_image"] == tuple(grid_of(size) for _, size in direction.sources)
 
 
 def test_the_estimate_is_what_extraction_writes(extracted, tmp_path, tiny):
@@ -120,8 +120,8 @@ def test_the_outlook_counts_every_vector_of_a_set(extracted, tmp_path):
             latents = [values for column, values in row.items() if "latents" in column and values]
             inverse = look.inverse.num_stored if look.inverse else 0
             assert sum(map(len, states)) == look.forward.num_stored + inverse
-            inverse = look.inverse.num_latents if look.inverse else 0  # source and target areas differ here
-            assert sum(map(len, latents)) == look.forward.num_latents + inverse
+            ways = [look.forward, look.inverse] if look.inverse else [look.forward]  # areas differ here
+            assert sum(map(len, latents)) == sum(way.num_vectors(image) for way in ways for image in way.grids)
 
 
 def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):

@@ -134,7 +134,7 @@ def refused(recipe: Path, *overrides: str) -> str:
 def test_pictures_that_are_not_there_are_told_by_the_first_before_a_model_is_loaded(recipes, tmp_path):
     message = refused(recipes[False], f"tasks.edit.image_root={tmp_path}")
     assert message == (
-        "tasks.edit: its embedding set has no latents, so training reads its pictures, but "
+        "tasks.edit: its embedding set has no latents, so training reads its images, but "
         f"images/edit_0000_source_1.png (row 0) is not in {tmp_path}; set tasks.edit.image_root to their folder, or "
         "extract with extract.latents: true"
     )

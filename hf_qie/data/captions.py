@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from hf_qie.config.recipe import SET_COLUMNS, Columns, Task
+from hf_qie.data.schema import columns_of
 from hf_qie.errors import InputError
 
 MOST_TEXTS = 16  # of a list; a row with more is bad
@@ -38,7 +39,7 @@ def by_column(table: Dataset, task: Task) -> tuple[Dataset, Columns]:
         return tuple(column for name in names for column in become.get(name, [name]))
 
     new = [column for name in become for column in become[name][1:]]
-    taken = {*text_columns(columns), "source_image", "target_image"} | SET_COLUMNS
+    taken = {*text_columns(columns), *(column.name for column in columns_of())} | SET_COLUMNS
     if clash := sorted(taken.intersection(new)):
         raise InputError(
             f"tasks.{task.name}.columns: the captions in the lists become columns, and {clash[0]} is one already; "

@@ -16,7 +16,7 @@ class Batch(TypedDict):
 
     target_latents: NotRequired[Tensor]  # [B, S, 64] float16
     source_latents: NotRequired[Tensor]  # [B, R, 64] float16, R = 0 for text-to-image
-    pictures: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8, by grid
+    images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
@@ -36,7 +36,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         np.concatenate(row["prompt_parts"], out=prompt[:length])
         prompt[length:] = 0
     return Batch(
-        **_pictures(rows),
+        **_stacked(rows),
         prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         grids=grids,
@@ -46,9 +46,11 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     )
 
 
-def _pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if "pictures" in rows[0]:
-        places = zip(*(row["pictures"] for row in rows), strict=True)
-        return {"pictures": [torch.from_numpy(np.stack(place)) for place in places]}
-    names = ("target_latents", "source_latents")
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
+def _stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays of the rows under their names, and their images place by place."""
+    names = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
+    arrays = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
+    if "images" in rows[0]:
+        places = zip(*(row["images"] for row in rows), strict=True)
+        arrays["images"] = [torch.from_numpy(np.stack(place)) for place in places]
+    return arrays

@@ -18,6 +18,7 @@ from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.data.captions import weighed_as
 from hf_qie.data.images import BadImage
 from hf_qie.data.online_latents import has_latents, read_pixels
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, swapped
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import Grid
@@ -65,6 +66,10 @@ class TaskRows:
     def __init__(self, task: str, data: datasets.Dataset, *, caption_weights: Mapping[str, float] | None):
         self.task, self.has_latents = task, has_latents(data)
         self.rows = Rows(data)
+        grids = {column.of: column for column in columns_of("grid")}
+        arrays = columns_of("latents", "values") if self.has_latents else columns_of("values")
+        self.grids = [(grids[image], swapped(grids[image])) for image in (TARGET, SOURCES)]
+        self.arrays = [(column, swapped(column)) for column in arrays]
         self.weights = text_weights(data.column_names, caption_weights, task)
 
     def read(self, index: int, *, inverse: bool, caption: float | None) -> dict[str, Any]:
@@ -79,11 +84,14 @@ class TaskRows:
         pictures: [H, W, 3] uint8, in the order of grids.
         """
         row = self.rows[index]
-        prefix = "inverse_" if inverse else ""
+        prefix = INVERSE if inverse else ""
         text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
-        grids = _grids(row, inverse=inverse)
-        seen = _latents(row, inverse=inverse) if self.has_latents else self._pictures(row, grids, inverse=inverse)
-        return seen | {
+        found = (_stored(row, *pair, inverse=inverse) for pair in self.grids)
+        grids = [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
+        arrays = {pair[0].name: _matrix(_stored(row, *pair, inverse=inverse)[1]) for pair in self.arrays}
+        if not self.has_latents:
+            arrays["images"] = self._images(row, grids, inverse=inverse)
+        return arrays | {
             "prompt_parts": [_matrix(row.value(prefix + "image_embeds")), _matrix(row.value(text))],
             "grids": grids,
             "task": self.task,
@@ -91,13 +99,17 @@ class TaskRows:
             "caption": text.removeprefix(prefix + TEXT),
         }
 
-    def _pictures(self, row: Row, grids: Sequence[Grid], *, inverse: bool) -> dict[str, list[np.ndarray]]:
-        """What extraction would have encoded."""
-        files = [row.value("target_image").as_py(), *row.value("source_image").as_py()]
+    def _images(self, row: Row, grids: Sequence[Grid], *, inverse: bool) -> list[np.ndarray]:
+        """What extraction would have encoded, in the order of the columns of latents."""
+        files = {image.name: image.each(row.value(image.name).as_py()) for image in columns_of("image")}
         if inverse:
-            files.reverse()
+            files |= {SOURCES: files[TARGET], TARGET: files[SOURCES]}
         try:
-            return {"pictures": [read_pixels(file, grid) for file, grid in zip(files, grids, strict=True)]}
+            return [
+                read_pixels(file, grid)
+                for column in columns_of("latents")
+                for file, grid in zip(files[column.of], grids[1:] if column.of == SOURCES else grids[:1], strict=True)
+            ]
         except BadImage as error:
             raise InputError(
                 f"tasks.{self.task}: row {row.value('row')}: {error}; it was whole at extraction"
@@ -177,33 +189,14 @@ def text_weights(
     )
 
 
-def _grids(row: Row, *, inverse: bool) -> list[Grid]:
-    """The target's grid, then each source's."""
-    target, sources = row.value("target_grid").as_py(), row.value("source_grids").as_py()
-    if inverse:
-        own_target, own_sources = _own(row, "target_grid"), _own(row, "source_grids")
-        target, sources = (
-            sources[0] if own_target is None else own_target.as_py(),
-            [target] if own_sources is None else own_sources.as_py(),
-        )
-    return [tuple(grid) for grid in (target, *sources)]
-
-
-def _latents(row: Row, *, inverse: bool) -> dict[str, np.ndarray]:
-    target, source = row.value("target_latents"), row.value("source_latents")
-    if inverse:
-        own_target, own_source = _own(row, "target_latents"), _own(row, "source_latents")
-        target, source = (
-            source if own_target is None else own_target,
-            target if own_source is None else own_source,
-        )
-    return {"target_latents": _matrix(target), "source_latents": _matrix(source)}
-
-
-def _own(row: Row, name: str) -> pa.Scalar | None:
-    """What the set stores of an inverse because areas differ; else an inverse has the forward row's, swapped."""
-    name = f"inverse_{name}"
-    return row.value(name) if name in row.columns and row.value(name).is_valid else None
+def _stored(row: Row, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
+    """What one direction of a row has in a column: an inverse its own, or what the forward row has in the `other`."""
+    if not inverse:
+        return column, row.value(column.name)
+    own = INVERSE + column.name
+    if own in row.columns and (value := row.value(own)).is_valid:
+        return column, value
+    return other, row.value(other.name)
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Training on a set without stored latents: its pictures read again, in the sizes that its grids say, and encoded.
+"""Training on a set without stored latents: its images are read again, in the sizes that its grids say, and encoded.
 
 Letters: B rows, H and W sides in pixels.
 """
@@ -16,7 +16,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_qie.config.recipe import Recipe
+from hf_qie.data.collate import Batch
 from hf_qie.data.images import BadImage, read_image, resize
+from hf_qie.data.schema import SOURCES, columns_of
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN, LatentEncoder
 from hf_qie.runtime.device import compute_dtype
@@ -34,16 +36,18 @@ def made_from(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def with_files(data: Dataset, *, task: str, roots: Sequence[str]) -> Dataset:
-    """A set with its pictures named by file; relative paths start from one of `roots`.
+    """A set with its images named by file; relative paths start from one of `roots`.
 
     Raises InputError naming the first file that is missing, or that lies under two roots.
     """
     known: dict[str, str] = {}
-    columns = data.select_columns(["row", "source_image", "target_image"])[:]
+    images = columns_of("image")
+    columns = data.select_columns(["row", *(image.name for image in images)])[:]
     for row, path in (
         (row, path)
-        for row, sources, target in zip(*columns.values(), strict=True)
-        for path in (*sources, target)
+        for image in images
+        for row, paths in zip(columns["row"], columns[image.name], strict=True)
+        for path in image.each(paths)
         if path not in known
     ):
         files = {os.path.join(root, path) for root in roots}
@@ -51,21 +55,21 @@ def with_files(data: Dataset, *, task: str, roots: Sequence[str]) -> Dataset:
         if len(found) != 1:
             some = f"lies in {' and in '.join(sorted(roots))}" if found else f"is not in {' or '.join(sorted(roots))}"
             raise InputError(
-                f"tasks.{task}: its embedding set has no latents, so training reads its pictures, but {path} (row "
+                f"tasks.{task}: its embedding set has no latents, so training reads its images, but {path} (row "
                 f"{row}) {some}; set tasks.{task}.image_root to their folder, or extract with extract.latents: true"
             )
         known[path] = found[0]
-    sources = [[known[path] for path in paths] for paths in columns["source_image"]]
-    targets = [known[path] for path in columns["target_image"]]
-    features, fingerprint = data.features, data._fingerprint  # the same set for all who compare it
-    data = data.remove_columns(["source_image", "target_image"])
-    for name, values in (("source_image", sources), ("target_image", targets)):
-        data = data.add_column(name, values, feature=features[name], new_fingerprint=fingerprint)
+    fingerprint = data._fingerprint  # the same set for all who compare it
+    for image in images:
+        paths = columns[image.name]
+        files = [[known[path] for path in some] if image.many else known[some] for some in paths]
+        data = data.remove_columns(image.name)
+        data = data.add_column(image.name, files, feature=image.type, new_fingerprint=fingerprint)
     return data
 
 
 def read_pixels(file: str, grid: tuple[int, int]) -> np.ndarray:
-    """`[H, W, 3]` uint8, a picture as extraction shows it to the VAE; raises BadImage naming the file."""
+    """`[H, W, 3]` uint8, an image as extraction shows it to the VAE; raises BadImage naming the file."""
     height, width = grid
     try:
         image = read_image(Path(file))
@@ -74,19 +78,21 @@ def read_pixels(file: str, grid: tuple[int, int]) -> np.ndarray:
     return np.asarray(resize(image, (PIXELS_PER_TOKEN * width, PIXELS_PER_TOKEN * height)))
 
 
-def encode_pictures(pictures: Sequence[Tensor], encoder: LatentEncoder, *, batch_size: int) -> list[Tensor]:
-    """Latents `[B, S, 64]` float16, as a set stores them, of each of `pictures[B, H, W, 3]` uint8 on the device."""
-    return [
-        torch.stack(list(chain.from_iterable(encoder(to_pixels(part)) for part in one.split(batch_size)))).to(
-            torch.float16
-        )
-        for one in pictures
-    ]
+def encode_images(batch: Batch, encoder: LatentEncoder, *, batch_size: int) -> None:
+    """Put latents `[B, S, 64]` float16, as a set stores them, in place of a batch's images `[B, H, W, 3]` uint8."""
+    encoded = []
+    for image in batch.pop("images"):
+        parts = [encoder(to_pixels(part)) for part in image.split(batch_size)]
+        encoded.append(torch.stack(list(chain.from_iterable(parts))).to(torch.float16))
+    none, rest = encoded[0][:, :0], iter(encoded)
+    for column in columns_of("latents"):
+        count = len(batch["grids"]) - 1 if column.of == SOURCES else 1
+        batch[column.name] = torch.cat([none, *(next(rest) for _ in range(count))], dim=1)
 
 
-def to_pixels(pictures: Tensor) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """`[B, 3, H, W]` float32 in [-1, 1] of `[B, H, W, 3]` uint8, by the arithmetic of `images.to_pixels`."""
-    return 2.0 * (pictures.float() / 255.0).permute(0, 3, 1, 2) - 1.0
+    return 2.0 * (images.float() / 255.0).permute(0, 3, 1, 2) - 1.0
 
 
 def load_vae(recipe: Recipe, device: torch.device) -> LatentEncoder:

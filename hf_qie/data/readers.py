@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from hf_qie.config.recipe import Task
+from hf_qie.data.schema import columns_of
 from hf_qie.data.tables import HUB_ID, Embedded, Line, Table, hub_table, parquet_table, refuse_split, saved_table
 from hf_qie.data.text_files import SUFFIXES, list_in, suffix_of, text_rows
 from hf_qie.errors import InputError
@@ -107,7 +108,8 @@ def text_lines(task: Task, files: Iterable[Path], digest: Any) -> Iterator[Line]
 
 def with_paths(lines: Iterator[Line], task: Task) -> Iterator[Line]:
     """`lines` with the sources as a list, in one column; paths are those of this system."""
-    names, label, target = task.columns.source_columns, task.columns.source_label, task.columns.target
+    names, label = task.columns.source_columns, task.columns.source_label
+    single = [name for image in columns_of("image") if not image.many for name in image.data_columns(task.columns)]
     for where, root, row in lines:
         if cells := [] if task.t2i else [row[name] for name in names if name in row]:
             several = len(names) > 1
@@ -115,8 +117,7 @@ def with_paths(lines: Iterator[Line], task: Task) -> Iterator[Line]:
             if isinstance(sources, list):
                 sources = [local_path(path, root) for path in sources]
             row[label] = sources
-        if target in row:
-            row[target] = local_path(row[target], root)
+        row |= {name: local_path(row[name], root) for name in single if name in row}
         yield where, root, row
 
 

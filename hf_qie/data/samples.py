@@ -22,6 +22,7 @@ from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.data.captions import MOST_TEXTS, by_column, text_columns
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
+from hf_qie.data.schema import columns_of
 from hf_qie.data.tables import Embedded, Line, Table, no_rows
 from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
@@ -53,12 +54,13 @@ class BadRow(ValueError):
 class Rows:
     """The rows of a task, in the order of its data.
 
-    `table` has the columns `row` (0-based), `sources` (paths or URLs as given, [] for text-to-image), `target`, `root`
-    (the folder that relative paths start from), `texts`, by caption and inverse caption, null where the row has none,
-    `bad` and `digest`. An image that lies in the data has a name in place of a path, by which `stored` reads it.
-    `bad` is null for a good row, else the column, path and reason of what is wrong with its values; such a row has no
-    sources, target and texts. `digest`, 16 bytes, differs where anything differs that a row is made from: its values,
-    size and time of its image files, content of images that lie in the data; URLs count as they are.
+    `table` has the columns `row` (0-based), `sources` (paths or URLs as given, [] for text-to-image), `target` and
+    other images of the set by name, `root` (the folder that relative paths start from), `texts`, by caption and
+    inverse caption, null where the row has none, `bad` and `digest`. An image that lies in the data has a name in
+    place of a path, by which `stored` reads it. `bad` is null for a good row, else the column, path and reason of what
+    is wrong with its values; such a row has no images and texts. `digest`, 16 bytes, differs where anything differs
+    that a row is made from: its values, size and time of its image files, content of images that lie in the data; URLs
+    count as they are.
     """
 
     table: Dataset
@@ -80,7 +82,8 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     reader = Reader(task, max_sources=max_sources, identity=identity.hexdigest())
     text = Value("string")
     texts = dict.fromkeys(text_columns(task.columns), List(text))
-    columns = {"row": Value("int64"), "sources": List(text), "target": text, "root": text, "texts": texts}
+    columns = {"row": Value("int64"), "root": text, "texts": texts}
+    columns |= {image.row_key: image.type for image in columns_of("image")}
     columns |= {"bad": dict.fromkeys(("column", "path", "reason"), text), "digest": Value("binary")}
     path, features = folder / f"{task.name}.arrow", Features(columns)
     with ArrowWriter(features=features, path=str(path)) as writer:
@@ -149,9 +152,8 @@ class Reader:
             row |= check_row(line, task=self.task, max_sources=self.max_sources)
         except BadRow as error:
             return where, row | nothing(self.task), error, []
-        columns = [*(self.task.columns.source_label for _ in row["sources"]), self.task.columns.target]
-        paths = zip(columns, (*row["sources"], row["target"]), strict=True)
-        local = [(column, path) for column, path in paths if not (isinstance(path, Embedded) or is_url(path))]
+        images = images_of(row, self.task.columns)
+        local = [(column, path) for column, path in images if not (isinstance(path, Embedded) or is_url(path))]
         return where, row, None, [(column, path, os.path.join(root, path)) for column, path in local]
 
     def finish(self, parsed: list, looks: list) -> list[dict[str, Any]]:
@@ -166,7 +168,7 @@ class Reader:
             if isinstance(found[file], str) and bad is None:
                 bad = BadRow(found[file], column=column, path=path)
                 self.roots[row["root"]] += 1
-        names = [path for path in (*row["sources"], row["target"]) if isinstance(path, Embedded)]
+        names = [path for _, path in images_of(row, self.task.columns) if isinstance(path, Embedded)]
         known = {**row, "row": None, "bad": vars(bad) if bad else None}  # a row may move
         content = json.dumps(
             [known, self.task.t2i, [found[file] for *_, file in files], names and self.identity], sort_keys=True
@@ -222,20 +224,29 @@ def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
     return len(row["sources"]) == 1 and any(row["texts"][caption] for caption in task.columns.inverse_captions)
 
 
+def images_of(row: Mapping[str, Any], columns: Columns) -> list[tuple[str, str]]:
+    """The images of a row: in a message the column of each, and its path."""
+    return [(image.label(columns), path) for image in columns_of("image") for path in image.paths(row)]
+
+
 def nothing(task: Task) -> dict[str, Any]:
-    """Sources, target and texts of a row that has none."""
-    return {"sources": [], "target": None, "texts": dict.fromkeys(text_columns(task.columns), ())}
+    """Images and texts of a row that has none."""
+    images = {image.row_key: [] if image.many else None for image in columns_of("image")}
+    return images | {"texts": dict.fromkeys(text_columns(task.columns), ())}
 
 
 def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -> dict[str, Any]:
     """Sources, target and texts of one line of the data; raises BadRow."""
-    columns = task.columns
-    sources = [] if task.t2i else line.get(columns.source_label, [])
-    for path in sources if isinstance(sources, list) else [sources]:
-        check_path(path, column=columns.source_label)
-    if columns.target not in line:
-        raise BadRow("missing", column=columns.target)
-    check_path(line[columns.target], column=columns.target)
+    columns, images = task.columns, {}
+    for image in columns_of("image"):
+        label = image.label(columns)
+        if not image.many and label not in line:
+            raise BadRow("missing", column=label)
+        found = [] if image.many and task.t2i else line.get(label, [])
+        for path in found if image.many and isinstance(found, list) else [found]:
+            check_path(path, column=label)
+        images[image.row_key] = found
+    sources = images["sources"]
     if max_sources is not None and len(sources) > max_sources:
         raise BadRow(
             f"{len(sources)} sources, this checkpoint takes {max_sources}; use an Edit-Plus checkpoint"
@@ -253,7 +264,7 @@ def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -
             raise BadRow(
                 f"{count} captions, at most {MOST_TEXTS} are stored with a row; shorten the list", column=column
             )
-    return {"sources": sources, "target": line[columns.target], "texts": texts}
+    return images | {"texts": texts}
 
 
 def check_path(path: Any, *, column: str) -> None:
@@ -289,10 +300,10 @@ def check_columns(task: Task, seen: set[str]) -> None:
     """Raise InputError where a column that the task needs occurs in no row; `seen` are those that occur."""
     columns: Columns = task.columns
     there = ", ".join(sorted(seen))
-    if columns.target not in seen:
-        raise InputError(
-            f"tasks.{task.name}.columns.target: no row has {columns.target}; there are {there}: name the column"
-        )
+    for image in columns_of("image"):
+        if not image.many and (name := image.label(columns)) not in seen:
+            at = f"tasks.{task.name}.{f'columns.{image.key}' if image.key else 'data'}"
+            raise InputError(f"{at}: no row has {name}; there are {there}: name the column")
     if not task.t2i and (absent := [column for column in columns.source_columns if column not in seen]):
         raise InputError(
             f"tasks.{task.name}.columns.sources: no row has {', '.join(absent)}; there are {there}: "

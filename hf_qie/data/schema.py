@@ -1,38 +1,160 @@
-"""The columns of an embedding set, and how they are written without a Python loop.
+"""The columns of an embedding set, declared once, and how they are written without a Python loop.
+
+Features, checks, the rows of a task, extraction, loader, dataset card and contact sheet follow `COLUMNS`; a new column
+is a line there and the code that computes it.
 
 Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Features, List, Value
 
+from hf_qie.config.recipe import Columns
+
 LATENT_CHANNELS = 64
+SOURCES, TARGET, INVERSE = "source_image", "target_image", "inverse_"
+# whether a set has a column for the inverse of a row too: NEVER, ALWAYS, or where sources and targets differ in area
+NEVER, ALWAYS, OTHER_AREA = "never", "always", "other area"
 
 
-def set_features(
-    *, width: int, captions: Sequence[str], inverse_captions: Sequence[str], inverse_latents: bool
-) -> Features:
-    """Columns of a set; `inverse_captions` is empty where no row has an inverse.
+@dataclass(frozen=True)
+class Column:
+    """A column of the set, or one for each caption where its name has `{caption}`.
+
+    kind: number, caption, image (path or URL as given), embeddings (of a prompt), latents (of an image, from the VAE),
+    grid (packed height and width of an image), values (what `compute` makes of an image).
+    """
+
+    name: str
+    kind: str
+    meaning: str  # on the dataset card
+    type: Any = None  # feature of datasets; embeddings and latents are matrices as wide as the checkpoint has them
+    of: str = ""  # the image column that it is computed from
+    inverse: str = NEVER
+    key: str = ""  # of an image column: its key in `columns` of the recipe, and its name in the rows of a task
+    compute: Callable[[list, tuple[int, int]], Any] | None = None  # of images as read and the target's grid
+
+    @property
+    def many(self) -> bool:
+        """Whether a row has any number of these images or grids, and not exactly one."""
+        return self.type in (TEXTS, GRIDS)
+
+    def each(self, value: Any) -> list:
+        """The images or grids in a value of this column."""
+        return value if self.many else [value]
+
+    def paths(self, row: Mapping[str, Any]) -> list[str]:
+        """The images of this column in a row of a task."""
+        return self.each(row[self.row_key])
+
+    @property
+    def row_key(self) -> str:
+        """The name of an image column in the rows of a task."""
+        return self.key or self.name
+
+    def data_columns(self, columns: Columns) -> tuple[str, ...]:
+        """The columns of a task's data that hold these images."""
+        found = getattr(columns, self.key) if self.key else self.name
+        return (found,) if isinstance(found, str) else found
+
+    def label(self, columns: Columns) -> str:
+        """These images in a message."""
+        return ", ".join(self.data_columns(columns))
+
+    def is_stored(self, prefix: str, *, other_area: bool) -> bool:
+        """Whether a set has this column with a prefix, "" or `INVERSE`."""
+        return not prefix or self.inverse == ALWAYS or (self.inverse == OTHER_AREA and other_area)
+
+
+TEXT, GRID = Value("string"), List(Value("int32"), length=2)
+TEXTS, GRIDS = List(TEXT), List(GRID)
+IN_PLACE = "or its place in the data"
+# In the order of the set; those of the inverse follow all others. An image beside sources and target is read from the
+# data's column of its own name, one in each row, and has the target's size.
+COLUMNS = (
+    Column("row", "number", "0-based position in the task's data; rows that were skipped are missing", Value("int64")),
+    Column(SOURCES, "image", f"path or URL of each source, {IN_PLACE}; empty for text-to-image", TEXTS, key="sources"),
+    Column(TARGET, "image", f"path or URL of the target, {IN_PLACE}", TEXT, key="target"),
+    Column("{caption}", "caption", "a caption; null where the row has none", TEXT),
+    Column("num_sources", "number", "number of sources", Value("int8")),
+    Column(
+        "image_embeds",
+        "embeddings",
+        "prompt embeddings of the image part, shared by all captions of the row; empty for text-to-image",
+        inverse=ALWAYS,
+    ),
+    Column(
+        "text_embeds_{caption}",
+        "embeddings",
+        "prompt embeddings from there on for `{caption}`; null where the row has none",
+        inverse=ALWAYS,
+    ),
+    Column("text_embeds_drop", "embeddings", "prompt embeddings from there on for the drop caption", inverse=ALWAYS),
+    Column(
+        "target_latents",
+        "latents",
+        "packed, normalised VAE latents of the target; null in all rows where none are stored",
+        of=TARGET,
+        inverse=OTHER_AREA,
+    ),
+    Column("target_grid", "grid", "their height and width", GRID, of=TARGET, inverse=OTHER_AREA),
+    Column(
+        "source_latents", "latents", "the same of all sources, one after the other", of=SOURCES, inverse=OTHER_AREA
+    ),
+    Column("source_grids", "grid", "height and width of each source's", GRIDS, of=SOURCES, inverse=OTHER_AREA),
+)
+
+
+def columns_of(*kinds: str) -> list[Column]:
+    """The columns of these kinds; of all, if none is given."""
+    return [column for column in COLUMNS if not kinds or column.kind in kinds]
+
+
+def swapped(column: Column) -> Column:
+    """The column of the forward row that an inverse takes in place of `column`: the target's for the sources'."""
+    other = {SOURCES: TARGET, TARGET: SOURCES}.get(column.of)
+    return next((one for one in COLUMNS if (one.kind, one.of) == (column.kind, other)), column)
+
+
+def column_of(name: str) -> tuple[Column, str]:
+    """The column in the table that column `name` of a set is, and its caption, if it has one."""
+    name = name.removeprefix(INVERSE)
+    for column in sorted(COLUMNS, key=lambda column: ("{caption}" in column.name, column.kind == "caption")):
+        if found := re.fullmatch(column.name.replace("{caption}", "(?P<caption>.+)"), name, re.DOTALL):
+            return column, found.groupdict().get("caption", "")
+    raise AssertionError(name)  # a caption has any name
+
+
+def set_columns(
+    *, captions: Sequence[str], inverse_captions: Sequence[str], inverse_latents: bool
+) -> dict[str, Column]:
+    """The columns of a set by name, in order; `inverse_captions` is empty where no row has an inverse.
 
     `inverse_latents`: sources and targets differ in area, so an inverse cannot borrow the forward row's latents.
     """
-    states, latents = matrix(width), matrix(LATENT_CHANNELS)
-    grid = List(Value("int32"), length=2)
-    pictures = {"target_latents": latents, "target_grid": grid, "source_latents": latents, "source_grids": List(grid)}
-    columns: dict[str, Any] = {"row": Value("int64"), "source_image": List(Value("string"))}
-    columns |= dict.fromkeys(("target_image", *captions), Value("string"))
-    columns |= {"num_sources": Value("int8"), "image_embeds": states}
-    columns |= {f"text_embeds_{caption}": states for caption in (*captions, "drop")} | pictures
-    if inverse_captions:
-        columns["inverse_image_embeds"] = states
-        columns |= {f"inverse_text_embeds_{caption}": states for caption in (*inverse_captions, "drop")}
-        if inverse_latents:
-            columns |= {f"inverse_{name}": feature for name, feature in pictures.items()}
-    return Features(columns)
+    found = {}
+    for prefix, names in (("", captions), (INVERSE, inverse_captions)):
+        for column in COLUMNS if names or not prefix else ():
+            if column.is_stored(prefix, other_area=inverse_latents):
+                each = names if "{caption}" in column.name else [""]
+                found |= {prefix + column.name.replace("{caption}", name): column for name in each}
+    return found
+
+
+def set_features(*, width: int, latent_width: int = LATENT_CHANNELS, **columns: Any) -> Features:
+    """The features of a set with `set_columns(**columns)`; `width`: D of the encoder."""
+    return Features({name: feature_of(column, width, latent_width) for name, column in set_columns(**columns).items()})
+
+
+def feature_of(column: Column, width: int, latent_width: int) -> Any:
+    """The feature of a column: of embeddings matrices of `width`, of latents of `latent_width`."""
+    return matrix({"embeddings": width, "latents": latent_width}[column.kind]) if column.type is None else column.type
 
 
 def matrix(width: int) -> List:
@@ -42,11 +164,12 @@ def matrix(width: int) -> List:
 
 def to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:
     """An Arrow table of `rows`; matrices are float16 arrays `[L, width]` or None, a column a row lacks is null."""
+    schema = features.arrow_schema
     arrays = []
     for name, feature in features.items():
         values = [row.get(name) for row in rows]
         width = matrix_width(feature)
-        arrays.append(matrix_array(values, width) if width else pa.array(values, feature_type(feature)))
+        arrays.append(_matrix_array(values, width) if width else pa.array(values, schema.field(name).type))
     return pa.table(arrays, schema=pa.schema(features.type))
 
 
@@ -56,12 +179,7 @@ def matrix_width(feature: Any) -> int | None:
     return inner.length if isinstance(inner, List) and inner.feature == Value("float16") else None
 
 
-def feature_type(feature: Any) -> pa.DataType:
-    """The Arrow type of one feature."""
-    return Features({"x": feature}).type.field("x").type
-
-
-def matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArray:
+def _matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArray:
     """Matrices `[L, width]` as one Arrow array, by their buffers."""
     lengths = [0 if value is None else len(value) for value in values]
     flat = [np.ascontiguousarray(value, dtype=np.float16).ravel() for value in values if value is not None]

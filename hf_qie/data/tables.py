@@ -27,6 +27,7 @@ from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
 from hf_qie.config.recipe import Columns, Task
+from hf_qie.data.schema import columns_of
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import samples
 from hf_qie.runtime.storage import disk_trouble
@@ -34,7 +35,7 @@ from hf_qie.runtime.storage import disk_trouble
 Line = tuple[str, str, dict[str, Any]]  # where it stands, the folder of its relative paths, its values by column
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>\S+))?")
-EMBEDDED = re.compile(r"row-(?P<row>\d+)-(?P<column>source|target)(-(?P<place>\d+))?")
+EMBEDDED = re.compile(r"row-(?P<row>\d+)-(?P<column>\w+?)(-(?P<place>\d+))?")
 BATCH_ROWS = 1000  # of a table at a time
 WHOLE_BYTES = 1 << 30  # beyond it files are told by size and samples: terabytes of images take seconds, not hours
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
@@ -56,9 +57,7 @@ class Table:
     def lines(self, digest: Any) -> Iterator[Line]:
         """Its lines, by file and 0-based row; `digest` takes in what they hold."""
         places = ((f"{name}, row {row}", root) for name, root, num_rows in self.parts for row in range(num_rows))
-        sources = self.columns.source_columns
-        images = {name: f"source-{i}" if len(sources) > 1 else "source" for i, name in enumerate(sources)}
-        images |= {self.columns.target: "target"}
+        images = {column: role for role, column in self.image_columns().items()}
         texts = {*self.columns.captions, *self.columns.inverse_captions}
         for start in range(0, len(self.dataset), BATCH_ROWS):
             batch = self.dataset[start : start + BATCH_ROWS]
@@ -71,15 +70,24 @@ class Table:
                 digest.update(repr(row).encode())
                 yield *next(places), dict(zip(values, row, strict=True))
 
+    def image_columns(self) -> dict[str, str]:
+        """The columns that hold images, by what their `Embedded` names say after the row: source, source-0, target."""
+        roles = {}
+        for image in columns_of("image"):
+            role, columns = image.name.removesuffix("_image"), image.data_columns(self.columns)
+            roles |= {f"{role}-{i}" if len(columns) > 1 else role: column for i, column in enumerate(columns)}
+        return roles
+
     def read(self, name: str) -> bytes | None:
         """The image of an `Embedded` name; None for any other name."""
         if (found := EMBEDDED.fullmatch(name)) is None:
             return None
-        sources, place = self.columns.source_columns, found["place"]
-        column = self.columns.target if found["column"] == "target" else sources[0]
-        if place is not None and len(sources) > 1:
-            column, place = sources[int(place)], None
-        value = self.dataset[int(found["row"])][column][0]
+        columns, role, place = self.image_columns(), found["column"], found["place"]
+        if f"{role}-{place}" in columns:
+            role, place = f"{role}-{place}", None
+        if role not in columns:
+            return None
+        value = self.dataset[int(found["row"])][columns[role]][0]
         stored = bytes_of(value if place is None else value[int(place)])
         return None if stored is None else stored.as_py()
 
@@ -274,8 +282,10 @@ def table_of(task: Task, data: Dataset, parts: list[tuple[str, str, int]], *, na
 def named_columns(task: Task) -> list[str]:
     """The columns of its data that a task needs, as far as it has them."""
     columns = task.columns
-    sources = () if task.t2i else columns.source_columns
-    return list(dict.fromkeys((*sources, columns.target, *columns.captions, *columns.inverse_captions)))
+    images = [
+        name for image in columns_of("image") if not (task.t2i and image.many) for name in image.data_columns(columns)
+    ]
+    return list(dict.fromkeys((*images, *columns.captions, *columns.inverse_captions)))
 
 
 def refuse_split(task: Task, why: str) -> None:

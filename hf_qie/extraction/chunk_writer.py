@@ -25,7 +25,7 @@ from hf_qie.data.samples import BadRow
 from hf_qie.data.schema import to_table
 from hf_qie.errors import InputError
 from hf_qie.extraction.batching import like_length, same_size, shared_passes
-from hf_qie.extraction.encoded import fits_float16, grid_columns, latent_columns, state_columns, to_float16
+from hf_qie.extraction.encoded import fits_float16, latent_columns, state_columns, to_float16
 from hf_qie.extraction.manifest import Account, keep_chunk
 from hf_qie.extraction.preprocess import Picture, Pictures, Plan, Prepared, prepare
 from hf_qie.extraction.reuse import Kept, in_order
@@ -257,9 +257,8 @@ class ChunkWriter:
         columns = dict(row.columns)
         for direction in row.directions:
             columns |= states[id(direction)]
-            if not direction.prefix or self.plan.inverse_latents:
-                columns |= grid_columns(direction)
-                columns |= latent_columns(direction, latents) if self.plan.extract.latents else {}
+            if self.plan.extract.latents:
+                columns |= latent_columns(direction, latents, self.plan.stored("latents", direction.prefix))
         unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
         return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hf_qie.data.samples import BadRow
+from hf_qie.data.schema import TARGET, columns_of
 from hf_qie.data.seeding import draw_rng
 from hf_qie.extraction.preprocess import Plan, read_file, read_picture
 from hf_qie.plots import Card, fit, labelled_sheet
@@ -25,9 +26,9 @@ def contact_sheet(plan: Plan, *, seed: int) -> Image.Image:
     table = plan.rows.table
     table = table.select(np.flatnonzero(table.data["bad"].combine_chunks().is_null()))
     rows = [table[number] for number in spread(len(table), seed=seed, task=plan.task.name)]
-    most = max(1, *(len(row["sources"]) for row in rows))
+    most = max(1, *(len(given(row)) for row in rows))
     return labelled_sheet(
-        [_card(row, plan, num_sources=most) for row in rows],
+        [_card(row, plan, num_given=most) for row in rows],
         title=f"{plan.task.name}: {len(rows)} of {len(table):,} rows",
         note="Left of the arrow: what the model is given. Right of it: what it learns to make.",
         box_px=BOX_PX,
@@ -42,16 +43,22 @@ def spread(num_rows: int, *, seed: int, task: str) -> list[int]:
     return [int((part + shift) * num_rows / parts) for part, shift in enumerate(shifts)]
 
 
-def _card(row: Mapping[str, Any], plan: Plan, *, num_sources: int) -> Card:
-    """The target stands behind room for `num_sources` sources, so that targets are in line."""
-    sources = row["sources"]
-    labels = [f"source {number}" if len(sources) > 1 else "source" for number in range(1, len(sources) + 1)]
-    boxes = [_box(label, path, row, plan) for label, path in zip(labels, sources, strict=True)]
-    boxes = boxes or [("no source", "text-to-image")]
-    boxes += [("", None)] * (num_sources - len(boxes))
+def given(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and path of the images of a row that stand left of the arrow: all but the target."""
+    found = []
+    for image in columns_of("image"):
+        label, paths = image.name.removesuffix("_image"), image.paths(row) if image.name != TARGET else []
+        found += [(f"{label} {number}" if len(paths) > 1 else label, path) for number, path in enumerate(paths, 1)]
+    return found
+
+
+def _card(row: Mapping[str, Any], plan: Plan, *, num_given: int) -> Card:
+    """The target stands behind room for `num_given` images, so that targets are in line."""
+    boxes = [_box(label, path, row, plan) for label, path in given(row)] or [("no source", "text-to-image")]
+    boxes += [("", None)] * (num_given - len(boxes))
     texts = {name: text for name, text in row["texts"].items() if text}
     target = _box("target", row["target"], row, plan)
-    return Card(heading=f"row {row['row']:,}", boxes=[*boxes, target], target=num_sources, texts=texts)
+    return Card(heading=f"row {row['row']:,}", boxes=[*boxes, target], target=num_given, texts=texts)
 
 
 def _box(label: str, path: str, row: Mapping[str, Any], plan: Plan) -> tuple[str, Image.Image | str]:

@@ -1,12 +1,11 @@
 """What the models made of a row, as the columns of a set."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from hf_qie.data.schema import LATENT_CHANNELS
+from hf_qie.data.schema import LATENT_CHANNELS, Column
 from hf_qie.extraction.batching import Pass
 from hf_qie.extraction.preprocess import Direction, Picture
 from hf_qie.models.qwen_image.text_encoder import PromptStates
@@ -23,20 +22,13 @@ def state_columns(one: Pass, states: PromptStates) -> dict[int, dict[str, np.nda
     return columns
 
 
-def grid_columns(direction: Direction) -> dict[str, Any]:
-    """The columns of grids of one direction."""
-    values = {"target_grid": direction.target_grid, "source_grids": direction.source_grids}
-    return {direction.prefix + name: value for name, value in values.items()}
-
-
-def latent_columns(direction: Direction, latents: Mapping[Picture, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of latents of one direction."""
-    sources = [latents[picture] for picture in direction.sources]
-    values = {
-        "target_latents": latents[direction.target],
-        "source_latents": np.concatenate(sources) if sources else np.empty((0, LATENT_CHANNELS), np.float16),
-    }
-    return {direction.prefix + name: value for name, value in values.items()}
+def latent_columns(
+    direction: Direction, latents: Mapping[Picture, np.ndarray], columns: Sequence[Column]
+) -> dict[str, np.ndarray]:
+    """The columns of latents of one direction; those of several pictures one after the other."""
+    none = np.empty((0, LATENT_CHANNELS), np.float16)
+    parts = {column.name: [latents[picture] for picture in direction.images[column.of]] for column in columns}
+    return {direction.prefix + name: np.concatenate(some) if some else none for name, some in parts.items()}
 
 
 def to_float16(values: torch.Tensor) -> np.ndarray:

@@ -18,10 +18,10 @@ from transformers import Qwen2_5_VLConfig
 from hf_qie.data.fetch import BadUrl, is_url
 from hf_qie.data.images import BadImage, area_size, header_size
 from hf_qie.data.provenance import PROVENANCE
-from hf_qie.data.samples import BadRow, has_inverse, refuse_bad
-from hf_qie.data.schema import LATENT_CHANNELS
+from hf_qie.data.samples import BadRow, has_inverse, images_of, refuse_bad
+from hf_qie.data.schema import INVERSE, LATENT_CHANNELS, SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
-from hf_qie.extraction.preprocess import Plan, check_length, open_picture
+from hf_qie.extraction.preprocess import Plan, check_length, files_of, open_picture
 from hf_qie.models.qwen_image.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from hf_qie.models.qwen_image.vae import Grid, grid_of
 
@@ -46,8 +46,7 @@ class Header:
 class Way:
     """A row in one direction, forward or inverse."""
 
-    target_grid: Grid
-    source_grids: tuple[Grid, ...]
+    grids: dict[str, tuple[Grid, ...]]  # by image column
     num_image_states: int
     num_text_states: dict[str, int]  # by caption column that the row has, and "drop"
 
@@ -62,9 +61,13 @@ class Way:
         return self.num_image_states + sum(self.num_text_states.values())
 
     @property
-    def num_latents(self) -> int:
-        """Vectors that the set stores of the VAE."""
-        return sum(height * width for height, width in (self.target_grid, *self.source_grids))
+    def target_grid(self) -> Grid:
+        """Of the target."""
+        return self.grids[TARGET][0]
+
+    def num_vectors(self, image: str) -> int:
+        """Vectors that the VAE makes of the pictures of a column."""
+        return sum(height * width for height, width in self.grids[image])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,7 @@ class Estimator:
 
     def __call__(self, rows: Sequence[Row]) -> list[Outlook | BadRow]:
         """The outlook of each row, or why extraction will list it as bad."""
-        pictures = {(row["root"], path) for row in rows if not row["bad"] for path in (*row["sources"], row["target"])}
+        pictures = {file for row in rows if not row["bad"] for file in files_of(row)}
         with ThreadPoolExecutor(self.plan.extract.num_workers, "headers") as readers:
             headers = dict(zip(pictures, readers.map(self.read_header, pictures), strict=True))
         tokens = self.caption_tokens(rows)
@@ -133,8 +136,10 @@ class Estimator:
         """The outlook of one row, in the steps of `prepare`; raises BadRow."""
         refuse_bad(row)
         plan, columns = self.plan, self.plan.task.columns
-        sources = [header_of(row, path, headers, column=columns.source_label) for path in row["sources"]]
-        target = header_of(row, row["target"], headers, column=columns.target)
+        for column, path in images_of(row, columns):
+            if isinstance(error := headers[row["root"], path], Exception):
+                raise BadRow(str(error), column=column, path=path)
+        sources, target = [headers[row["root"], path] for path in row["sources"]], headers[row["root"], row["target"]]
         captions = {name: row["texts"][name] for name in columns.captions if row["texts"][name]}
         sizes = [source.size for source in sources]
         forward, inverse = self.way(sizes, target.size, captions, tokens), None
@@ -142,11 +147,9 @@ class Estimator:
             undo = {name: row["texts"][name] for name in columns.inverse_captions if row["texts"][name]}
             inverse = self.way([target.size], sizes[0], undo, tokens)
             captions |= undo
-        num_states = forward.num_stored + (inverse.num_stored if inverse else 0)
-        num_latents = forward.num_latents + (inverse.num_latents if inverse and plan.inverse_latents else 0)
-        num_latents *= plan.extract.latents
-        texts = [*row["sources"], row["target"], *(row["texts"][name] or "" for name in columns.captions)]
-        vectors_bytes = FLOAT16_BYTES * (num_states * self.width + num_latents * LATENT_CHANNELS)
+        texts = [path for _, path in images_of(row, columns)]
+        texts += [row["texts"][name] or "" for name in columns.captions]
+        vectors_bytes = self.vectors_bytes(forward, "") + (self.vectors_bytes(inverse, INVERSE) if inverse else 0)
         lead = self.lead(len(sources))
         return Outlook(
             sources=sources,
@@ -156,6 +159,16 @@ class Estimator:
             inverse=inverse,
             num_bytes=vectors_bytes + sum(len(text.encode()) for text in texts) + ROW_BYTES,
         )
+
+    def vectors_bytes(self, way: Way, prefix: str) -> int:
+        """What the set stores of a direction as vectors; `values` are taken for one a token of the target."""
+        numbers = way.num_stored * self.width
+        if self.plan.extract.latents:
+            latents = self.plan.stored("latents", prefix)
+            numbers += LATENT_CHANNELS * sum(way.num_vectors(column.of) for column in latents)
+        values = self.plan.stored("values", prefix)
+        numbers += way.num_vectors(TARGET) * sum(matrix_width(column.type) or 0 for column in values)
+        return FLOAT16_BYTES * numbers
 
     def way(self, sources: list[Size], target: Size, captions: Mapping[str, str], tokens: Mapping[str, int]) -> Way:
         """One direction of a row; raises BadRow for a caption that extraction refuses."""
@@ -168,27 +181,20 @@ class Estimator:
         seen = [area_size(size, plan.family.vlm_area_px) for size in sources]
         # each picture's own token is counted in the template
         shared = self.count(template.shared(len(sources))) + sum(self.picture_tokens(size) - 1 for size in seen)
+        grids = {image.name: (grid_of(area_size(target, plan.target_area_px)),) for image in columns_of("image")}
+        grids[SOURCES] = tuple(grid_of(area_size(size, plan.source_area_px)) for size in sources)
         way = Way(
-            target_grid=grid_of(area_size(target, plan.target_area_px)),
-            source_grids=tuple(grid_of(area_size(size, plan.source_area_px)) for size in sources),
+            grids=grids,
             num_image_states=shared - template.drop if sources else 0,
             num_text_states={name: tokens[lead + text] - self.count(lead) + after for name, text in texts.items()},
         )
-        check_length(way.num_states, way.source_grids, way.target_grid)
+        check_length(way.num_states, way.grids)
         return way
 
     def picture_tokens(self, size: Size) -> int:
         """Tokens of a picture that the encoder sees at `size`."""
         images = self.processor.image_processor
         return images.get_number_of_image_patches(size[1], size[0]) // images.merge_size**2
-
-
-def header_of(row: Row, path: str, headers: Mapping[Any, Header | Exception], *, column: str) -> Header:
-    """The header of a picture of `row`; raises BadRow naming column and path where there is none."""
-    header = headers[row["root"], path]
-    if isinstance(header, Exception):
-        raise BadRow(str(header), column=column, path=path)
-    return header
 
 
 def encoder_width(model: str, *, revision: str | None) -> int:

@@ -22,14 +22,23 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
 from hf_qie.data.fetch import is_url
-from hf_qie.data.images import area_size
 from hf_qie.data.readers import open_data
-from hf_qie.data.samples import BadRow, refuse_bad
+from hf_qie.data.samples import BadRow, images_of, refuse_bad
+from hf_qie.data.schema import SOURCES
 from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 from hf_qie.extraction.chunk_writer import fits_float16, to_float16
-from hf_qie.extraction.preprocess import Pictures, Plan, check_length, read_pictures, ways, words_of
-from hf_qie.models.qwen_image.vae import grid_of
+from hf_qie.extraction.preprocess import (
+    Pictures,
+    Plan,
+    check_length,
+    grids_of,
+    read_pictures,
+    shape_columns,
+    sizes_of,
+    ways,
+    words_of,
+)
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
@@ -64,25 +73,22 @@ class Foreign:
         """All columns of a row but latents; raises BadRow."""
         refuse_bad(row)
         names, files = self.plan.task.columns, self.table[row["row"]]
-        for path in (*row["sources"], row["target"]):
+        for column, path in images_of(row, names):
             if is_url(path):
-                column = names.target if path == row["target"] else names.source_label
                 raise BadRow("a URL; training without latents reads pictures from files", column=column, path=path)
         images = read_pictures(row, Pictures([row], self.plan), names)
         columns = words_of(row, names)
-        for prefix, shown, edited, captions in ways(row, self.plan):
+        for prefix, shown, captions in ways(row, self.plan):
             way = "_inv" if prefix else ""
             if prefix and not any(files[f"{TENSOR}{kind}{way}"] for kind in KINDS):
                 continue  # their --disable_inverse
-            grids = [grid_of(area_size(images[file].size, self.plan.source_area_px)) for file in shown]
-            target_grid = grid_of(area_size(images[edited].size, self.plan.target_area_px))
+            sized = sizes_of(shown, images, self.plan)
             keys = {caption: key_of(caption, way) for caption in captions if row["texts"][caption]}
             keys["drop"] = f"{TENSOR}droptext{way}"
-            states = {text: self.states(key, files, alone=not shown) for text, key in keys.items()}
-            check_length({keys[text]: len(value) for text, value in states.items()}, grids, target_grid)
-            columns |= self.state_columns(prefix, states, keys, files, num_sources=len(shown))
-            if not prefix or self.plan.inverse_latents:
-                columns |= {f"{prefix}target_grid": target_grid, f"{prefix}source_grids": grids}
+            states = {text: self.states(key, files, alone=not shown[SOURCES]) for text, key in keys.items()}
+            check_length({keys[text]: len(value) for text, value in states.items()}, grids_of(sized))
+            columns |= self.state_columns(prefix, states, keys, files, num_sources=len(shown[SOURCES]))
+            columns |= shape_columns(prefix, sized, images, self.plan)
         return columns
 
     def state_columns(

@@ -18,8 +18,8 @@ from PIL import Image
 from hf_qie.config.recipe import Columns, Extract, Task
 from hf_qie.data.fetch import BadUrl, fetch, is_url
 from hf_qie.data.images import BadImage, area_size, read_image, resize
-from hf_qie.data.samples import BadRow, Rows, has_inverse, refuse_bad
-from hf_qie.data.schema import set_features
+from hf_qie.data.samples import BadRow, Rows, has_inverse, images_of, refuse_bad
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, set_features
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.prompts import BadPrompt, Prompt, make_prompt
 from hf_qie.models.qwen_image.vae import MAX_POSITIONS, Grid, grid_of
@@ -56,6 +56,10 @@ class Plan:
         """True where an inverse needs latents of its own, as sources and targets differ in area."""
         return self.source_area_px != self.target_area_px
 
+    def stored(self, kind: str, prefix: str) -> list[Column]:
+        """The columns of a kind that the set stores of a direction, by the prefix of its columns."""
+        return [one for one in columns_of(kind) if one.is_stored(prefix, other_area=self.inverse_latents)]
+
     def features(self, width: int) -> Features:
         """Columns of the set for an encoder of that `width`."""
         return set_features(
@@ -73,18 +77,12 @@ class Direction:
     prefix: str  # of its columns
     captions: tuple[str, ...]  # caption columns that the row has
     prompt: Prompt
-    sources: list[Picture]
-    target: Picture
+    images: dict[str, list[Picture]]  # by image column
 
     @property
-    def source_grids(self) -> list[Grid]:
-        """Packed grids of the sources, in order."""
-        return [grid_of(size) for _, size in self.sources]
-
-    @property
-    def target_grid(self) -> Grid:
-        """Packed grid of the target."""
-        return grid_of(self.target[1])
+    def sources(self) -> list[Picture]:
+        """The sources, in order."""
+        return self.images[SOURCES]
 
     @property
     def num_states(self) -> dict[str, int]:
@@ -136,8 +134,13 @@ class Pictures:
 
 
 def files_of(row: Mapping[str, Any]) -> list[File]:
-    """The pictures of a row, the target last."""
-    return [(row["root"], path) for path in (*row["sources"], row["target"])]
+    """The pictures of a row, in the order of the columns."""
+    return [file for files in image_files(row).values() for file in files]
+
+
+def image_files(row: Mapping[str, Any]) -> dict[str, list[File]]:
+    """The pictures of a row by image column."""
+    return {image.name: [(row["root"], path) for path in image.paths(row)] for image in columns_of("image")}
 
 
 def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor: Any) -> Prepared:
@@ -145,42 +148,74 @@ def prepare(row: Mapping[str, Any], pictures: Pictures, *, plan: Plan, processor
     refuse_bad(row)
     names = plan.task.columns
     images = read_pictures(row, pictures, names)
-    directions, resized = [], {}
-    for prefix, shown, edited, captions in ways(row, plan):
-        sized = [(file, area_size(images[file].size, plan.source_area_px)) for file in shown]
-        sized_target = (edited, area_size(images[edited].size, plan.target_area_px))
+    columns, directions, resized = words_of(row, names), [], {}
+    for prefix, files, captions in ways(row, plan):
         texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
-        prompt = prompt_of(texts, [images[file] for file in shown], plan, processor)
-        direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, sources=sized, target=sized_target)
-        check_length(direction.num_states, direction.source_grids, direction.target_grid)
+        prompt = prompt_of(texts, [images[file] for file in files[SOURCES]], plan, processor)
+        sized = sizes_of(files, images, plan)
+        direction = Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, images=sized)
+        check_length(direction.num_states, grids_of(sized))
         directions.append(direction)
-        if plan.extract.latents and (not prefix or plan.inverse_latents):
-            resized |= {(file, size): resize(images[file], size) for file, size in (*sized, sized_target)}
-    return Prepared(columns=words_of(row, names), directions=directions, resized=resized)
+        columns |= shape_columns(prefix, sized, images, plan)
+        if plan.extract.latents:
+            encoded = {column.of for column in plan.stored("latents", prefix)}
+            shown = [picture for name, some in sized.items() if name in encoded for picture in some]
+            resized |= {(file, size): resize(images[file], size) for file, size in shown}
+    return Prepared(columns=columns, directions=directions, resized=resized)
 
 
-def ways(row: Mapping[str, Any], plan: Plan) -> list[tuple[str, list[File], File, tuple[str, ...]]]:
-    """Prefix of columns, sources, target and caption columns of each direction in which a row goes."""
-    *sources, target = files_of(row)
-    found = [("", sources, target, plan.task.columns.captions)]
+def ways(row: Mapping[str, Any], plan: Plan) -> list[tuple[str, dict[str, list[File]], tuple[str, ...]]]:
+    """Prefix of columns, images by column, and caption columns of each direction in which a row goes."""
+    files = image_files(row)
+    found = [("", files, plan.task.columns.captions)]
     if plan.extract.inverse and has_inverse(row, plan.task):
-        found.append(("inverse_", [target], sources[0], plan.task.columns.inverse_captions))
+        swapped = files | {SOURCES: files[TARGET], TARGET: files[SOURCES]}
+        found.append((INVERSE, swapped, plan.task.columns.inverse_captions))
     return found
+
+
+def sizes_of(
+    files: Mapping[str, list[File]], images: Mapping[File, Image.Image], plan: Plan
+) -> dict[str, list[Picture]]:
+    """The pictures of a direction with the sizes that the VAE sees: all but sources have the target's."""
+    target = area_size(images[files[TARGET][0]].size, plan.target_area_px)
+    sizes = {name: [(file, target) for file in some] for name, some in files.items()}
+    return sizes | {SOURCES: [(file, area_size(images[file].size, plan.source_area_px)) for file in files[SOURCES]]}
+
+
+def grids_of(sized: Mapping[str, list[Picture]]) -> dict[str, list[Grid]]:
+    """Packed grids of pictures, by image column."""
+    return {name: [grid_of(size) for _, size in some] for name, some in sized.items()}
+
+
+def shape_columns(
+    prefix: str, sized: Mapping[str, list[Picture]], images: Mapping[File, Image.Image], plan: Plan
+) -> dict[str, Any]:
+    """The columns of a direction that need its pictures, but no model."""
+    grids = grids_of(sized)
+    columns = {
+        prefix + column.name: grids[column.of] if column.many else grids[column.of][0]
+        for column in plan.stored("grid", prefix)
+    }
+    for column in plan.stored("values", prefix):
+        shown = [images[file] for file, _ in sized[column.of]]
+        columns[prefix + column.name] = column.compute(shown, grids[TARGET][0])
+    return columns
 
 
 def words_of(row: Mapping[str, Any], names: Columns) -> dict[str, Any]:
     """The columns of a set that need neither picture nor model."""
-    columns = {"row": row["row"], "source_image": row["sources"], "target_image": row["target"]}
-    columns |= {caption: row["texts"][caption] for caption in names.captions}
-    return columns | {"num_sources": len(row["sources"])}
+    columns = {"row": row["row"], "num_sources": len(row["sources"])}
+    columns |= {image.name: row[image.row_key] for image in columns_of("image")}
+    return columns | {caption: row["texts"][caption] for caption in names.captions}
 
 
 def read_pictures(row: Mapping[str, Any], pictures: Pictures, names: Columns) -> dict[File, Image.Image]:
     """The pictures of a row; raises BadRow naming the column and path of the first that cannot be used."""
     images: dict[File, Image.Image] = {}
-    columns = [*(names.source_label for _ in row["sources"]), names.target]
     try:
-        for file, column in zip(files_of(row), columns, strict=True):
+        for column, path in images_of(row, names):
+            file = (row["root"], path)
             images[file] = images.get(file) or read_picture(file, column=column, read=pictures.read)
     finally:
         pictures.let_go(row)
@@ -221,13 +256,13 @@ def prompt_of(texts: Mapping[str, str], sources: Sequence[Image.Image], plan: Pl
         raise BadRow(str(error), column=list(texts)[error.place]) from error
 
 
-def check_length(num_states: Mapping[str, int], source_grids: Sequence[Grid], target_grid: Grid) -> None:
+def check_length(num_states: Mapping[str, int], grids: Mapping[str, Sequence[Grid]]) -> None:
     """Raise BadRow where the states of a caption are more than the transformer can place; nothing is ever cut.
 
-    `num_states`: by caption, those of pictures and text together.
+    `num_states`: by caption, those of pictures and text together. `grids`: by image column.
     """
-    sides = [side for grid in (*source_grids, target_grid) for side in grid]
-    most = MAX_POSITIONS - max(sides) // 2 if source_grids else MAX_TEXT_TO_IMAGE_TOKENS
+    sides = [side for name in (SOURCES, TARGET) for grid in grids[name] for side in grid]
+    most = MAX_POSITIONS - max(sides) // 2 if grids[SOURCES] else MAX_TEXT_TO_IMAGE_TOKENS
     for caption, number in num_states.items():
         if number > most:
             raise BadRow(f"{number} tokens of pictures and text, at most {most} can be placed", column=caption)

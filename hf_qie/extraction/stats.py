@@ -16,7 +16,8 @@ from datasets import Dataset, Features
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow, most_bad
-from hf_qie.extraction.estimate import Estimator, Header, Outlook, Way
+from hf_qie.data.schema import INVERSE, SOURCES, columns_of
+from hf_qie.extraction.estimate import Estimator, Header, Outlook
 from hf_qie.extraction.preprocess import Plan
 
 WINDOW_ROWS = 256  # looked at together
@@ -54,8 +55,8 @@ class Survey:
         self.findings: list[Finding] = []
         self.seen: dict[int, int] = {}  # hash of a row's content to its first row
         features = plan.features(width)
-        wanted = ("num_sources", "target_grid", "source_grids", "inverse_image_embeds", "inverse_target_grid")
-        names = [name for name in (*wanted, "inverse_source_grids") if name in features]
+        grids = [prefix + column.name for prefix in ("", INVERSE) for column in columns_of("grid")]
+        names = [name for name in ("num_sources", *grids, "inverse_image_embeds") if name in features]
         self.schema = pa.schema(Features({name: features[name] for name in names}).type)
         self.shapes = [self.schema.empty_table()]  # the columns that decide on buckets, without states
 
@@ -73,7 +74,7 @@ class Survey:
             self.num_bytes += look.num_bytes
             self.sizes[columns.source_label].update(source.size for source in look.sources)
             self.sizes[columns.target][look.target.size] += 1
-            self.grids[columns.source_label].update(look.forward.source_grids)
+            self.grids[columns.source_label].update(look.forward.grids[SOURCES])
             self.grids[columns.target].add(look.forward.target_grid)
             for caption, num_tokens in look.num_tokens.items():
                 self.num_tokens[caption][num_tokens] += 1
@@ -148,14 +149,12 @@ def windows(table: Dataset) -> Iterator[list[dict[str, Any]]]:
 
 def shape_columns(look: Outlook) -> dict[str, Any]:
     """The columns of the set that decide on a row's bucket; states are there or null, but empty."""
-
-    def grids(way: Way | None) -> tuple[Any, Any]:
-        return (way.target_grid, way.source_grids) if way else (None, None)
-
     columns: dict[str, Any] = {"num_sources": len(look.sources)}
-    columns["target_grid"], columns["source_grids"] = grids(look.forward)
     columns["inverse_image_embeds"] = [] if look.inverse else None
-    columns["inverse_target_grid"], columns["inverse_source_grids"] = grids(look.inverse)
+    for prefix, way in (("", look.forward), (INVERSE, look.inverse)):
+        for column in columns_of("grid") if way else ():
+            grids = way.grids[column.of]
+            columns[prefix + column.name] = grids if column.many else grids[0]
     return columns
 
 

@@ -21,10 +21,10 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
 from hf_qie.data.samples import BadRow, refuse_bad
-from hf_qie.data.schema import matrix_width
+from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.extraction.preprocess import Pictures, Plan, files_of, read_pictures
+from hf_qie.extraction.preprocess import Pictures, Plan, read_pictures, ways
 from hf_qie.extraction.stats import aligned
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
@@ -32,7 +32,6 @@ from hf_qie.runtime.device import computes_bfloat16, own_device
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored
 ROUNDINGS = 32
-GRIDS = ("_grid", "_grids")
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -83,9 +82,9 @@ class Official:
         return self.edit._get_qwen_prompt_embeds(caption, seen[0] if self.family.max_sources == 1 else seen)[0][0]
 
     @torch.no_grad()
-    def latents(self, image: Image.Image, area_px: int) -> Tensor:
-        """Packed latents `[S, 64]` of a picture of any size."""
-        height, width = self.size(image, area_px)
+    def latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        """Packed latents `[S, 64]` of a picture of any size, seen at `size`, (height, width) in pixels."""
+        height, width = size
         pixels = self.edit.image_processor.preprocess(image, height, width)[:, :, None]
         latents = self.edit._encode_vae_image(pixels.to(self.edit.device, self.edit.vae.dtype), generator=None)[
             :, :, 0
@@ -156,7 +155,7 @@ def verify_set(
     """
     data = open_set(folder, anew=True)
     chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
-    numbers = [name for name, feature in data.features.items() if matrix_width(feature) or name.endswith(GRIDS)]
+    numbers = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
     texts, numbers = (
         data.remove_columns(numbers),
         data.select_columns(numbers).with_format("torch", dtype=torch.float32),
@@ -164,10 +163,7 @@ def verify_set(
     differences = []
     for place in sorted(map(int, chosen)):
         row, stored = plan.rows.table[texts[place]["row"]], numbers[place]
-        if not row["bad"] and (row["sources"], row["target"]) != (
-            texts[place]["source_image"],
-            texts[place]["target_image"],
-        ):
+        if not row["bad"] and any(row[one.row_key] != texts[place][one.name] for one in columns_of("image")):
             raise InputError(f"{folder}: row {row['row']} has other pictures than the data now; extract it again")
         columns = official_columns(row, stored, plan, official)
         differences += [compare(column, stored.get(column), values) for column, values in columns]
@@ -184,34 +180,33 @@ def official_columns(
         images = read_pictures(row, Pictures([row], plan), names)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
-    *sources, target = (images[file] for file in files_of(row))
-    ways = [("", sources, target, names.captions)]
-    if stored.get("inverse_image_embeds") is not None:
-        ways.append(("inverse_", [target], sources[0], names.inverse_captions))
-    for prefix, seen, made, captions in ways:
+    for prefix, files, captions in ways(row, plan):
+        if stored.get(f"{prefix}image_embeds") is None:
+            continue
+        shown = {name: [images[file] for file in some] for name, some in files.items()}
         texts = {name: row["texts"][name] for name in captions if row["texts"][name]}
         texts |= {"drop": plan.extract.drop_caption}
         cut = len(stored[f"{prefix}image_embeds"])
         for name, text in texts.items():
-            states = official.states(text, seen)
+            states = official.states(text, shown[SOURCES])
             yield f"{prefix}text_embeds_{name}", states[cut:]
         yield f"{prefix}image_embeds", states[:cut]
-        if prefix and not plan.inverse_latents:
-            continue
-        pictures = [(made, plan.target_area_px), *((image, plan.source_area_px) for image in seen)]
-        grid, *grids = [torch.tensor(official.size(*picture)) // PIXELS_PER_TOKEN for picture in pictures]
-        yield f"{prefix}target_grid", grid
-        yield f"{prefix}source_grids", torch.cat([grid[:0], *grids])
-        if plan.extract.latents:
-            latents, *others = [official.latents(*picture) for picture in pictures]
-            yield f"{prefix}target_latents", latents
-            yield f"{prefix}source_latents", torch.cat([latents[:0], *others])
+        target = official.size(shown[TARGET][0], plan.target_area_px)
+        sized = {name: [(image, target) for image in some] for name, some in shown.items()}
+        sized[SOURCES] = [(image, official.size(image, plan.source_area_px)) for image in shown[SOURCES]]
+        for column in plan.stored("grid", prefix):
+            sides = [torch.tensor(size) // PIXELS_PER_TOKEN for _, size in sized[column.of]]
+            yield prefix + column.name, torch.cat([torch.empty(0), *sides])
+        for column in plan.stored("latents", prefix) if plan.extract.latents else ():
+            latents = [official.latents(*one).float().cpu() for one in sized[column.of]]
+            yield prefix + column.name, torch.cat(latents) if latents else torch.empty(0)
 
 
 def compare(column: str, stored: Any, official: Tensor) -> Difference:
     """How far a column of one row is off; infinitely where it has another length, or another grid."""
     stored, official = torch.as_tensor([] if stored is None else stored).flatten(), official.float().cpu().flatten()
-    if len(stored) != len(official) or (column.endswith(GRIDS) and not torch.equal(stored.float(), official)):
+    is_grid = column_of(column)[0].kind == "grid"
+    if len(stored) != len(official) or (is_grid and not torch.equal(stored.float(), official)):
         return Difference(column=column, largest=math.inf, mean=math.inf, relative=math.inf)
     if not len(official):
         return Difference(column=column, largest=0.0, mean=0.0, relative=0.0)

@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
+from hf_qie.data.schema import column_of
 from hf_qie.models.base import families
 from hf_qie.runtime.settings import write_yaml
 
@@ -19,20 +20,6 @@ BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at e
 END = "<!-- hf_qie: end -->\n"
 STOCK_AREAS_PX = {family.vae_area_px for family in families()}
 
-MEANINGS = {  # pattern of a column's name, without `inverse_`: what it holds
-    "row": "0-based position in the task's data; rows that were skipped are missing",
-    "source_image": "path or URL of each source, or its place in the data; empty for text-to-image",
-    "target_image": "path or URL of the target, or its place in the data",
-    "num_sources": "number of sources",
-    "image_embeds": "prompt states of the image part, shared by all captions of the row; empty for text-to-image",
-    "text_embeds_drop": "prompt states from there on for the drop caption",
-    "text_embeds_(?P<caption>.+)": "prompt states from there on for `{caption}`; null where the row has none",
-    "target_latents": "packed, normalised VAE latents of the target; null in all rows where none are stored",
-    "target_grid": "their height and width",
-    "source_latents": "the same of all sources, one after the other",
-    "source_grids": "height and width of each source's",
-    "(?P<caption>.+)": "a caption; null where the row has none",
-}
 TEMPLATE = """\
 # {{ repo }}
 
@@ -177,7 +164,7 @@ def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mappin
         skipped=any(config["skipped"] for config in configs.values()),
         first=first,
         selected=f'columns=["image_embeds", "{text}"], dtype=torch.float16',
-        columns_of=alike({name: columns_of(infos[name]) for name in configs}),
+        columns_of=alike({name: described(infos[name]) for name in configs}),
         makers=alike({name: maker_of(provenances[name]) for name in configs}),
         stock_areas_px=STOCK_AREAS_PX,
         recipes=alike({name: write_yaml(provenances[name]["record"]["recipe"]) for name in configs}),
@@ -196,18 +183,11 @@ def alike(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(", ".join(names), value) for names, value in groups]
 
 
-def columns_of(info: DatasetInfo) -> list[tuple[str, str, str]]:
+def described(info: DatasetInfo) -> list[tuple[str, str, str]]:
     """Name, type and meaning of each column."""
     kinds = {name: re.sub(r"Value\('(\w+)'\)", r"\1", repr(feature)) for name, feature in info.features.items()}
-    return [(name, kind, meaning_of(name.removeprefix("inverse_"))) for name, kind in kinds.items()]
-
-
-def meaning_of(name: str) -> str:
-    """What a column holds."""
-    for pattern, meaning in MEANINGS.items():
-        if found := re.fullmatch(pattern, name):
-            return meaning.format(**found.groupdict())
-    raise AssertionError(name)
+    found = {name: column_of(name) for name in kinds}
+    return [(name, kinds[name], column.meaning.format(caption=caption)) for name, (column, caption) in found.items()]
 
 
 def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from hf_qie.config.recipe import Task
+from hf_qie.data.schema import columns_of
 
-PICTURES = ("source_image", "target_image")
 URL = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/?#]*@)?([^/?#]+[^?#]*).*", re.IGNORECASE | re.DOTALL)
 # the folders of a path that starts at the root of a disk or at a home, wherever in a text it stands
 FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~\w*|[A-Za-z]:)?[/\\](?![/\\])(?:[^/\\\s'",;]+[/\\])+""")
@@ -18,7 +18,7 @@ FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~\w*|[A-Za-z]:)?[/\\](?![/\\])(?:[^/\
 
 def public_rows(table: pa.Table, roots: Sequence[Path]) -> pa.Table:
     """The same rows with paths and URLs as others may see them."""
-    for name in PICTURES:
+    for name in (image.name for image in columns_of("image")):
         index, values = table.column_names.index(name), table[name].to_pylist()
         shown = [
             [public_path(path, roots) for path in value] if isinstance(value, list) else public_path(value, roots)

@@ -21,7 +21,7 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.loader import Draws, RankBatches, open_loader
 from hf_qie.data.mixture import realised_shares
-from hf_qie.data.online_latents import encode_pictures
+from hf_qie.data.online_latents import encode_images
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.runtime.alive import BETWEEN, at, at_any_length
@@ -182,12 +182,10 @@ class EditTrainer(Trainer):
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Trainer's, on the device, and latents in place of pictures."""
+        """Trainer's, on the device, and latents in place of images."""
         batch = super()._prepare_inputs(inputs)
-        if "pictures" in batch:
-            step = self.recipe.extract.vae_batch_size
-            target, *sources = encode_pictures(batch.pop("pictures"), self.encoder, batch_size=step)
-            batch |= {"target_latents": target, "source_latents": torch.cat([target[:, :0], *sources], dim=1)}
+        if "images" in batch:
+            encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
         return batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

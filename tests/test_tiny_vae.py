@@ -5,18 +5,18 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_tiny_vae import HELD_OUT, FlatConvolutions, pictures, psnr_db
+from train_tiny_vae import HELD_OUT, FlatConvolutions, images, psnr_db
 
 from hf_qie.demo.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return pictures(HELD_OUT, range(64))
+    return images(HELD_OUT, range(64))
 
 
 @torch.no_grad()
-def test_pictures_that_it_never_saw_come_back_at_26_db(held_out):
+def test_images_that_it_never_saw_come_back_at_26_db(held_out):
     vae = tiny_vae()
     assert psnr_db(vae.decode(vae.encode(held_out).latent_dist.mode()).sample, held_out) >= 26
 

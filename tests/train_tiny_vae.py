@@ -3,7 +3,7 @@
     python tests/train_tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
 makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D
-convolution the slice that a single picture meets, as float16, with the mean and std of the latents, and the command
+convolution the slice that a single image meets, as float16, with the mean and std of the latents, and the command
 that made it.
 """
 
@@ -28,12 +28,12 @@ from hf_qie.runtime.cli import Options, run_script, wanted
 logger = logging.getLogger("train_tiny_vae")
 
 CROP_PX = 64
-HELD_OUT = "held out"  # begins the seed of pictures that training never draws
+HELD_OUT = "held out"  # begins the seed of images that training never draws
 LATENT_NOISE = 0.05  # a tiny transformer's latents are never exact
 LATENT_PENALTY = 1e-4  # keeps latents near 1, or they would outgrow the noise
 
 
-def picture(seed: str) -> Tensor:
+def image(seed: str) -> Tensor:
     """A square crop `[3, 64, 64]` in [-1, 1] of a random scene: up to three shapes, colours turned about."""
     rng = random.Random(seed)
     scene = random_scene(rng, rng.randrange(4), rng.randint(CROP_PX, 2 * CROP_PX))
@@ -48,15 +48,15 @@ def picture(seed: str) -> Tensor:
     return (crop + 1) * rng.uniform(0.6, 1.0) - 1
 
 
-def pictures(prefix: str, numbers: range) -> Tensor:
+def images(prefix: str, numbers: range) -> Tensor:
     """`[B, 3, 1, 64, 64]`, one frame each, as the VAE takes them."""
-    return torch.stack([picture(f"{prefix} {i}") for i in numbers])[:, :, None]
+    return torch.stack([image(f"{prefix} {i}") for i in numbers])[:, :, None]
 
 
 class FlatConvolutions(nn.Module):
     """The VAE with 2-D convolutions for causal 3-D ones: the same numbers for one frame, at a third of the cost.
 
-    Before the first frame stand zeros, so of a kernel only its last slice in time meets the picture.
+    Before the first frame stand zeros, so of a kernel only its last slice in time meets the image.
     """
 
     def __init__(self, vae: AutoencoderKLQwenImage) -> None:
@@ -76,21 +76,21 @@ class FlatConvolutions(nn.Module):
 
 
 def psnr_db(pixels: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of values in [-1, 1], mean over the pictures `[B, ...]`."""
+    """Peak signal-to-noise ratio in dB of values in [-1, 1], mean over the images `[B, ...]`."""
     mse = (pixels.clamp(-1, 1) - wanted).square().flatten(1).mean(dim=1) / 4
     return float((-10 * mse.log10()).mean())
 
 
 def train(*, steps: int, batch_size: int, learning_rate: float, seed: int) -> AutoencoderKLQwenImage:
-    """Train from random weights on as many new pictures as there are steps x rows."""
+    """Train from random weights on as many new images as there are steps x rows."""
     torch.manual_seed(seed)
     model = FlatConvolutions(AutoencoderKLQwenImage(**VAE_CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    held_out = pictures(HELD_OUT, range(64))
+    held_out = images(HELD_OUT, range(64))
     bar = trange(steps, desc="tiny VAE", unit="step")
     for step in bar:
-        pixels = pictures(str(seed), range(step * batch_size, (step + 1) * batch_size))
+        pixels = images(str(seed), range(step * batch_size, (step + 1) * batch_size))
         noise = LATENT_NOISE * torch.randn(batch_size, 16, 1, CROP_PX // 8, CROP_PX // 8)
         latents, decoded = model(pixels, noise)
         loss = nn.functional.mse_loss(decoded, pixels) + LATENT_PENALTY * latents.square().mean()
@@ -107,17 +107,17 @@ def train(*, steps: int, batch_size: int, learning_rate: float, seed: int) -> Au
 
 @torch.no_grad()
 def save(vae: AutoencoderKLQwenImage, *, made_by: dict[str, str]) -> None:
-    """Write `VAE_FILE`: what one frame meets, as float16, and mean and std of the latents of held-out pictures."""
+    """Write `VAE_FILE`: what one frame meets, as float16, and mean and std of the latents of held-out images."""
     tensors = {}
     for name, tensor in vae.state_dict().items():
         tensors[name] = (tensor[:, :, -1:] if tensor.ndim == 5 else tensor).to(torch.float16).contiguous()
-    latents = vae.encode(pictures(HELD_OUT, range(64))).latent_dist.mode()
+    latents = vae.encode(images(HELD_OUT, range(64))).latent_dist.mode()
     tensors["latents_mean"], tensors["latents_std"] = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     save_file(tensors, VAE_FILE, metadata=made_by)
 
 
 def main(argv: list[str]) -> None:
-    """Train, save, and log the PSNR of held-out pictures as the file gives it."""
+    """Train, save, and log the PSNR of held-out images as the file gives it."""
     parser = Options()
     parser.add_argument("--steps", type=wanted(Count), default=9000)
     parser.add_argument("--batch_size", type=wanted(Count), default=8)
@@ -128,10 +128,10 @@ def main(argv: list[str]) -> None:
     vae = train(**vars(args))
     command = " ".join(f"--{key} {value}" for key, value in vars(args).items())
     save(vae, made_by={"command": f"python tests/train_tiny_vae.py {command}", "torch": torch.__version__})
-    vae, held_out = tiny_vae(), pictures(HELD_OUT, range(64))
+    vae, held_out = tiny_vae(), images(HELD_OUT, range(64))
     with torch.no_grad():
         quality_db = psnr_db(vae.decode(vae.encode(held_out).latent_dist.mode()).sample, held_out)
-    logger.info("%s: %.2f dB on held-out pictures, %s", VAE_FILE, quality_db, json.dumps(vars(args)))
+    logger.info("%s: %.2f dB on held-out images, %s", VAE_FILE, quality_db, json.dumps(vars(args)))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ KINDS = {
     "edit_plus_2511": QwenImageEditPlusPipeline,  # the same with zero_cond_t
     "edit": QwenImageEditPipeline,
     "text_to_image": QwenImagePipeline,
-    "learner": QwenImageEditPlusPipeline,  # learns in minutes: few picture tokens, plain weights in its transformer
+    "learner": QwenImageEditPlusPipeline,  # learns in minutes: few image tokens, plain weights in its transformer
 }
 # of each causal 3-D convolution the slice that a single image meets, as float16; latents_mean and latents_std
 VAE_FILE = Path(__file__).with_name("tiny_vae.safetensors")
@@ -98,8 +98,8 @@ def _tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _processor(tokenizer: Qwen2Tokenizer, *, max_picture_tokens: int = 128 * 128) -> Qwen2VLProcessor:
-    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * max_picture_tokens}
+def _processor(tokenizer: Qwen2Tokenizer, *, max_image_tokens: int) -> Qwen2VLProcessor:
+    pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * max_image_tokens}
     return Qwen2VLProcessor(Qwen2VLImageProcessor(**pixels), tokenizer, Qwen2VLVideoProcessor(**pixels))
 
 
@@ -155,16 +155,14 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
 
 
 @torch.no_grad()
-def _transformer(*, zero_cond_t: bool) -> QwenImageTransformer2DModel:
+def _transformer(kind: str) -> QwenImageTransformer2DModel:
     """Qwen-Image's transformer; sharp attention, so that one prompt token or one source shows among all the others."""
-    model = QwenImageTransformer2DModel(
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=96,
-        axes_dims_rope=(4, 6, 6),
-        zero_cond_t=zero_cond_t,
-    )
+    shape = {"num_attention_heads": 4, "joint_attention_dim": 96}
+    if kind == "learner":  # with the weights that its layers start with, as wide as two cores can train in minutes
+        shape |= {"num_layers": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+        return QwenImageTransformer2DModel(**shape).eval()
+    shape |= {"num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    model = QwenImageTransformer2DModel(**shape, zero_cond_t=kind == "edit_plus_2511")
     _randomise(model)
     for name, parameter in model.named_parameters():
         if ".attn.norm_" in name:  # of queries and keys
@@ -187,13 +185,6 @@ def tiny_vae() -> AutoencoderKLQwenImage:
     return vae
 
 
-def _learner() -> QwenImageTransformer2DModel:
-    """A transformer with the weights that its layers start with, as wide as two cores can train in minutes."""
-    return QwenImageTransformer2DModel(
-        num_layers=4, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=96, axes_dims_rope=(8, 12, 12)
-    ).eval()
-
-
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
     """With the settings of the released Qwen-Image checkpoints."""
     return FlowMatchEulerDiscreteScheduler(
@@ -212,7 +203,7 @@ def _scheduler() -> FlowMatchEulerDiscreteScheduler:
 def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> Path:
     """Write a checkpoint of one of `KINDS` in diffusers layout, all random but vocabulary and VAE; return `folder`.
 
-    Prompt states are 96 wide, latents have 16 channels at 1/8 of the side. The same seed gives the same bytes.
+    Prompt embeddings are 96 wide, latents have 16 channels at 1/8 of the side. The same seed gives the same bytes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -222,12 +213,10 @@ def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> 
             "vae": tiny_vae(),
             "text_encoder": _text_encoder(tokenizer),
             "tokenizer": tokenizer,
-            "transformer": _learner() if kind == "learner" else _transformer(zero_cond_t=kind == "edit_plus_2511"),
+            "transformer": _transformer(kind),
         }
-    if kind == "learner":
-        parts["processor"] = _processor(tokenizer, max_picture_tokens=16)
-    elif kind != "text_to_image":
-        parts["processor"] = _processor(tokenizer)
+    if kind != "text_to_image":
+        parts["processor"] = _processor(tokenizer, max_image_tokens=16 if kind == "learner" else 128 * 128)
     KINDS[kind](**parts).save_pretrained(folder)
     return folder
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.config.installed import training_arguments
-from hf_qie.config.recipe import Count, Recipe, load_recipe
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, wanted
+from hf_qie.runtime.rules import Count
 
 if TYPE_CHECKING:
     from hf_qie.extraction.preprocess import Plan

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--empty_text", type=to_path)
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    recipe = replace(recipe, extract=replace(recipe.extract, latents=False))
+    recipe = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"latents": False})})
     if arguments.empty_text and not arguments.empty_text.is_file():
         raise InputError(f"--empty_text: no file {arguments.empty_text}")
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
@@ -66,7 +66,8 @@ def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict
         plan = make_plan(recipe, task, family, folder, refuse=True)
         foreign = open_foreign(plan, folder, width=width, empty_text=empty_text)
         if not has_inverse_files(foreign):  # rows have inverse captions all the same
-            foreign = replace(foreign, plan=replace(plan, extract=replace(plan.extract, inverse=False)))
+            extract = plan.extract.model_copy(update={"inverse": False})
+            foreign = replace(foreign, plan=replace(plan, extract=extract))
         sources[name] = foreign
     return sources
 
@@ -116,7 +117,7 @@ def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
     from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, request_of
 
     plan = foreign.plan
-    recipe = replace(recipe, extract=plan.extract)
+    recipe = recipe.model_copy(update={"extract": plan.extract})
     request = request_of(plan, compat_of(), recipe, dtype=dtype_in(foreign))
     open_folder(folder, request, recipe=recipe)
     if (folder / PROVENANCE).exists():

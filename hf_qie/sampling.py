@@ -25,9 +25,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_qie.config.recipe import Count, Recipe, Seed, Side, Weight, load_recipe
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, check, run_script, to_path, wanted
+from hf_qie.runtime.rules import Count, Seed, Side, Weight
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,9 +15,9 @@ from test_layout import PACKAGE
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
-from hf_qie.config.recipe import Count, Weight
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
+from hf_qie.runtime.rules import Count, Weight
 
 SCRIPT = '''"""Count the tasks.
 
@@ -68,7 +68,7 @@ def test_a_bad_recipe_is_refused_in_two_seconds_without_a_traceback(script):
     start = time.perf_counter()
     done = script("lora.yaml", "seed=x")
     assert time.perf_counter() - start < 2  # importing torch alone takes longer
-    told = "lora.yaml: override 'seed=x': seed: got \"x\", wanted an integer from 0 to 4294967295\n"
+    told = "lora.yaml: override 'seed=x': seed: got \"x\", expected an integer from 0 to 4294967295\n"
     assert (done.stdout, done.stderr, done.returncode) == ("", told, 1)
 
 
@@ -169,16 +169,16 @@ SAMPLE = ["r.yaml", "--instruction", "x", "--output", "o.png"]
 @pytest.mark.parametrize(
     ("main", "argv", "told"),
     [
-        (sampling.main, [*SAMPLE, "--steps", "0"], "--num_inference_steps: got 0, wanted an integer of at least 1"),
-        (sampling.main, [*SAMPLE, "--steps", "-1"], "--num_inference_steps: got -1, wanted an integer of at least 1"),
-        (sampling.main, [*SAMPLE, "--steps", "2.5"], "--num_inference_steps: got 2.5, wanted an integer"),
-        (sampling.main, [*SAMPLE, "--cfg", ".nan"], "--true_cfg_scale: got NaN, wanted a number of at least 0"),
-        (sampling.main, [*SAMPLE, "--cfg=nan"], '--true_cfg_scale: got "nan", wanted a number of at least 0'),
-        (sampling.main, [*SAMPLE, "--cfg", ".inf"], "--true_cfg_scale: got Infinity, wanted a number of at least 0"),
-        (sampling.main, [*SAMPLE, "--seed=-1"], "--seed: got -1, wanted an integer from 0 to 4294967295"),
+        (sampling.main, [*SAMPLE, "--steps", "0"], "--num_inference_steps: got 0, expected an integer of at least 1"),
+        (sampling.main, [*SAMPLE, "--steps", "-1"], "--num_inference_steps: got -1, expected an integer"),
+        (sampling.main, [*SAMPLE, "--steps", "2.5"], "--num_inference_steps: got 2.5, expected an integer"),
+        (sampling.main, [*SAMPLE, "--cfg", ".nan"], "--true_cfg_scale: got NaN, expected a number of at least 0"),
+        (sampling.main, [*SAMPLE, "--cfg=nan"], '--true_cfg_scale: got "nan", expected a number of at least 0'),
+        (sampling.main, [*SAMPLE, "--cfg", ".inf"], "--true_cfg_scale: got Infinity, expected a number of at least 0"),
+        (sampling.main, [*SAMPLE, "--seed=-1"], "--seed: got -1, expected an integer from 0 to 4294967295"),
         (sampling.main, [*SAMPLE, "--stepz=2"], "--stepz: unknown option, did you mean '--steps'?"),
         (sampling.main, SAMPLE[:1], "--instruction, --output: missing; --help shows the command line"),
-        (check.main, ["r.yaml", "--verify", "0"], "--verify: got 0, wanted an integer of at least 1"),
+        (check.main, ["r.yaml", "--verify", "0"], "--verify: got 0, expected an integer of at least 1"),
         (check.main, ["--verify", "1"], "recipe: missing; --help shows the command line"),
         (export.main, ["run", "--to", "lor"], "--to: invalid choice: 'lor' (choose from "),
         (export.main, ["run", "--output", "$NOWHERE/x"], '--output: got "$NOWHERE/x": the environment variable '),
@@ -203,7 +203,7 @@ def test_a_path_may_hold_the_home_and_variables(monkeypatch):
 def test_a_number_is_finite_and_not_below_its_least(text):
     parser = Options()
     parser.add_argument("--true_cfg_scale", type=wanted(Weight))
-    with pytest.raises(InputError, match=r"^--true_cfg_scale: got .*, wanted a number of at least 0$"):
+    with pytest.raises(InputError, match=r"^--true_cfg_scale: got .*, expected a number of at least 0$"):
         parser.parse_args([f"--true_cfg_scale={text}"])
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    return replace(load_recipe(ROOT / "recipes" / "demo.yaml"), model=str(tiny("learner")))
+    return load_recipe(ROOT / "recipes" / "demo.yaml").model_copy(update={"model": str(tiny("learner"))})
 
 
 @pytest.fixture(scope="module")

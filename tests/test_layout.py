@@ -9,10 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "errors plots runtime.settings config.installed config.training_args runtime.storage config.recipe "
-    "runtime.cli config.launch runtime.device training.precision "
-    "runtime.ranks runtime.lock runtime.files runtime.alive "
-    "runtime.hub_errors models.checkpoint models.base models.qwen_image.prompts "
+    "errors plots runtime.rules runtime.yaml_io runtime.storage runtime.cli runtime.device runtime.ranks runtime.lock "
+    "runtime.files runtime.alive runtime.hub_errors "
+    "config.installed config.training_args config.overrides config.recipe config.launch training.precision "
+    "models.checkpoint models.base models.qwen_image.prompts "
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.lora_files "
     "models.qwen_image.family "
     "data.seeding data.schema data.fetch data.text_files data.tables data.readers "

@@ -164,9 +164,9 @@ def test_every_key_of_the_recipe_that_is_named_is_one(name):
         if section == "training":
             assert key in TrainingArguments.__dataclass_fields__, key
         else:
-            assert key in KEYS[section].__dataclass_fields__, (section, key)
+            assert key in KEYS[section].model_fields, (section, key)
         if key == "lora" and inner:
-            assert inner in Lora.__dataclass_fields__
+            assert inner in Lora.model_fields
 
 
 SAME_IN_BOTH = {

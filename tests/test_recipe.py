@@ -3,14 +3,29 @@
 import json
 import re
 import textwrap
-from dataclasses import FrozenInstanceError, fields, is_dataclass
-from typing import get_args
+from contextlib import suppress
+from typing import Annotated, get_args
 
 import pytest
+from pydantic import ValidationError
 
-from hf_qie.config.recipe import Columns, Lora, Name, PathName, Recipe, Task, as_dict, load_recipe, save_recipe
-from hf_qie.config.training_args import PATHS, training_arguments
-from hf_qie.errors import InputError
+from hf_qie.config.installed import training_arguments
+from hf_qie.config.recipe import (
+    Columns,
+    Extract,
+    Lora,
+    Loss,
+    Mix,
+    Recipe,
+    Sampling,
+    Task,
+    Trainable,
+    as_dict,
+    load_recipe,
+    save_recipe,
+)
+from hf_qie.errors import InputError, Misfit
+from hf_qie.runtime.rules import validate
 
 GOOD = "tasks: {portraits: {data: pairs.jsonl}}\n"
 
@@ -47,7 +62,6 @@ def test_defaults_fill_what_a_recipe_leaves_out(write):
         target="target_image",
         captions=("instruction", "instruction_cn"),
         inverse_captions=("inverse_instruction", "inverse_instruction_cn"),
-        required=(),
     )
     assert (recipe.extract.image_sample_size, recipe.mix.caption_dropout, recipe.loss.shift) == (512, 0.05, "auto")
     assert recipe.trainable.lora is None
@@ -91,7 +105,7 @@ def test_a_section_with_every_line_commented_out_is_its_default(write):
 
 def test_nothing_in_a_recipe_can_be_changed(write):
     recipe = load_recipe(write(GOOD))
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(ValidationError):
         recipe.tasks["portraits"].weight = 2.0
     for mapping in (recipe.tasks, recipe.training):
         with pytest.raises(TypeError):
@@ -102,53 +116,55 @@ def test_nothing_in_a_recipe_can_be_changed(write):
 
 BAD_FILES = {
     "tasks: {portraits: {data: a, wieght: 1}}": "tasks.portraits.wieght: unknown key, did you mean 'weight'?",
-    GOOD + "zzz: 1": "zzz: unknown key, known here: model, revision, seed, tasks, extract, mix, loss, trainable, "
+    GOOD + "zzz: 1": "zzz: unknown key, known: model, revision, seed, tasks, extract, mix, loss, trainable, "
     "sampling, training",
-    "seed: 1": "tasks: missing, wanted a mapping",
-    "tasks: {}": "tasks: wanted at least one task with a weight above 0",
-    "tasks: {a: {data: x, weight: 0}}": "tasks: wanted at least one task with a weight above 0",
-    "tasks: [{data: x}]": 'tasks: got [{"data": "x"}], wanted a mapping',
-    "tasks: {a-b: {data: x}}": 'tasks.a-b: got "a-b", wanted a name of letters, digits and _ that does not start '
+    "seed: 1": "tasks: missing",
+    "tasks: {}": "tasks: expected at least one task with a weight above 0",
+    "tasks: {a: {data: x, weight: 0}}": "tasks: expected at least one task with a weight above 0",
+    "tasks: [{data: x}]": 'tasks: got [{"data": "x"}], expected a mapping',
+    "tasks: {a-b: {data: x}}": 'tasks.a-b: got "a-b", expected a name of letters, digits and _ that does not start '
     "with a digit",
-    "tasks: {1: {data: x}}": "tasks.1: got 1, wanted a name of letters, digits and _ that does not start with a digit",
+    "tasks: {1: {data: x}}": "tasks.1: got 1, expected a name of letters, digits and _ that does not start "
+    "with a digit",
     "tasks: {a: {}}": "tasks.a.data: missing, and no ready set in `embeddings` takes its place",
-    "tasks: {a: {data: x, name: b}}": "tasks.a.name: unknown key, known here: data, split, image_root, "
+    "tasks: {a: {data: x, name: b}}": "tasks.a.name: unknown key, known: data, split, image_root, "
     "weight, t2i, eval_rows, columns, embeddings",
-    "tasks: {a: {data: [x, 1]}}": "tasks.a.data[1]: got 1, wanted a string that is not blank",
-    "tasks: {a: {data: x, weight: -1}}": "tasks.a.weight: got -1, wanted a number of at least 0",
-    "tasks: {a: {data: x, weight: .inf}}": "tasks.a.weight: got Infinity, wanted a number of at least 0",
-    "tasks: {a: {data: x, weight: .nan}}": "tasks.a.weight: got NaN, wanted a number of at least 0",
-    "tasks: {a: {data: x, t2i: yes}}": 'tasks.a.t2i: got "yes", wanted true or false',
+    "tasks: {a: {data: [x, 1]}}": "tasks.a.data[1]: got 1, expected a string that is not blank",
+    "tasks: {a: {data: x, weight: -1}}": "tasks.a.weight: got -1, expected a number of at least 0",
+    "tasks: {a: {data: x, weight: .inf}}": "tasks.a.weight: got Infinity, expected a number of at least 0",
+    "tasks: {a: {data: x, weight: .nan}}": "tasks.a.weight: got NaN, expected a number of at least 0",
+    "tasks: {a: {data: x, t2i: yes}}": 'tasks.a.t2i: got "yes", expected true or false',
     "tasks: {a: {data: x, columns: {captions: [c], inverse_captions: [d, e]}}}": "tasks.a.columns.inverse_captions: "
     "got 2 for 1 captions; the i-th is the inverse of the i-th",
-    "tasks: {a: {data: x, columns: {captions: [drop]}}}": 'tasks.a.columns.captions: got ["drop"], wanted a list of '
+    "tasks: {a: {data: x, columns: {captions: [drop]}}}": 'tasks.a.columns.captions: got ["drop"], expected a list of '
     "different column names, none of them drop, image_embeds, num_sources, row, source_grids, source_image, "
     "source_latents, target_grid, target_image, target_latents",
-    GOOD + "model: ' '": 'model: got " ", wanted a string that is not blank',
-    GOOD + "seed: 4294967296": "seed: got 4294967296, wanted an integer from 0 to 4294967295",
-    GOOD + "seed: true": "seed: got true, wanted an integer from 0 to 4294967295",
-    GOOD + "extract: {batch_size: 0}": "extract.batch_size: got 0, wanted an integer of at least 1",
-    GOOD + "extract: {batch_size: 4.0}": "extract.batch_size: got 4.0, wanted an integer of at least 1",
-    GOOD + "extract: {image_sample_size: 32}": "extract.image_sample_size: got 32, wanted an integer of at least 64",
-    GOOD + "extract: {dtype: bf16}": 'extract.dtype: got "bf16", wanted auto | bfloat16 | float16 | float32',
-    GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, wanted a number from 0 to 1",
-    GOOD + "extract: 3": "extract: got 3, wanted a mapping",
-    GOOD + "mix: {same_shape: 0}": "mix.same_shape: got 0, wanted an integer of at least 1 or null",
-    GOOD + "mix: {source_count_weights: {one: 1}}": 'mix.source_count_weights.one: got "one", wanted an integer of '
+    GOOD + "model: ' '": 'model: got " ", expected a string that is not blank',
+    GOOD + "seed: 4294967296": "seed: got 4294967296, expected an integer from 0 to 4294967295",
+    GOOD + "seed: true": "seed: got true, expected an integer from 0 to 4294967295",
+    GOOD + "extract: {batch_size: 0}": "extract.batch_size: got 0, expected an integer of at least 1",
+    GOOD + "extract: {batch_size: 4.0}": "extract.batch_size: got 4.0, expected an integer of at least 1",
+    GOOD + "extract: {image_sample_size: 32}": "extract.image_sample_size: got 32, expected an integer of at least 64",
+    GOOD + "extract: {dtype: bf16}": "extract.dtype: got \"bf16\", expected 'auto', 'bfloat16', 'float16' or "
+    "'float32'",
+    GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, expected a number from 0 to 1",
+    GOOD + "extract: 3": "extract: got 3, expected a mapping",
+    GOOD + "mix: {same_shape: 0}": "mix.same_shape: got 0, expected an integer of at least 1",
+    GOOD + "mix: {source_count_weights: {one: 1}}": 'mix.source_count_weights.one: got "one", expected an integer of '
     "at least 0",
-    GOOD + "mix: {source_count_weights: {0: 0, 1: 0}}": "mix.source_count_weights: wanted at least one weight above "
+    GOOD + "mix: {source_count_weights: {0: 0, 1: 0}}": "mix.source_count_weights: expected at least one weight above "
     "0, or null",
     GOOD + "mix: {caption_weights: {instuction: 1}}": "mix.caption_weights.instuction: unknown key, did you mean "
     "'instruction'?",
-    GOOD + "loss: {shift: maybe}": 'loss.shift: got "maybe", wanted auto | none or a number',
-    GOOD + "loss: {logit_std: 0}": "loss.logit_std: got 0, wanted a number above 0",
-    GOOD + "loss: {mode_scale: 2}": "loss.mode_scale: got 2, wanted a number from -1 to 1.75",
-    GOOD + "trainable: {modules: []}": "trainable.modules: got [], wanted a list of at least one name",
-    GOOD + "trainable: {lora: {rank: '8'}}": 'trainable.lora.rank: got "8", wanted an integer of at least 1',
-    GOOD + "trainable: {lora: {target_modules: atention}}": "trainable.lora.target_modules: got \"atention\", wanted "
-    "attention | attention+mlp | all-linear or a list of at least one name",
-    GOOD + "trainable: {lora: {dropout: 1}}": "trainable.lora.dropout: got 1, wanted a number from 0 to below 1",
-    GOOD + "trainable: {lora: true}": "trainable.lora: got true, wanted a mapping or null",
+    GOOD + "loss: {shift: maybe}": "loss.shift: got \"maybe\", expected 'auto' or 'none' or a number",
+    GOOD + "loss: {logit_std: 0}": "loss.logit_std: got 0, expected a number above 0",
+    GOOD + "loss: {mode_scale: 2}": "loss.mode_scale: got 2, expected a number from -1 to 1.75",
+    GOOD + "trainable: {modules: []}": "trainable.modules: got [], expected a list of at least one name",
+    GOOD + "trainable: {lora: {rank: '8'}}": 'trainable.lora.rank: got "8", expected an integer of at least 1',
+    GOOD + "trainable: {lora: {target_modules: atention}}": "trainable.lora.target_modules: got \"atention\", "
+    "expected 'attention', 'attention+mlp' or 'all-linear' or a list of at least one name",
+    GOOD + "trainable: {lora: {dropout: 1}}": "trainable.lora.dropout: got 1, expected a number from 0 to below 1",
+    GOOD + "trainable: {lora: true}": "trainable.lora: got true, expected a mapping",
 }  # fmt: skip
 
 
@@ -176,15 +192,15 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "lora.yaml: got null, wanted a mapping with at least `tasks`"),
-        ("- a", 'lora.yaml: got ["a"], wanted a mapping with at least `tasks`'),
+        ("", "lora.yaml: got null, expected a mapping with at least `tasks`"),
+        ("- a", 'lora.yaml: got ["a"], expected a mapping with at least `tasks`'),
         ("seed: 1\nmodel: a\nseed: 2\n", 'lora.yaml, line 3: key "seed" again, it is in line 1 already'),
         ("tasks:\n  a: {t2i: true,\n   t2i: false}\n", 'lora.yaml, line 3: key "t2i" again, it is in line 2 already'),
         ("seed: 1\n\tmodel: a\n", "lora.yaml, line 2: found character '\\t' that cannot start any token"),
         ("seed: 1\nmodel: a: b\n", "lora.yaml, line 2: mapping values are not allowed here"),
         ("seed: *one\n", "lora.yaml, line 1: found undefined alias 'one'"),
         ("a: &a [*a]\n", "lora.yaml, line 1: found unconstructable recursive node"),
-        ("? [a]\n: 1\n", 'lora.yaml, line 1: got ["a"] as a key, wanted a word or number'),
+        ("? [a]\n: 1\n", 'lora.yaml, line 1: got ["a"] as a key, expected a word or number'),
         ("a: 1\n---\nb: 1\n", "lora.yaml, line 2: but found another document"),
         (
             "seed: !!python/name:os.x a\n",
@@ -192,11 +208,11 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
         ),
         (
             "a: &a [1]\nb: {<<: *a}\n",
-            "lora.yaml, line 1: got <<: [1], wanted an alias of a mapping, as <<: *name, or a list of them",
+            "lora.yaml, line 1: got <<: [1], expected an alias of a mapping, as <<: *name, or a list of them",
         ),
         (
             '{"<<": 1}',
-            "lora.yaml: <<: unknown key, known here: model, revision, seed, tasks, extract, mix, loss, "
+            "lora.yaml: <<: unknown key, known: model, revision, seed, tasks, extract, mix, loss, "
             "trainable, sampling, training",
         ),
         ("seed: !!int x\n", "lora.yaml: invalid literal for int() with base 10: 'x'"),
@@ -228,7 +244,7 @@ def test_a_file_that_is_not_utf8_is_refused(write):
 
 
 def test_a_missing_file_says_what_comes_first(write):
-    told = "No such file or directory; wanted a recipe, then overrides a.b.c=value"
+    told = "No such file or directory; expected a recipe, then overrides a.b.c=value"
     assert message("seed=1") == f"seed=1: {told}"
     assert message("~nobody1/a.yaml") == f"~nobody1/a.yaml: {told}"
 
@@ -264,7 +280,7 @@ def test_home_and_variables_are_replaced_in_every_key_that_is_a_path(write, envi
     assert recipe.training["output_dir"] == "/home/me/run"
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert not {"~", "$"} & set((tmp_path / "saved.yaml").read_text())
-    assert load_recipe(tmp_path / "saved.yaml") == recipe
+    assert as_dict(load_recipe(tmp_path / "saved.yaml")) == as_dict(recipe)
 
 
 def test_an_override_and_the_recipe_itself_may_begin_at_home(write, tmp_path, monkeypatch):
@@ -300,30 +316,25 @@ def test_a_name_with_a_dollar_or_tilde_inside_stays_as_it_is(write):
 
 
 # Keys that take any string; one more has to be put here, or be a PathName.
-NO_PATHS = {"revision", "split", "license", "sources", "target", "captions", "inverse_captions", "caption_weights"}
-NO_PATHS |= {"modules", "low_lr_modules", "target_modules"}
+NO_PATHS = {"revision", "split", "license", "sources", "target", "modules", "low_lr_modules", "target_modules"}
+NO_PATHS |= {"drop_caption", "push_to_hub", "captions", "inverse_captions"}
+PATHS = {"model", "data", "image_root", "embeddings", "output_dir", "init_from"}
 
 
-def takes(kind, rule) -> bool:
-    """Whether an annotation is `rule`, or is made of it."""
-    return kind is rule or any(takes(part, rule) for part in get_args(kind) if part not in ((), ...))
-
-
-def keys_of(section) -> list:
-    """Every key of a section and of the sections in it."""
-    keys = [key for key in fields(section) if not key.metadata]
-    inner = [part for key in keys for part in (key.type, *get_args(key.type)) if is_dataclass(part)]
-    return keys + [key for part in inner for key in keys_of(part)]
-
-
-def test_a_key_that_takes_any_string_is_a_path_or_says_that_it_is_none():
-    keys = keys_of(Recipe)
-    assert {key.name for key in keys if takes(key.type, PathName)} == {
-        *("model", "data", "image_root", "embeddings", "output_dir", "init_from"),
-    }
-    assert {key.name for key in keys if takes(key.type, Name)} == NO_PATHS
-    theirs = {name for name, (kind, _) in training_arguments().items() if takes(kind, str)}
-    assert {name for name in theirs if re.search("dir|path|file|folder", name)} == PATHS
+def test_a_key_that_takes_any_string_is_a_path_or_says_that_it_is_none(write, environment):
+    sections = [Recipe, Task, Columns, Extract, Mix, Loss, Lora, Trainable, Sampling]
+    strings = {"string": set(), "path": set()}
+    for section in sections:
+        for key, rule in section.model_fields.items():
+            kind = Annotated[rule.annotation, *rule.metadata] if rule.metadata else rule.annotation
+            for given in ("$DATA/x", ["$DATA/x"]):
+                with suppress(Misfit):
+                    value = validate(kind, given)
+                    if not rule.exclude:
+                        strings["string" if "$DATA/x" in (value, *value) else "path"].add(key)
+    assert strings == {"string": NO_PATHS, "path": PATHS}
+    theirs = {key for key, (kind, _) in training_arguments().items() if str in (kind, *get_args(kind))}
+    assert {key for key in theirs if re.search("dir|path|file|folder", key)} == {"output_dir"}
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
@@ -347,7 +358,7 @@ def test_an_override_sets_old_and_new_keys_and_whole_sections(write):
         ],
     )
     assert recipe.tasks["portraits"].weight == 10.0
-    assert recipe.tasks["faces"].columns == Columns(captions=("text",), inverse_captions=(), required=("text",))
+    assert recipe.tasks["faces"].columns == Columns(captions=("text",), inverse_captions=())
     assert recipe.mix.source_count_weights == {2: 3.0}
     assert recipe.trainable.lora == Lora(rank=4)
     assert recipe.extract.drop_caption == " = "
@@ -367,7 +378,7 @@ def test_sources_are_one_column_or_several(write, tmp_path):
         recipe = load_recipe(write(f"tasks: {{a: {{data: x, columns: {{sources: {json.dumps(given)}}}}}}}"))
         assert as_dict(recipe)["tasks"]["a"]["columns"]["sources"] == given
         save_recipe(recipe, tmp_path / "again.yaml")
-        assert load_recipe(tmp_path / "again.yaml") == recipe
+        assert as_dict(load_recipe(tmp_path / "again.yaml")) == as_dict(recipe)
 
 
 def test_an_override_of_one_task_leaves_an_aliased_one_alone(write):
@@ -383,10 +394,10 @@ def test_an_override_of_one_task_leaves_an_aliased_one_alone(write):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("extract.batch_size=0", "extract.batch_size: got 0, wanted an integer of at least 1"),
-        ("extract={batch_size: 0}", "extract.batch_size: got 0, wanted an integer of at least 1"),
+        ("extract.batch_size=0", "extract.batch_size: got 0, expected an integer of at least 1"),
+        ("extract={batch_size: 0}", "extract.batch_size: got 0, expected an integer of at least 1"),
         ("tasks.portraits.wieght=1", "tasks.portraits.wieght: unknown key, did you mean 'weight'?"),
-        ("tasks.portraits.data=[1]", "tasks.portraits.data[0]: got 1, wanted a string that is not blank"),
+        ("tasks.portraits.data=[1]", "tasks.portraits.data[0]: got 1, expected a string that is not blank"),
         ("training.seed=1", "training.seed: got 1, leave it out: the top-level seed is the only one"),
     ],
 )
@@ -397,10 +408,10 @@ def test_a_bad_value_names_the_override_it_came_from(write, override, told):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("seed", "wanted a.b.c=value"),
-        ("--seed", "wanted a.b.c=value"),
-        ("=1", "wanted a.b.c=value"),
-        ("a..b=1", "wanted a.b.c=value"),
+        ("seed", "expected a.b.c=value"),
+        ("--seed", "expected a.b.c=value"),
+        ("=1", "expected a.b.c=value"),
+        ("a..b=1", "expected a.b.c=value"),
         ("seed.x=1", "seed is 3, which has no keys"),
     ],
 )
@@ -437,13 +448,13 @@ def test_a_saved_recipe_loads_as_an_equal_one(write, tmp_path, text):
     recipe = load_recipe(write(text), ["seed=7"])
     save_recipe(recipe, tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
-    assert again == recipe
     assert again.path != recipe.path
+    assert again.model_copy(update={"path": recipe.path}) == recipe
 
 
 def test_a_saved_recipe_holds_every_key_of_the_sections(write):
     saved = as_dict(load_recipe(write(GOOD)))
-    assert list(saved) == [f.name for f in fields(Recipe) if f.name != "path"]
+    assert list(saved) == Recipe.key_names()
     assert saved["extract"]["dtype"] == "auto"
     assert saved["training"]["max_steps"] == 512
 

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def words_of(launch: str) -> list[str]:
 
 @cache
 def on_paper(recipe: Path, released: Path, num_shards: int) -> Footprint:
-    model = model_on_paper(replace(load_recipe(recipe), model=str(released)), mixed_precision="bf16")
+    model = model_on_paper(load_recipe(recipe).model_copy(update={"model": str(released)}), mixed_precision="bf16")
     return footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
 
 
@@ -91,7 +90,7 @@ def test_every_recipe_and_launch_file_is_offered_and_explained():
 def test_training_arguments_take_every_recipe(path):
     recipe = load_recipe(path)  # without FSDP, which wants its ranks
     training = {key: value for key, value in recipe.training.items() if not key.startswith("fsdp")}
-    arguments = training_arguments(replace(recipe, training=training | {"use_cpu": True}), num_rows=100)
+    arguments = training_arguments(recipe.model_copy(update={"training": training | {"use_cpu": True}}), num_rows=100)
     assert arguments.max_steps > 0
 
 

@@ -50,7 +50,7 @@ def refusal(tmp_path: Path, *files, **settings) -> str:
 
 def columns_of(*captions: str, inverse: tuple[str, ...] = (), **names: str) -> Columns:
     """Columns as the recipe gives them: the caption columns that it names are required."""
-    return Columns(captions=captions, inverse_captions=inverse, required=(*captions, *inverse), **names)
+    return Columns(captions=captions, inverse_captions=inverse, **names)
 
 
 # --- what is read

@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from hf_qie.runtime.settings import read_yaml, write_yaml
+from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from synthetic_edits import random_scene
 from torch import Tensor, nn
 from tqdm import trange
 
-from hf_qie.config.recipe import Count, Positive, Seed
 from hf_qie.demo.shapes import draw
 from hf_qie.demo.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
 from hf_qie.runtime.cli import Options, run_script, wanted
+from hf_qie.runtime.rules import Count, Positive, Seed
 
 logger = logging.getLogger("train_tiny_vae")
 

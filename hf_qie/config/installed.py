@@ -1,106 +1,135 @@
-"""What the installed transformers offers, read from its source.
+"""What the installed transformers offers: fields of TrainingArguments, names of optimizers, schedules and trackers.
 
-To import it takes seconds, and a mistake in a recipe has to show at once.
+They are read from its source, since importing it takes seconds and a mistake in a recipe has to show at once; where
+the source cannot be read so, it is imported.
 """
 
 import ast
 import functools
 import importlib.util
-import re
+from dataclasses import MISSING, fields
+from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import NoneType
-from typing import Any, Union
+from types import NoneType, UnionType
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
-# What pip installs for a name of training.optim, by the module that it leaves. The first pattern that fits counts.
-OPTIMIZERS = {
-    "adamw_torch_[48]bit": ("torchao", "torchao"),
-    "adamw_torch_xla": ("torch_xla", "torch_xla"),
-    "adamw_torch_npu_fused": ("torch_npu", "torch_npu"),
-    "adamw_anyprecision": ("torchdistx", "git+https://github.com/pytorch/torchdistx"),
-    "galore_*": ("galore_torch", "galore-torch"),
-    "apollo_*": ("apollo_torch", "apollo-torch"),
-    "grokadamw": ("grokadamw", "grokadamw"),
-    "schedule_free_*": ("schedulefree", "schedulefree"),
-    "stable_adamw": ("optimi", "torch-optimi"),
-    "*lomo": ("lomo_optim", "lomo-optim"),
-    "*_8bit": ("bitsandbytes", "bitsandbytes"),
-    "*_32bit": ("bitsandbytes", "bitsandbytes"),
-    "ademamix": ("bitsandbytes", "bitsandbytes"),
-    "rmsprop_bnb": ("bitsandbytes", "bitsandbytes"),
+
+def pairs(text: str) -> dict[str, str]:
+    """`a=b c=d` as a mapping."""
+    return dict(pair.split("=") for pair in text.split())
+
+
+# The module that a name of `optim` or `report_to` needs; the first pattern that fits counts.
+_MODULES = {
+    "optim": pairs("""
+        adamw_torch_[48]bit=torchao adamw_torch_xla=torch_xla adamw_torch_npu_fused=torch_npu
+        adamw_anyprecision=torchdistx galore_*=galore_torch apollo_*=apollo_torch grokadamw=grokadamw
+        schedule_free_*=schedulefree stable_adamw=optimi *lomo=lomo_optim *_8bit=bitsandbytes *_32bit=bitsandbytes
+        ademamix=bitsandbytes rmsprop_bnb=bitsandbytes
+    """),
+    "report_to": pairs("""
+        azure_ml=azureml clearml=clearml codecarbon=codecarbon comet_ml=comet_ml dagshub=dagshub dvclive=dvclive
+        flyte=flytekit mlflow=mlflow neptune=neptune swanlab=swanlab tensorboard=tensorboard trackio=trackio
+        wandb=wandb
+    """),
 }
-# The same for a name of training.report_to; any of several modules will do.
-REPORTERS = {
-    "azure_ml": ("azureml", "azureml-core"),
-    "comet_ml": ("comet_ml", "comet_ml"),
-    "mlflow": ("mlflow", "mlflow"),
-    "neptune": ("neptune", "neptune"),
-    "tensorboard": ("tensorboard tensorboardX", "tensorboard"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
-    "codecarbon": ("codecarbon", "codecarbon"),
-    "clearml": ("clearml", "clearml"),
-    "dagshub": ("dagshub", "dagshub mlflow"),
-    "flyte": ("flytekit", "flytekit flytekitplugins-deck-standard"),
-    "dvclive": ("dvclive", "dvclive"),
-    "swanlab": ("swanlab", "swanlab"),
+_PIP = {  # where the package is not named like the module
+    "torchdistx": "git+https://github.com/pytorch/torchdistx",
+    "optimi": "torch-optimi",
+    "azureml": "azureml-core",
+    "flytekit": "flytekit flytekitplugins-deck-standard",
+    "dagshub": "dagshub mlflow",
 }
-
-
-@functools.cache
-def source(name: str) -> ast.Module:
-    """The source of a file of transformers."""
-    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
-    return ast.parse(Path(folder, name).read_text(encoding="utf-8"))
 
 
 @functools.cache
 def training_arguments() -> dict[str, tuple[Any, Any]]:
-    """(annotation, default) of each of TrainingArguments' fields; of the annotation the plain types, at their outside.
+    """(type in YAML, default) of each of TrainingArguments' fields; a default that is computed shows as None."""
+    try:
+        known = _fields_in_source()
+    except Exception:  # whatever a later release writes there
+        known = _fields_imported()
+    return known | {"fsdp": (bool | None, None)}  # annotated as a string, but documented and used as a bool
 
-    A default that is computed shows as None.
-    """
-    known = {}
+
+def _fields_in_source() -> dict[str, tuple[Any, Any]]:
+    known, names = {}, _Names(str=str, bool=bool, int=int, float=float, list=list, dict=dict, Optional=Optional)
     for node in (node for node in _class("training_args.py", "TrainingArguments") if isinstance(node, ast.AnnAssign)):
         default = next((k.value for k in getattr(node.value, "keywords", ()) if k.arg == "default"), None)
-        if isinstance(default, ast.UnaryOp) and isinstance(default.op, ast.USub):
-            default = ast.Constant(-default.operand.value)
-        known[node.target.id] = (_kind(node), default.value if isinstance(default, ast.Constant) else None)
-    known["fsdp"] = (bool | None, None)  # annotated as a string, but documented and used as a bool
+        try:
+            default = ast.literal_eval(default)
+        except (TypeError, ValueError):  # none, or computed
+            default = None
+        kind = _plain(eval(ast.unparse(node.annotation), {}, names))
+        if kind is None and node.target.id != "parallelism_config":
+            raise ValueError(node.target.id)
+        known[node.target.id] = (kind or Any, default)
     return known
 
 
-def _kind(node: ast.AnnAssign) -> Any:
-    """Mappings may be given as a string of JSON there, or as a file; a recipe has YAML for them."""
-    kinds = {"str": str, "bool": bool, "int": int, "float": float, "None": NoneType, "list": list, "dict": dict}
-    names = re.sub(r"\[[^\[\]]*\]", "", ast.unparse(node.annotation)).split(" | ")
-    names = [name for name in names if name in kinds and not (name == "str" and "dict" in names)]
-    return Union[tuple(kinds[name] for name in names)]  # noqa: UP007
+class _Names(dict):
+    """Names of annotations; all other types mean nothing in YAML."""
+
+    def __missing__(self, key: str) -> Any:
+        return Union if key == "Union" else type
 
 
-def _class(file: str, name: str) -> list[ast.stmt]:
-    (body,) = (node.body for node in source(file).body if getattr(node, "name", "") == name)
-    return body
+def _fields_imported() -> dict[str, tuple[Any, Any]]:
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    own = [field for field in fields(TrainingArguments) if field.init]
+    defaults = {field.name: None if field.default is MISSING else field.default for field in own}
+    defaults = {name: default.value if isinstance(default, Enum) else default for name, default in defaults.items()}
+    return {name: (_plain(hints[name]) or Any, default) for name, default in defaults.items()}
+
+
+def _plain(annotation: Any) -> Any:
+    """Of an annotation the types that YAML has; None where there are none. For a string of JSON YAML has mappings."""
+    union = get_origin(annotation) in (Union, UnionType)
+    kinds = [get_origin(kind) or kind for kind in (get_args(annotation) if union else [annotation])]
+    kinds = [str if isinstance(kind, type) and issubclass(kind, Enum) else kind for kind in kinds]
+    kinds = [kind for kind in kinds if kind in (str, bool, int, float, list, dict, NoneType)]
+    kinds = [kind for kind in kinds if not (kind is str and dict in kinds)]
+    return Union[tuple(kinds)] if set(kinds) - {NoneType} else None  # noqa: UP007
 
 
 @functools.cache
 def choices(key: str) -> list[str]:
     """The names that may be given for `optim`, `lr_scheduler_type` or `report_to`."""
-    if key == "report_to":
-        tree = source("integrations/integration_utils.py")
-        tables = [node for node in tree.body if isinstance(node, ast.Assign)]
-        (table,) = (node.value for node in tables if node.targets[0].id == "INTEGRATION_TO_CALLBACK")
-        return [*ast.literal_eval(ast.List(table.keys, ast.Load())), "all", "none"]
-    where = {
-        "optim": ("training_args.py", "OptimizerNames"),
-        "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
-    }
-    return [node.value.value for node in _class(*where[key]) if isinstance(node, ast.Assign)]
+    try:
+        if key == "report_to":
+            tables = [n for n in _source("integrations/integration_utils.py").body if isinstance(n, ast.Assign)]
+            (table,) = (n.value for n in tables if ast.unparse(n.targets[0]) == "INTEGRATION_TO_CALLBACK")
+            return [*map(ast.literal_eval, table.keys), "all", "none"]
+        file, name = (
+            ("training_args.py", "OptimizerNames") if key == "optim" else ("trainer_utils.py", "SchedulerType")
+        )
+        return [node.value.value for node in _class(file, name) if isinstance(node, ast.Assign)]
+    except Exception:  # as above
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+        from transformers.trainer_utils import SchedulerType
+        from transformers.training_args import OptimizerNames
+
+        if key == "report_to":
+            return [*INTEGRATION_TO_CALLBACK, "all", "none"]
+        return [name.value for name in (OptimizerNames if key == "optim" else SchedulerType)]
+
+
+@functools.cache
+def _source(name: str) -> ast.Module:
+    (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
+    return ast.parse(Path(folder, name).read_text(encoding="utf-8"))
+
+
+def _class(file: str, name: str) -> list[ast.stmt]:
+    (body,) = (node.body for node in _source(file).body if getattr(node, "name", "") == name)
+    return body
 
 
 def missing_package(key: str, name: str) -> str | None:
-    """What pip has to install before `name` works as `optim` or `report_to`; None where it is there."""
-    known = OPTIMIZERS if key == "optim" else REPORTERS
-    modules, package = next((known[pattern] for pattern in known if fnmatchcase(name, pattern)), ("", ""))
-    there = not modules or any(importlib.util.find_spec(module) for module in modules.split())
-    return None if there else package
+    """What pip has to install before `name` works as `optim` or `report_to`; None where it is installed."""
+    module = next((module for pattern, module in _MODULES[key].items() if fnmatchcase(name, pattern)), None)
+    modules = ("tensorboard", "tensorboardX") if module == "tensorboard" else (module,)  # either will do
+    return None if module is None or any(map(importlib.util.find_spec, modules)) else _PIP.get(module, module)

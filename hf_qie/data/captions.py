@@ -6,9 +6,8 @@ set; a column and its inverse get the same number, as the i-th inverse belongs t
 
 import re
 from collections.abc import Container, Mapping
-from dataclasses import replace
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import pyarrow.compute as pc
@@ -46,8 +45,8 @@ def by_column(table: Dataset, task: Task) -> tuple[Dataset, Columns]:
             "rename the column"
         )
     lists = {"captions": all_of(columns.captions), "inverse_captions": all_of(columns.inverse_captions)}
-    required = tuple(chain(*lists.values())) if new else columns.required  # what the set is made from names them
-    columns = replace(columns, **lists, required=required)
+    if new:  # what the set is made from names them
+        columns = columns.model_copy(update=lists)
     return table.with_transform(partial(with_texts, become=become)), columns
 
 

@@ -22,7 +22,7 @@ from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, swa
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.qwen_image.vae import Grid
-from hf_qie.runtime.settings import unknown
+from hf_qie.runtime.rules import unknown
 
 TEXT = "text_embeds_"
 

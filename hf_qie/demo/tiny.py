@@ -38,9 +38,9 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.utils.logging import disable_progress_bar
 
-from hf_qie.config.recipe import Count
 from hf_qie.demo.shapes import PALETTE, SHAPES, TASKS, synthetic_edits
 from hf_qie.runtime.cli import Options, run_script, to_path, wanted
+from hf_qie.runtime.rules import Count
 
 logger = logging.getLogger("hf_qie.demo.tiny")
 

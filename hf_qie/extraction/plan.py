@@ -37,7 +37,7 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
     area_px = family.source_area_px(recipe.extract.source_sample_size)
-    task = replace(task, columns=rows.columns)
+    task = task.model_copy(update={"columns": rows.columns})
     return Plan(task=task, family=family, extract=recipe.extract, rows=rows, source_area_px=area_px)
 
 

@@ -130,7 +130,7 @@ def verify_sets(
     for name in finished:
         folder, provenance = sets[name], read_provenance(sets[name])
         latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
-        plan = replace(plans[name], extract=replace(plans[name].extract, latents=latents))
+        plan = replace(plans[name], extract=plans[name].extract.model_copy(update={"latents": latents}))
         sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
         check_compat({name: provenance}, checkpoint | sizes, model=model)
         dtype = getattr(torch, made_in := provenance["record"]["dtype"])

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from hf_qie.data.provenance import UNKNOWN
 from hf_qie.data.schema import column_of
 from hf_qie.models.base import families
-from hf_qie.runtime.settings import write_yaml
+from hf_qie.runtime.yaml_io import write_yaml
 
 TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"

@@ -11,7 +11,7 @@ from hf_qie.hub.export_formats import comfyui_file
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
 from hf_qie.models.base import read_family
-from hf_qie.runtime.settings import write_yaml
+from hf_qie.runtime.yaml_io import write_yaml
 
 PICTURES = "pictures.png"  # edits of held-out rows, where the run has made some
 CARD = "README.md"

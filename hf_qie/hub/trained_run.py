@@ -5,7 +5,7 @@ Letters: r rank, I width of a layer's input, O of its output.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,9 @@ def find_trained(path: Path) -> Trained:
     record = read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
     base = Path(record.get("started_in", ""), recipe.model)
     if base.is_dir() and base.resolve() != Path(recipe.model).resolve():  # else it is found from here as it stands
-        recipe = replace(recipe, model=str(base))
+        recipe = recipe.model_copy(update={"model": str(base)})
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
-        recipe = replace(recipe, revision=record["commit"])
+        recipe = recipe.model_copy(update={"revision": record["commit"]})
     wanted = [LORA_FILE] if recipe.trainable.lora else [TRANSFORMER_FOLDER, MODEL_FOLDER]
     if not any((folder / name).exists() for name in wanted):
         raise InputError(f"{folder}: holds no weights; wanted {' or '.join(wanted)}, as the recipe beside it trains")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_qie.errors import InputError, Misfit
-from hf_qie.runtime.settings import expanded, read_yaml, show, take, unknown
+from hf_qie.runtime.rules import expanded, show, unknown, validate
 from hf_qie.runtime.storage import disk_trouble
+from hf_qie.runtime.yaml_io import read_yaml
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
@@ -42,8 +43,8 @@ class Options(argparse.ArgumentParser):
         what, _, rest = message.partition(": ")
         if what == "unrecognized arguments" and rest.startswith("--"):
             name = re.split("[ =]", rest)[0]
-            names = {name: None for action in self._actions for name in action.option_strings}
-            raise InputError(f"{name}: {unknown(name, names).replace('key', 'option', 1)}")
+            names = [name for action in self._actions for name in action.option_strings]
+            raise InputError(f"{name}: {unknown(name, names, 'option')}")
         if what == "the following arguments are required":  # argparse counts those to which none may be given
             raise InputError(f"{rest.removesuffix(', overrides')}: missing; --help shows the command line")
         raise InputError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
@@ -52,7 +53,7 @@ class Options(argparse.ArgumentParser):
 def check(value: Any, kind: Any, at: str) -> Any:
     """`value` of a caller as the annotation `kind` of a recipe's key wants it; raises InputError."""
     try:
-        return take(value, kind, at)
+        return validate(kind, value, at)
     except Misfit as misfit:
         raise InputError(": ".join(misfit.args)) from None
 
@@ -62,7 +63,7 @@ def wanted(kind: Any) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            return take(read_yaml(text, "value"), kind, "value")
+            return validate(kind, read_yaml(text, "value"), "value")
         except (Misfit, InputError) as error:
             raise argparse.ArgumentTypeError(str(error.args[-1])) from None
 

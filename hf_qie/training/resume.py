@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
-from hf_qie.config.recipe import Recipe, as_dict
+from hf_qie.config.recipe import Recipe, as_dict, leaves
 from hf_qie.errors import InputError
-from hf_qie.runtime.settings import leaves
 from hf_qie.training.checkpoints import check_identity, last_checkpoint, read_complete, step_of
 
 logger = get_logger(__name__)
@@ -46,7 +45,7 @@ def run_identity(
 
     Ranks, the cut of a step at the same global batch, the number of steps and all else of `training` may change.
     """
-    identity = {at: as_dict(value) for at, value, _ in leaves(recipe) if at.split(".")[0] in SAME}
+    identity = {at: as_dict(value) for at, value in leaves(recipe) if at.split(".")[0] in SAME}
     for name, data in sets.items():
         task = recipe.tasks[name]
         if task.weight > 0:

@@ -1,0 +1,188 @@
+"""Rules for values that a user gives, in a recipe or on a command line, and what is said of one that breaks them.
+
+    Count = Annotated[int, Field(ge=1), Rule("an integer of at least 1")]
+
+is a type, what pydantic checks of it, and the words for it in errors and in the JSON schema. All values are strict:
+true is not a number, "4" is not one either, and numbers are finite.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from hf_qie.errors import Misfit
+
+STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+K, V = TypeVar("K"), TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Annotation: what a value has to be, in words, and the test that pydantic's own constraints leave open."""
+
+    expected: str
+    test: Callable[[Any], Any] = lambda value: True
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.no_info_wrap_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Any]) -> Any:
+        return handler(schema) | {"description": self.expected}
+
+    def _check(self, value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            checked = handler(value)
+            if self.test(checked):
+                return checked
+        except ValidationError as error:
+            if any(isinstance(part, int) for part in error.errors()[0]["loc"][:1]):  # an item of a list says more
+                raise
+        raise PydanticCustomError("expected", "{expected}", {"expected": self.expected})
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Annotation of a tuple: YAML gives a list, and with `one` a single string stands for a list of one."""
+
+    one: bool = True
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.no_info_before_validator_function(self._listed, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Any]) -> Any:
+        array = handler(schema["schema"])
+        return {"anyOf": [array["items"], array]} if self.one else array
+
+    def _listed(self, value: Any) -> Any:
+        if isinstance(value, str) and self.one:
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+
+def expanded(path: str) -> str:
+    """`path` with `~` and environment variables replaced; raises ValueError for one that is not set.
+
+    The result contains none, so that a saved recipe reads back as it is.
+    """
+    full = os.path.expanduser(os.path.expandvars(path))
+    if left := re.search(r"\$(\w+|\{[^}]*\})", full):
+        raise ValueError(f"the environment variable {left[1].strip('{}')} is not set; set it, or write the path out")
+    if full.startswith("~"):
+        user = full.partition("/")[0]
+        raise ValueError(f"{user} is not the home of a user; write ./{user} for a file or folder of that name")
+    return full
+
+
+Name = Annotated[str, Rule("a string that is not blank", str.strip)]
+PathName = Annotated[Name, AfterValidator(expanded)]  # every key that may be a path
+Seed = Annotated[int, Field(ge=0, lt=2**32), Rule("an integer from 0 to 4294967295")]
+Whole = Annotated[int, Field(ge=0), Rule("an integer of at least 0")]
+Count = Annotated[int, Field(ge=1), Rule("an integer of at least 1")]
+Side = Annotated[int, Field(ge=64), Rule("an integer of at least 64")]  # below, a long image rounds to 0 pixels
+Positive = Annotated[float, Field(gt=0), Rule("a number above 0")]
+Weight = Annotated[float, Field(ge=0), Rule("a number of at least 0")]
+Share = Annotated[float, Field(ge=0, le=1), Rule("a number from 0 to 1")]
+Below1 = Annotated[float, Field(ge=0, lt=1), Rule("a number from 0 to below 1")]
+Names = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
+Table = Annotated[Mapping[K, V], AfterValidator(MappingProxyType)]  # read-only
+
+
+class Section(BaseModel):
+    """A section of a recipe: a frozen model of strict values; a field with exclude=True is not a key of the file."""
+
+    model_config = STRICT
+
+    @classmethod
+    def key_names(cls) -> list[str]:
+        """The keys that a file may have."""
+        return [name for name, field in cls.model_fields.items() if not field.exclude]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, given: Any) -> Any:
+        if given is None:  # a section whose every line is commented out
+            return {}
+        for key in given if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                raise PydanticCustomError(
+                    "unknown", "unknown key", {"key": key, "told": unknown(key, cls.key_names())}
+                )
+        return given
+
+
+def validate(kind: Any, value: Any, at: str = "") -> Any:
+    """`value`, as YAML gives it, as a `kind`: a type, an Annotated one or a Section; `at` is its address.
+
+    Raises:
+        Misfit: it is not one; the first error, by its own address.
+    """
+    config = None if isinstance(kind, type) and issubclass(kind, BaseModel) else STRICT
+    try:
+        return TypeAdapter(kind, config=config).validate_python(value)
+    except ValidationError as error:
+        raise _misfit(error, value, at) from None
+
+
+_EXPECTED = {  # by pydantic's types of errors
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+}
+
+
+def _misfit(error: ValidationError, value: Any, at: str) -> Misfit:
+    """The first of pydantic's errors in our words."""
+    first, *others = error.errors()
+    context, depth = first.get("ctx", {}), 0
+    for part in first["loc"]:  # the last part may name a member of a union, or be [key]
+        if isinstance(value, dict) and (part in value or first["type"] == "missing"):
+            at, value = join(at, part), value.get(part)
+        elif isinstance(part, int) and isinstance(value, list | str):
+            at, value = f"{at}[{part}]", value[part] if isinstance(value, list) else value
+        else:
+            break
+        depth += 1
+    if first["type"] == "unknown":
+        return Misfit(join(at, context["key"]), context["told"])
+    if first["type"] == "missing":
+        return Misfit(at, "missing")
+    got = f"got {show(first['input'])}"
+    if first["type"] == "value_error":
+        return Misfit(at, f"{got}: {context['error']}")
+    at_union = first["loc"][depth:] not in ((), ("[key]",))
+    members = [one for one in others if at_union and one["loc"][:depth] == first["loc"][:depth]]
+    expected = [_EXPECTED.get(one["type"], one.get("ctx", {}).get("expected", "")) for one in [first, *members]]
+    return Misfit(at, f"{got}, expected {' or '.join(dict.fromkeys(filter(None, expected)))}")
+
+
+def show(value: Any) -> str:
+    """A value in a message: as YAML has it, cut to a line."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def unknown(key: Any, known: Iterable[str], what: str = "key") -> str:
+    """What to say of a key that is not among the `known` ones: the nearest of them, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"unknown {what}, " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+
+
+def join(at: str, key: Any) -> str:
+    """The address of `key` in the section at address `at`."""
+    return f"{at}.{key}" if at else str(key)

@@ -1,0 +1,105 @@
+"""Strict YAML 1.2: text -> plain values, and back.
+
+Scalars are those of the core schema: `1e-4` is a number; `no`, `on`, dates and `1_000` are strings. Merge keys
+(`<<: *other`) are read; tags of Python are not, and no key may occur twice.
+"""
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+from hf_qie.errors import InputError
+from hf_qie.runtime.rules import show
+
+MAX_DIGITS = 1000  # of an integer; Python writes no more than 4300 in a message
+
+
+def read_yaml(text: bytes | str, where: str) -> Any:
+    """The plain value of one YAML document.
+
+    Raises:
+        InputError: it cannot be read; the message has `where`, the line and the reason.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise InputError(f"{where}, line {mark.line + 1}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; a recipe has five levels at most") from None
+
+
+def write_yaml(value: Any) -> str:
+    """A plain value as YAML that reads back as itself, here and with readers of YAML 1.1."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+
+
+class _Loader(yaml.SafeLoader):
+    """The core schema and merge keys (`<<: *other`), and nothing else: no dates, no tags of Python; no key twice."""
+
+    yaml_implicit_resolvers: ClassVar = {}
+    yaml_constructors: ClassVar = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping, lines, merged = {}, {}, {}
+    for key_node, value_node in node.value:
+        if key_node.value == "<<" and key_node.style is None:  # a key that stands here itself goes first
+            merged = _merged(loader, value_node) | merged
+            continue
+        key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                problem=f"got {show(key)} as a key, expected a word or number", problem_mark=mark
+            )
+        if key in mapping:
+            problem = f"key {show(key)} again, it is in line {lines[key]} already"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        mapping[key], lines[key] = loader.construct_object(value_node, deep=True), mark.line + 1
+    return {**merged, **mapping}
+
+
+def _merged(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
+    """What a merge key brings: a mapping, or several, of which the first that has a key gives its value."""
+    mappings = loader.construct_object(node, deep=True)
+    mappings = mappings if isinstance(mappings, list) else [mappings]
+    if not all(isinstance(one, dict) for one in mappings):
+        problem = f"got <<: {show(mappings)}, expected an alias of a mapping, as <<: *name, or a list of them"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return {key: value for one in reversed(mappings) for key, value in one.items()}
+
+
+def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
+    return [loader.construct_object(item, deep=True) for item in node.value]
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text, 0 if text[1:2] in ("o", "x") else 10)
+
+
+_SCALARS = {  # tag: (what a plain scalar of that kind looks like, how it is read)
+    "null": ("~|null|Null|NULL|", lambda text: None),
+    "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _integer),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+    ),
+}
+for _tag, (_pattern, _read) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", lambda _, node, read=_read: read(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor(None, _Loader.construct_undefined)

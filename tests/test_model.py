@@ -321,7 +321,7 @@ def test_a_run_starts_from_the_weights_of_a_lora(tiny, tmp_path, prefix):
     [
         ({"rank": 8}, "is no LoRA of rank 8"),
         ({"target_modules": "attention"}, "36 tensors differ"),
-        ({"alpha": 4.0}, "has alpha 8, the recipe 4.0; set trainable.lora.alpha: 8"),
+        ({"alpha": 4.0}, "has alpha 8, the recipe 4; set trainable.lora.alpha: 8"),
         ({"init_from": "nowhere"}, "nowhere does not load as a LoRA"),
     ],
 )

@@ -290,7 +290,7 @@ def named_columns(task: Task) -> list[str]:
 
 def refuse_split(task: Task, why: str) -> None:
     """Raise InputError for a split that would be passed over in silence."""
-    if task.split != type(task).split:
+    if task.split != Task.model_fields["split"].default:
         raise InputError(f"tasks.{task.name}.split: {task.split}: {why}, and leave split out")
 
 

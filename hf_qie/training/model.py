@@ -311,7 +311,7 @@ def load_lora(model: PeftModel, source: str | Path) -> None:
     alpha = settings.get("lora_alpha", config.r)  # without metadata diffusers takes alpha = rank
     if alpha != config.lora_alpha:
         raise InputError(
-            f"{where} has alpha {alpha}, the recipe {config.lora_alpha}; set trainable.lora.alpha: {alpha}"
+            f"{where} has alpha {alpha:g}, the recipe {config.lora_alpha:g}; set trainable.lora.alpha: {alpha:g}"
         )
     with torch.no_grad():
         for key, parameter in wanted.items():

@@ -20,7 +20,7 @@ from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.config.training_args import check_packages
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import run_script
-from hf_qie.runtime.storage import prove_writable
+from hf_qie.runtime.files import prove_writable
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "errors plots runtime.rules runtime.yaml_io runtime.storage runtime.cli runtime.device runtime.ranks runtime.lock "
-    "runtime.files runtime.alive runtime.hub_errors "
+    "errors plots runtime.rules runtime.yaml_io runtime.files runtime.cli runtime.device runtime.ranks runtime.lock "
+    "runtime.alive runtime.hub_errors "
     "config.installed config.training_args config.overrides config.recipe config.launch training.precision "
     "models.checkpoint models.base models.qwen_image.prompts "
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.lora_files "

@@ -31,6 +31,16 @@ def test_a_good_set_is_the_official_pipelines(extracted, capsys):
         assert f"  {column} " in out
 
 
+def test_a_byte_that_changed_on_the_disk_is_told_by_its_file(extracted, tmp_path):
+    folder = shutil.copytree(extracted.parent / "sets", tmp_path / "sets")
+    file = next((folder / "edit").glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name} is not what was written"):
+        check.main([str(extracted), f"extract.output_dir={folder}", "--verify", "1"])
+
+
 def altered(extracted: Path, folder: Path, change) -> Path:
     """A copy of the finished sets, a row of the task `edit` at a time through `change`."""
     shutil.copytree(extracted.parent / "sets", folder)

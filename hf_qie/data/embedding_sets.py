@@ -15,29 +15,25 @@ from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_prov
 from hf_qie.data.tables import HUB_ID
 from hf_qie.data.validation import DAMAGED, check_columns
 from hf_qie.errors import InputError
-from hf_qie.runtime.files import check_files, is_noted, note
+from hf_qie.runtime.files import check_sizes
 from hf_qie.runtime.hub_errors import hub_errors
 
-COLUMNS = "its columns are those of a set"  # noted of a provenance, which has the digests of all that holds them
 
+def open_set(folder: Path) -> Dataset:
+    """The embedding set in `folder`; raises InputError where there is none, or it is incomplete.
 
-def open_set(folder: Path, *, anew: bool = False) -> Dataset:
-    """The embedding set in `folder`; raises InputError where there is none, or it is not finished, or damaged.
-
-    `anew`: its files are read though they have been found whole before.
+    Sizes, footers and columns are checked; `check.py --verify` reads every byte.
     """
     if not (folder / PROVENANCE).is_file():
         raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
-    files = files_of(read_provenance(folder))
     if is_first_here():
-        check_files(folder, files, anew=anew)
+        check_sizes(folder, files_of(read_provenance(folder)))
     try:
         data = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise InputError(f"{folder}: does not open as a dataset ({first_line(error)}); {DAMAGED}") from error
-    if is_first_here() and not (files and is_noted(folder / PROVENANCE, COLUMNS)):
+    if is_first_here():
         check_columns(data, where=str(folder))
-        note(folder / PROVENANCE, COLUMNS)
     return data
 
 

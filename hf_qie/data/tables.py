@@ -29,8 +29,7 @@ from pyarrow import parquet
 from hf_qie.config.recipe import Columns, Task
 from hf_qie.data.schema import columns_of
 from hf_qie.errors import InputError
-from hf_qie.runtime.files import samples
-from hf_qie.runtime.storage import disk_trouble
+from hf_qie.runtime.files import disk_trouble, samples
 
 Line = tuple[str, str, dict[str, Any]]  # where it stands, the folder of its relative paths, its values by column
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_qie.runtime.files import is_noted, misfit, move_durably, note, write_durably, written
+from hf_qie.runtime.files import move_durably, size_misfit, write_durably, written
 
 UNFINISHED = "unfinished"  # beside the chunks of a set until it is whole
 REQUEST = f"{UNFINISHED}/request.json"  # what it is being made from
@@ -40,11 +40,9 @@ def account_path(path: Path) -> Path:
 
 def keep_chunk(aside: Path, path: Path, account: Account, *, data: str) -> None:
     """Let the finished file `aside` appear under the chunk's name; `data` is the digest of what it is made from."""
-    file = written(aside)
-    noted = {"rows": vars(account), "file": file, "data": data}
+    noted = {"rows": vars(account), "file": written(aside), "data": data}
     write_durably(account_path(path), json.dumps(noted, ensure_ascii=False))
     move_durably(aside, path)
-    note(path, file["sha256"])
 
 
 def read_account(path: Path, *, data: str | None = None) -> tuple[Account, dict[str, Any]]:
@@ -68,4 +66,4 @@ def damage(path: Path, *, data: str) -> str | None:
         _, was = read_account(path, data=data)
     except ValueError as error:
         return str(error)
-    return None if is_noted(path, was["sha256"]) else misfit(path, was)
+    return size_misfit(path, was)

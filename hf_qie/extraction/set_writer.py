@@ -37,7 +37,7 @@ from hf_qie.extraction.reuse import (
 )
 from hf_qie.runtime.alive import at_any_length
 from hf_qie.runtime.device import AUTO
-from hf_qie.runtime.files import check_files, move_durably, write_durably, written
+from hf_qie.runtime.files import check_sizes, move_durably, write_durably, written
 from hf_qie.runtime.lock import in_turn, lock_of, refuse_holder
 
 logger = get_logger(__name__)
@@ -97,7 +97,7 @@ def open_in_turn(folder: Path, request: Mapping[str, Any], *, recipe: Recipe, di
         raise InputError(f"{folder}: holds files that are no embedding set; give another extract.output_dir")
     if (folder / PROVENANCE).exists():
         clean_up(folder)
-        check_files(folder, files_of(read_provenance(folder)))
+        check_sizes(folder, files_of(read_provenance(folder)))
         return
     shutil.rmtree(writing(folder, recipe), ignore_errors=True)  # of a launch that was killed
     writing(folder, recipe).mkdir(parents=True)

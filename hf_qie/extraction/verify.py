@@ -19,7 +19,14 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_set
-from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, read_provenance, unverified
+from hf_qie.data.provenance import (
+    PROVENANCE,
+    check_compat,
+    checkpoint_compat,
+    files_of,
+    read_provenance,
+    unverified,
+)
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
 from hf_qie.data.seeding import draw_rng
@@ -29,6 +36,7 @@ from hf_qie.extraction.stats import aligned
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 from hf_qie.runtime.device import computes_bfloat16, own_device
+from hf_qie.runtime.files import check_digests
 
 STORED = 2.0**-11  # half a step of float16, in which sets are stored
 ROUNDINGS = 32
@@ -153,7 +161,8 @@ def verify_set(
 
     Raises InputError where the set was made from other pictures, or one cannot be read any more.
     """
-    data = open_set(folder, anew=True)
+    check_digests(folder, files_of(read_provenance(folder)))
+    data = open_set(folder)
     chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
     numbers = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
     texts, numbers = (

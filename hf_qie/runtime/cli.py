@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_qie.errors import InputError, Misfit
+from hf_qie.runtime.files import disk_trouble
 from hf_qie.runtime.rules import expanded, show, unknown, validate
-from hf_qie.runtime.storage import disk_trouble
 from hf_qie.runtime.yaml_io import read_yaml
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has

@@ -1,37 +1,32 @@
-"""Files that are written whole, and found to be whole.
+"""Files that a crash leaves complete or not at all, checks of what is read, and what a disk error means."""
 
-A crash leaves no half of one, and a digest tells whether a file is still what was written: a bit that flips on a disk,
-or a copy that ended early, would train as if it were data.
-"""
-
+import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from datasets import config
 from tqdm import tqdm
 
 from hf_qie.errors import InputError
 
-CHECKED = Path(config.HF_CACHE_HOME, "hf_qie", "checked")
 READERS = 8  # threads: a disk is asked for several files at a time, and hashing takes a core each
 NAMED = 8  # files of an error message
 
 
 def write_durably(path: Path, text: str, *, aside: Path | None = None) -> None:
-    """Write a small file so that a crash leaves the old one or the new one, whole.
+    """Write a small file so that a crash leaves the old one or the new one.
 
-    `aside`: the folder on the same disk in which a crash may leave half of one; without it, that of the file.
+    `aside`: the folder on the same disk where the temporary file lies; without it, that of the file.
     """
-    beside = (aside or path.parent) / f"{path.name}.{uuid4().hex}"  # several launches may write the same file
-    with beside.open("w", encoding="utf-8") as file:
+    temporary = (aside or path.parent) / f"{path.name}.{uuid4().hex}"  # several launches may write the same file
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
-    move_durably(beside, path)
+    move_durably(temporary, path)
 
 
 def move_durably(source: Path, target: Path) -> None:
@@ -51,7 +46,7 @@ def flush(path: Path) -> None:
 
 
 def written(path: Path) -> dict[str, Any]:
-    """What is written down of a file, to know it again by: `bytes` and `sha256`."""
+    """`bytes` and `sha256` of a file, by which it is checked later."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -64,32 +59,33 @@ def samples(file: BinaryIO, *, count: int, num_bytes: int) -> Iterator[bytes]:
         yield file.read(num_bytes)
 
 
-def misfit(path: Path, was: Mapping[str, Any]) -> str | None:
-    """Why a file is not the one of which `was` tells `bytes` and `sha256`; None where it is."""
+def size_misfit(path: Path, was: Mapping[str, Any]) -> str | None:
+    """Why a file does not have the size of the one of which `was` has `bytes`; None where it has."""
     if not path.is_file():
         return "is missing"
-    if (size := path.stat().st_size) != was["bytes"]:
-        return f"has {size:,} bytes, but {was['bytes']:,} were written"
-    return None if written(path) == was else "is not what was written"
+    size = path.stat().st_size
+    return None if size == was["bytes"] else f"has {size:,} bytes, but {was['bytes']:,} were written"
 
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, anew: bool = False) -> None:
-    """Raise InputError naming the files of `folder` that are not what was written; `files` tells by name what was.
+def misfit(path: Path, was: Mapping[str, Any]) -> str | None:
+    """Why a file is not the one of which `was` has `bytes` and `sha256`; None where it is."""
+    return size_misfit(path, was) or (None if written(path) == was else "is not what was written")
 
-    What has been read since its last change is not read again, unless `anew`.
-    """
 
-    def reason(name: str) -> str | None:
-        path, was = folder / name, files[name]
-        if not anew and is_noted(path, was["sha256"]):
-            return None
-        if (why := misfit(path, was)) is None:
-            note(path, was["sha256"])
-        return why and f"{name} {why}"
+def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError naming the files of `folder` that are missing or have not the size in `files`, by name."""
+    _refuse(folder, [f"{name} {why}" for name, was in files.items() if (why := size_misfit(folder / name, was))])
 
+
+def check_digests(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """`check_sizes`, and reads every byte to compare it with the `sha256` in `files`."""
     with ThreadPoolExecutor(READERS) as readers:
-        checks = readers.map(reason, files)
-        wrong = [why for why in tqdm(checks, f"checking {folder}", len(files), delay=2, disable=None) if why]
+        reasons = readers.map(lambda name: misfit(folder / name, files[name]), files)
+        found = dict(zip(files, tqdm(reasons, f"checking {folder}", len(files), delay=2, disable=None), strict=True))
+    _refuse(folder, [f"{name} {why}" for name, why in found.items() if why])
+
+
+def _refuse(folder: Path, wrong: list[str]) -> None:
     if wrong:
         more = f" and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
         raise InputError(
@@ -97,20 +93,42 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, anew: b
         )
 
 
-def note(path: Path, found: str) -> None:
-    """Note what was found of a file that has been read, to hold until the file changes."""
-    with suppress(OSError):  # who cannot note it reads the file again
-        mark_of(path, found).parent.mkdir(parents=True, exist_ok=True)
-        mark_of(path, found).touch()
+# --- disk errors -----------------------------------------------------------------------------------------------------
+
+_KEPT = "then start again: what is finished is kept"
+_FULL = f"no space is left on the disk; free some, {_KEPT}"
+_READ_ONLY = "the disk is read-only; write elsewhere, or have it mounted for writing"
+_ERRORS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: f"the quota of the disk is used up; free some, {_KEPT}",
+    errno.EROFS: _READ_ONLY,
+    errno.EACCES: "permission denied; use a path that you may read and write, or have the permission changed",
+    errno.EPERM: "not permitted; use a path that you may read and write, or have the permission changed",
+    errno.EIO: f"input/output error of the disk; check the disk, {_KEPT}",
+}
+# of libraries that hand on the text of an error without its number
+_TEXTS = {
+    re.compile(r"No space left on device|PytorchStreamWriter failed writing|unexpected pos \d+ vs"): _FULL,
+    re.compile(r"Read-only file system"): _READ_ONLY,
+}
 
 
-def is_noted(path: Path, found: str) -> bool:
-    """Whether this was found of a file, as it is now."""
-    return path.is_file() and mark_of(path, found).exists()
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What an error, or one of its causes, says of a disk, with a remedy; None where it is about something else."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in _ERRORS:
+            return f"{error.filename or text}: {_ERRORS[error.errno]}"
+        for pattern, message in _TEXTS.items():
+            if pattern.search(text):
+                return f"{message} ({text.splitlines()[0]})"
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def mark_of(path: Path, found: str) -> Path:
-    """Where it is noted. Not beside the file, for a set may be another's to write."""
-    seen = path.stat()  # the time of change, which nobody can set, as that of writing can be
-    key = repr((str(path.resolve()), seen.st_size, seen.st_ctime_ns, found))
-    return CHECKED / hashlib.sha256(key.encode()).hexdigest()
+def prove_writable(folder: Path) -> None:
+    """Make `folder`, and a file in it for a moment; raises OSError where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable-{os.getpid()}"
+    probe.touch()
+    probe.unlink()

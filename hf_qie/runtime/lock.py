@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from hf_qie.errors import InputError
+from hf_qie.runtime.files import disk_trouble
 from hf_qie.runtime.ranks import rank
-from hf_qie.runtime.storage import disk_trouble
 
 WAIT_S = 1.0  # for a launch that is just ending
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have none

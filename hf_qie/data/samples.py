@@ -23,7 +23,7 @@ from hf_qie.data.captions import MOST_TEXTS, by_column, text_columns
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
 from hf_qie.data.schema import columns_of
-from hf_qie.data.tables import Embedded, Line, Table, no_rows
+from hf_qie.data.tables import DataRow, Embedded, Table, no_rows
 from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 
@@ -129,7 +129,7 @@ class Reader:
         self.examples: list[str] = []  # the first bad rows
         self.roots: Counter[str] = Counter()  # of bad rows whose file cannot be used, where its path starts
 
-    def read(self, lines: Iterator[Line]) -> Iterator[list[dict[str, Any]]]:
+    def read(self, lines: Iterator[DataRow]) -> Iterator[list[dict[str, Any]]]:
         """The rows of the table, some at a time; their files are looked at in threads while others are parsed."""
         waiting: deque[tuple[list, list]] = deque()
         with ThreadPoolExecutor(LOOKERS, "look") as lookers:

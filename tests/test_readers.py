@@ -342,7 +342,7 @@ def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
     (tmp_path / "a.txt").touch()
     (tmp_path / "a.jsonl").touch()
     assert message(task_of(tmp_path / "a.jsonl", tmp_path / name)) == (
-        f"tasks.a.data: {tmp_path / name} cannot be read: give .jsonl, .ndjson, .json, .csv, .tsv, .parquet files, "
+        f"tasks.a.data: cannot read {tmp_path / name}: give .jsonl, .ndjson, .json, .csv, .tsv, .parquet files, "
         "text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
     )
 
@@ -350,12 +350,12 @@ def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("a.xlsx", "a.xlsx cannot be read: a spreadsheet; save it as CSV"),
-        ("a.tar", "a.tar cannot be read: an archive; unpack it"),
-        ("folder/part.csv", "folder cannot be read: a folder of .csv files; give {folder}/folder/*.csv"),
+        ("a.xlsx", "cannot read {folder}/a.xlsx: a spreadsheet; save it as CSV"),
+        ("a.tar", "cannot read {folder}/a.tar: an archive; unpack it"),
+        ("folder/part.csv", "cannot read {folder}/folder: a folder of .csv files; give {folder}/folder/*.csv"),
         (
             "folder/metadata.jsonl",
-            "folder cannot be read: a folder of .jsonl files; give {folder}/folder/*.jsonl, and file_name as "
+            "cannot read {folder}/folder: a folder of .jsonl files; give {folder}/folder/*.jsonl, and file_name as "
             "columns.target",
         ),
     ],
@@ -363,9 +363,7 @@ def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
 def test_what_others_read_is_named_with_the_way_on(tmp_path, name, told):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).touch()
-    assert message(task_of(tmp_path / name.partition("/")[0])) == (
-        f"tasks.a.data: {tmp_path}/{told.format(folder=tmp_path)}"
-    )
+    assert message(task_of(tmp_path / name.partition("/")[0])) == (f"tasks.a.data: {told.format(folder=tmp_path)}")
 
 
 def test_the_command_that_is_told_for_a_folder_of_images_writes_its_data(tmp_path):
@@ -399,7 +397,7 @@ def test_a_broken_csv_is_named_with_its_line(tmp_path, content, told):
 
 def test_a_broken_parquet_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"nonsense")
-    assert message(task_of(tmp_path / "a.parquet")).startswith(f"{tmp_path}/a.parquet: no Parquet (")
+    assert message(task_of(tmp_path / "a.parquet")).startswith(f"{tmp_path}/a.parquet: invalid Parquet (")
 
 
 def test_text_of_parquet_that_is_not_utf_8_is_one_bad_row(tmp_path):
@@ -443,8 +441,8 @@ def test_a_named_column_of_two_types_is_refused_with_the_file(tmp_path):
     for name, value in (("a", "a.png"), ("b", 7)):
         parquet.write_table(pa.table({"target_image": [value]}), tmp_path / f"{name}.parquet")
     assert message(task_of(tmp_path / "*.parquet")) == (
-        f"tasks.a.data: {tmp_path}/b.parquet: column target_image is int64, in {tmp_path}/a.parquet it is string; "
-        "write both as one type"
+        f"tasks.a.data: {tmp_path}/b.parquet: Unable to merge: Field target_image has incompatible types: string vs "
+        "int64; write a column with the same type in all files"
     )
 
 
@@ -527,7 +525,7 @@ def test_samples_of_data_reach_its_first_and_last_byte(tmp_path, monkeypatch):
     path, digests = tmp_path / "a", {}
     for place in range(10):
         path.write_bytes(bytes(place) + b"x" + bytes(9 - place))
-        tables.take_in([path], digest := hashlib.sha256())
+        tables._update(digest := hashlib.sha256(), [path])
         digests.setdefault(digest.hexdigest(), []).append(place)
     assert [places for places in digests.values() if len(places) == 1] == [[0], [1], [4], [5], [8], [9]]
 
@@ -604,7 +602,7 @@ def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
         (copied,) = (tmp_path / "last").rglob("edits-train.arrow")
         assert "note" not in Dataset.from_file(str(copied)).column_names  # the card says which columns there are
         for data in ("org/nothing", "org/edits@v2", "org/edits:small"):
-            told = f"tasks.a.data: {data} is no file or folder here, and as a dataset of the Hub it cannot be loaded: "
+            told = f"tasks.a.data: {data} is not a file or folder here, and cannot be loaded as a dataset of the Hub: "
             assert read_from(hub, tmp_path / "home", data)["error"].startswith(told)
 
 

@@ -252,26 +252,14 @@ def test_a_list_in_a_string_is_read_as_json_or_python_writes_it(data, tmp_path):
     assert rows.table["sources"][:] == [["a.png", "b.png"], ["a.png", "b.png"], []]
 
 
-def test_paths_with_backslashes_cost_one_look_into_their_folder(data, tmp_path, monkeypatch):
-    (tmp_path / "sub").mkdir()
-    file = data([{**ROW, "source_image": f"sub\\{i}.png", "target_image": f"sub/\\{i}.png"} for i in range(100)])
-    looks, listdir, exists = [], os.listdir, os.path.exists
-    monkeypatch.setattr(os, "listdir", lambda folder: looks.append(folder) or listdir(folder))
-    monkeypatch.setattr(os.path, "exists", lambda path: looks.append(path) or exists(path))
-    with pytest.raises(InputError, match=r"100 of 100 rows are bad"):
-        read(tmp_path, file)
-    assert len([look for look in looks if str(look).startswith(f"{tmp_path}/")]) < 10
-
-
 def test_backslashes_and_file_urls_name_files(data, tmp_path):
     (tmp_path / "sub").mkdir()
-    for name in ("sub/a b.png", "back\\slash.png", "sub/back\\slash.png"):
-        (tmp_path / name).touch()
-    sources = ["sub\\a b.png", f"file://{tmp_path}/sub/a%20b.png", "back\\slash.png", "sub/back\\slash.png"]
+    (tmp_path / "sub" / "a b.png").touch()
+    sources = ["sub\\a b.png", f"file://{tmp_path}/sub/a%20b.png"]
     rows = read(
         tmp_path, data([{**ROW, "source_image": sources, "target_image": f"file://localhost{tmp_path}/b.png"}])
     )
-    assert rows.table[0]["sources"] == ["sub/a b.png", f"{tmp_path}/sub/a b.png", *sources[2:]]
+    assert rows.table[0]["sources"] == ["sub/a b.png", f"{tmp_path}/sub/a b.png"]
     assert rows.table[0]["target"] == f"{tmp_path}/b.png"
 
 
@@ -443,7 +431,7 @@ def test_more_sources_than_the_checkpoint_takes_are_refused_with_the_remedy(data
 
 def test_data_that_is_not_there_or_empty_is_refused(data, tmp_path):
     assert refusal(tmp_path, tmp_path / "no-*.jsonl") == (
-        f"tasks.faces.data: no file {tmp_path}/no-*.jsonl (looked from {Path.cwd()})"
+        f"tasks.faces.data: file not found: {tmp_path}/no-*.jsonl (from {Path.cwd()})"
     )
     empty = data(["", " "])
     assert refusal(tmp_path, empty) == f"tasks.faces.data: {empty} holds no rows"

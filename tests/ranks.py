@@ -26,11 +26,9 @@ import transformers.trainer
 from accelerate import DistributedType
 from accelerate.state import PartialState
 from launches import stop
-from transformers.trainer_callback import PrinterCallback
 
-import hf_qie.runtime.alive
+import hf_qie.training.callbacks
 import hf_qie.training.checkpoints
-import hf_qie.training.image_grid
 import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
@@ -47,15 +45,8 @@ KILLS = {
     "torch": (torch, "save", "*.p*"),
     "shards": (transformers.trainer, "save_fsdp_optimizer", "optimizer_0/*.distcp"),
     "complete": (hf_qie.training.checkpoints, "write_durably", "complete.json"),
-    "rotation": (hf_qie.training.trainer, "rotate_checkpoints", None),
+    "rotation": (hf_qie.training.callbacks, "rotate_checkpoints", None),
     "loss": (EditTrainer, "compute_loss", None),
-}
-
-# What one rank does while the others wait for it.
-ALONE = {
-    "checkpoint": (hf_qie.training.checkpoints, "write_durably"),
-    "images": (hf_qie.training.image_grid, "draw_grid"),
-    "log": (PrinterCallback, "on_log"),
 }
 
 
@@ -65,8 +56,7 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
-    ever}, slow: {points of ALONE: the number of the call there in which the first rank sleeps for `SLEEP_S`}, notes: a
-    file for the steps that the first rank computes}.
+    ever}, notes: a file for the steps that rank 0 computes}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,10 +116,6 @@ def do(run: Mapping[str, Any], rank: int) -> None:
         shutil.copytree(run["checkpoint"], folder / Path(run["checkpoint"]).name)
     if run.get("kill", {}).get("rank") == rank:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
-    if "slow" in run:
-        hf_qie.runtime.alive.BEAT_S = 0.1
-        for point, call in run["slow"].items() if rank == 0 else ():
-            sleep_at(*ALONE[point], call)
     if "notes" in run and rank == 0:
         note_steps(Path(run["notes"]))
     if run.get("stops", {}).get("rank") == rank:
@@ -166,23 +152,6 @@ def kill_at(folder: Path, point: str, call: int) -> None:
         return calls[-1]
 
     setattr(module, name, write_and_die)
-
-
-SLEEP_S = 4
-
-
-def sleep_at(module: Any, name: str, call: int) -> None:
-    """Sleep in one call of a function."""
-    function, calls = getattr(module, name), []
-
-    def sleep_and_call(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == call:
-            print(f"asleep in {name}", file=sys.stderr, flush=True)
-            time.sleep(SLEEP_S)
-        return function(*args, **kwargs)
-
-    setattr(module, name, sleep_and_call)
 
 
 def stop_at(step: int, sends: signal.Signals | None, stopped: Path) -> None:

@@ -80,7 +80,8 @@ def training(folder: Path, done: multiprocessing.Value) -> None:
     from transformers import TrainerCallback
 
     from hf_qie.config.recipe import load_recipe
-    from hf_qie.train import build_trainer, open_sets
+    from hf_qie.training.sets import open_sets
+    from hf_qie.training.setup import build_trainer
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -9,15 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import embedding_sets
 import pytest
 from datasets import load_from_disk
 from launches import Launch
-from ranks import in_ranks
 from small_recipes import write_recipe
 
 from hf_qie.runtime.alive import Alive, at, at_any_length
-from hf_qie.training.checkpoints import last_checkpoint
 
 # A beat is a fiftieth of its length here, and so is the patience; the mechanism is the same.
 RANK = """
@@ -168,26 +165,6 @@ def test_two_files_a_rank_and_beat_are_read_however_many_there_are(tmp_path, mon
 # --- the two runs themselves
 
 
-@pytest.mark.two_rank
-def test_no_rank_is_ended_that_waits_for_what_the_first_rank_does_alone(tmp_path, tiny):
-    """A second of patience, and four that the first rank needs for a checkpoint, for images and for a log."""
-    training = {"per_device_train_batch_size": 2, "max_steps": 20, "save_steps": 12, "logging_steps": 4}
-    recipe = embedding_sets.write_recipe(
-        tmp_path,
-        tiny(),
-        tasks={"edit": {"data": "edit.jsonl", "eval_rows": 2}},
-        trainable={"lora": {"rank": 4, "alpha": 8}},
-        training=training | {"ddp_timeout": 1, "disable_tqdm": True},
-        sampling={"every": 9, "rows": 1, "num_inference_steps": 2},
-    )
-    slow = {"log": 2, "images": 3, "checkpoint": 1}
-    run = {"recipe": str(recipe), "overrides": [], "slow": slow}
-    codes = in_ranks([run], ranks=2, log=tmp_path / "log")
-    said = (tmp_path / "log").read_text()
-    assert codes == [0, 0], said
-    assert said.count("asleep in ") == len(slow)
-
-
 STOPS = [signal.SIGKILL, signal.SIGSTOP, None]
 MINUTE_S = 60
 
@@ -218,21 +195,3 @@ def test_a_rank_of_extraction_that_stops_ends_the_others_within_a_minute_and_the
     last.join()
     assert Launch(recipe, notes=notes, ranks=2).join(300) == [0, 0]
     assert len(load_from_disk(tmp_path / "sets" / "task")) == len(rows)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("sent", STOPS)
-def test_a_rank_of_training_that_stops_ends_the_others_within_a_minute(tmp_path, tiny, sent, record_property):
-    training = {"per_device_train_batch_size": 2, "max_steps": 100, "save_steps": 10}
-    recipe, log = embedding_sets.write_recipe(tmp_path, tiny(), training=training), tmp_path / "log"
-    run = {"recipe": str(recipe), "overrides": [], "stops": {"rank": 1, "step": 25, "sends": sent}}
-    codes = in_ranks([run], ranks=2, log=log, alone_s=MINUTE_S)
-    assert codes == [1, -signal.SIGKILL if sent else 1], log.read_text()
-    last_sign, stopped = tmp_path / "run" / "signs-of-life" / "0.json", tmp_path / "run" / "stopped"
-    seconds = last_sign.stat().st_mtime - stopped.stat().st_mtime  # the last sign says why the rank ends
-    record_property("seconds to the end of the other rank", seconds)
-    assert 0 < seconds < MINUTE_S
-    said = log.read_text()
-    assert "rank 0 ends at step 25, as rank " in said
-    assert "has given no sign of life" in said if sent else ": 2 of 2 ranks hang, or wait for one that does" in said
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-20"

@@ -24,11 +24,12 @@ from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 from hf_qie.plots import GAP_PX
 from hf_qie.sampling import Sampler
-from hf_qie.train import open_sets, train
+from hf_qie.train import train
 from hf_qie.training import image_grid as callbacks
 from hf_qie.training.evaluation import HeldOut, held_out_part
 from hf_qie.training.image_grid import BOX_PX, GridRow, denoise, draw_grid, spread
 from hf_qie.training.model import predict
+from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
@@ -171,7 +172,7 @@ def test_the_grid_has_sources_target_and_steps_in_columns():
         return Image.new("RGB", (BOX_PX, BOX_PX), colour)
 
     one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("lime")], target=plain("blue"))
-    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"), pictures={4: plain("yellow")})
+    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"), images={4: plain("yellow")})
     grid = draw_grid([one, two], [0, 4])
     colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
     columns = [columns_of(grid, colour) for colour in colours]
@@ -274,5 +275,5 @@ def test_pictures_without_held_out_rows_are_refused(recipe):
 def test_the_start_says_that_the_vae_is_there(recipe, caplog):
     caplog.set_level(logging.INFO, "hf_qie")
     run(recipe, "training.max_steps=1")
-    assert "VAE: loaded by the first rank, for pictures" in caplog.text
+    assert "VAE: loaded by rank 0, for images" in caplog.text
     assert "never evaluated on" not in caplog.text

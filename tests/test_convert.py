@@ -25,7 +25,7 @@ from hf_qie.data.provenance import UNKNOWN, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.firered import read_tensors, shared_length
 from hf_qie.hub.dataset_card import dataset_card
-from hf_qie.train import open_sets
+from hf_qie.training.sets import open_sets
 
 TASKS = ("edit", "combine", "text_to_image")
 LATENTS = ("target_latents", "source_latents", "inverse_target_latents", "inverse_source_latents")

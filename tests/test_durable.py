@@ -248,7 +248,7 @@ def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_once_there_is
     assert [Path(path).parent.name for path in complete] == ["checkpoint-2"]
     assert "no space is left on the disk; free some, then start again" in done.stderr
     assert "Traceback" not in done.stderr
-    assert f"going on from {tmp_path}/disk/run/checkpoint-2" in done.stderr
+    assert f"resuming from {tmp_path}/disk/run/checkpoint-2" in done.stderr
     for path in (tmp_path / "run").rglob("transformer/*.safetensors"):
         other = tmp_path / "copied" / path.relative_to(tmp_path / "run")
         assert path.read_bytes() == other.read_bytes()

@@ -17,8 +17,10 @@ from transformers import TrainerCallback
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.collate import collate
 from hf_qie.errors import InputError
-from hf_qie.train import build_trainer, open_sets, train
+from hf_qie.train import train
 from hf_qie.training.evaluation import HeldOut, held_out_part
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
@@ -207,7 +209,7 @@ def test_a_best_checkpoint_that_is_not_what_was_written_is_refused(recipe, tmp_p
                 path.write_bytes(path.read_bytes()[:-1] + b"x")
 
     trainer.add_callback(Spoil())
-    with pytest.raises(InputError, match=r"was the best checkpoint, but \S+\.safetensors is not what was written"):
+    with pytest.raises(InputError, match=r"the best checkpoint is incomplete: \S+\.safetensors has changed"):
         trainer.train()
 
 

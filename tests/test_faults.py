@@ -65,7 +65,7 @@ def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_pa
     ours, theirs = load_file(killed / weights), load_file(straight / weights)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert f"{tmp_path / 'killed' / 'checkpoint'}-4 is passed over: it has no complete.json" in log.read_text()
+    assert f"{tmp_path / 'killed' / 'checkpoint'}-4 is skipped: it has no complete.json" in log.read_text()
 
 
 # What a kill may hit, and up to which call of it

@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.train import build_trainer, open_sets
-from hf_qie.training.flops import POINTS, RowFlops, count, utilisation
-from hf_qie.training.metrics import Pace
+from hf_qie.training.cost import POINTS, RowFlops, count, utilisation
+from hf_qie.training.metrics import Throughput
 from hf_qie.training.model import freeze_unused, model_on_paper
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 
 WAYS = {
     "all": {},
@@ -94,10 +95,10 @@ def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny
     trainer = trainer_of(write_recipe(tmp_path, tiny()))
     on_paper = partial(model_on_paper, trainer.recipe)
     known = utilisation(on_paper, torch.device("cuda"), precision="bf16")
-    pace, (batch, *_) = Pace(trainer.accelerator, known), trainer.get_train_dataloader()
+    pace, (batch, *_) = Throughput(trainer.accelerator, known), trainer.get_train_dataloader()
     with pace.fetching():
         pass
-    pace.note([batch, batch])
+    pace.add([batch, batch])
     pace.end_step()
     seconds = pace.seconds
     log = pace.read()

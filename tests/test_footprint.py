@@ -11,9 +11,9 @@ from released import NUM_PARAMETERS, write_released
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.train import make_model, training_arguments
-from hf_qie.training.footprint import footprint
+from hf_qie.training.cost import footprint
 from hf_qie.training.model import build_model, model_on_paper
+from hf_qie.training.setup import make_model, training_arguments
 
 RANK = 32
 HIDDEN, MLP = 3072, 4 * 3072
@@ -69,13 +69,13 @@ def test_of_four_blocks_that_train_the_frozen_rest_takes_two_bytes_a_parameter(t
 
 
 def test_it_is_said_before_a_weight_is_read(tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger="hf_qie.train")
+    caplog.set_level(logging.INFO, logger="hf_qie")
     recipe = released(tmp_path, trainable={"lora": {}}, training={"use_cpu": True, "optim": "sgd"})
     with pytest.raises(InputError, match="cannot load the transformer"):
         make_model(recipe, training_arguments(recipe, num_rows=1))
     assert (
-        "20,524,772,928 parameters, of which 94,175,232 train (LoRA on 480 linear layers); on paper, on each device "
-        "82.1 GB of weights, 0.4 GB of gradients, 0.0 GB of the optimizer's states; activations come on top"
+        "20,524,772,928 parameters, of which 94,175,232 train (LoRA on 480 linear layers); estimated per device: "
+        "82.1 GB of weights, 0.4 GB of gradients, 0.0 GB of optimizer state; activations come on top"
     ) in caplog.text
 
 
@@ -97,4 +97,4 @@ def test_an_optimizer_that_is_not_known_is_not_guessed_at(tiny, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, tiny()))
     found = footprint(model_on_paper(recipe), optimizer="stable_adamw", num_shards=1)
     assert found.state_bytes is None
-    assert "states of the optimizer unknown" in str(found)
+    assert "an unknown amount of optimizer state" in str(found)

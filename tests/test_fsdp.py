@@ -148,7 +148,10 @@ def test_gradients_that_are_sharded_after_each_micro_batch_add_up_to_the_same(do
 
 def test_a_checkpoint_of_another_state_is_refused(done):
     for report in reports(done / "full" / "other state"):
-        assert "holds a run with another training.fsdp_config.state_dict_type, which cannot go on" in report["error"]
+        assert (
+            "holds a run with another training.fsdp_config.state_dict_type, which this one cannot resume"
+            in report["error"]
+        )
 
 
 def test_fsdp_that_would_not_be_active_is_an_error(done):

@@ -15,7 +15,7 @@ from hf_qie.config.launch import fsdp_settings
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.config.training_args import check_training
 from hf_qie.errors import InputError
-from hf_qie.train import training_arguments
+from hf_qie.training.setup import training_arguments
 
 
 def recipe(dropout: float | None = None, **training) -> Recipe:

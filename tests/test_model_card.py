@@ -17,7 +17,8 @@ from PIL import Image
 
 from hf_qie import export
 from hf_qie.config.recipe import load_recipe
-from hf_qie.train import open_sets, train
+from hf_qie.train import train
+from hf_qie.training.sets import open_sets
 
 KINDS = ("lora", "comfyui", "merged", "pipeline")
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "attention"}}

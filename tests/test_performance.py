@@ -44,7 +44,7 @@ def test_the_log_counts_what_the_roofline_counts(roofline, tmp_path, lora):
     from released import write_released
 
     from hf_qie.config.recipe import load_recipe
-    from hf_qie.training.flops import RowFlops
+    from hf_qie.training.cost import RowFlops
     from hf_qie.training.model import model_on_paper
 
     trainable = {"lora": {"rank": 32, "target_modules": "attention"} if lora else None}

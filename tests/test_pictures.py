@@ -17,7 +17,9 @@ from hf_qie.data.images import to_pixels as picture_to_pixels
 from hf_qie.data.online_latents import read_pixels, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
-from hf_qie.train import build_trainer, open_sets, train
+from hf_qie.train import train
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 ROWS = 6
@@ -110,7 +112,7 @@ def test_pictures_encoded_while_training_give_what_stored_latents_give(recipes, 
 
 
 def test_the_vae_is_loaded_only_where_it_is_needed_and_the_start_says_so(recipes, tmp_path, caplog):
-    caplog.set_level("INFO", logger="hf_qie.train")
+    caplog.set_level("INFO", logger="hf_qie")
     assert run(recipes[True], tmp_path / "stored", "training.max_steps=1", "training.save_steps=1").encoder is None
     assert "encoder: not loaded, VAE: not loaded" in caplog.text
     caplog.clear()

@@ -10,9 +10,9 @@ from embedding_sets import write_recipe
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.device import log_once
-from hf_qie.train import build_trainer, open_sets, training_arguments
-from hf_qie.training import precision
-from hf_qie.training.precision import settle
+from hf_qie.training import setup
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer, choose_precision, training_arguments
 
 PLAIN = ["--cpu", "hf_qie/train.py"]
 
@@ -38,13 +38,13 @@ def settled(tmp_path, monkeypatch, caplog):
         task = {"edit": {"data": "none.jsonl"}}
         (tmp_path / "recipe.yaml").write_text(str({"tasks": task, "training": {"use_cpu": True, **training}}))
         recipe = load_recipe(tmp_path / "recipe.yaml", ["training.use_cpu=true"])
-        monkeypatch.setattr(precision, "computes_bfloat16", lambda _: units)
-        monkeypatch.setattr(precision, "settle", lambda *_: None)
+        monkeypatch.setattr(setup, "computes_bfloat16", lambda _: units)
+        monkeypatch.setattr(setup, "choose_precision", lambda *_: None)
         arguments = training_arguments(recipe, num_rows=1)
         arguments.__dict__["_setup_devices"] = torch.device(device)  # what `arguments.device` gives
         caplog.clear()
         log_once.cache_clear()
-        settle(arguments, recipe.training)
+        choose_precision(arguments, recipe.training)
         return arguments.mixed_precision, caplog.messages
 
     return settle_on
@@ -54,8 +54,8 @@ def settled(tmp_path, monkeypatch, caplog):
     ("device", "units", "found", "why"),
     [
         ("cuda", True, "bf16", "this cuda device has units for bfloat16; training.bf16: false gives float32"),
-        ("cuda", False, "no", "this cuda device is no accelerator with units for bfloat16; training.bf16: true"),
-        ("cpu", True, "no", "this cpu device is no accelerator with units for bfloat16; training.bf16: true"),
+        ("cuda", False, "no", "this cuda device is not an accelerator with units for bfloat16; see training.bf16"),
+        ("cpu", True, "no", "this cpu device is not an accelerator with units for bfloat16; see training.bf16"),
     ],
 )
 def test_an_accelerator_with_units_for_bfloat16_trains_in_it_and_the_log_says_why(settled, device, units, found, why):
@@ -89,10 +89,10 @@ def test_the_precision_chosen_is_that_of_model_and_arithmetic(tiny, tmp_path, mo
     def chosen(arguments, given):
         with monkeypatch.context() as patch:
             patch.setitem(arguments.__dict__, "_setup_devices", torch.device("cuda"))
-            patch.setattr(precision, "computes_bfloat16", lambda _: True)
-            settle(arguments, given)
+            patch.setattr(setup, "computes_bfloat16", lambda _: True)
+            choose_precision(arguments, given)
 
-    monkeypatch.setattr(precision, "settle", chosen)
+    monkeypatch.setattr(setup, "choose_precision", chosen)
     trainer, _ = build_trainer(recipe, open_sets(recipe))
     trainer.train()
     assert trainer.accelerator.mixed_precision == "bf16"

@@ -22,10 +22,10 @@ from hf_qie.config.launch import fsdp_settings, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
-from hf_qie.train import training_arguments
-from hf_qie.training.footprint import Footprint, footprint
+from hf_qie.training.cost import Footprint, footprint
 from hf_qie.training.fsdp import fsdp_arguments
 from hf_qie.training.model import model_on_paper
+from hf_qie.training.setup import training_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -12,12 +12,13 @@ from embedding_sets import write_recipe
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import TrainingArguments
 
-import hf_qie.train
+import hf_qie.training.setup
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.train import open_sets, train
+from hf_qie.train import train
 from hf_qie.training.model import parameters
 from hf_qie.training.resume import apply_settings, settings_of
+from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
@@ -127,7 +128,7 @@ def test_states_of_no_use_are_refused_by_name_before_the_model_is_loaded(tiny, t
     tasks = {"edit": {"data": "edit.jsonl", "eval_rows": 2}}
     path = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training={"eval_strategy": "steps"})
     run(path)
-    monkeypatch.setattr(hf_qie.train, "make_model", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(hf_qie.training.setup, "make_model", lambda *_: pytest.fail("the model is loaded"))
     with pytest.raises(InputError, match=message):
         run(path, after, "metric_for_best_model=loss")
 

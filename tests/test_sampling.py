@@ -34,8 +34,9 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.verify import hand_token_types_through
 from hf_qie.models.qwen_image.text_encoder import PromptStates
 from hf_qie.sampling import Sampler, main, sources_at
-from hf_qie.train import open_sets, train
+from hf_qie.train import train
 from hf_qie.training.model import LORA_FILE
+from hf_qie.training.sets import open_sets
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 INSTRUCTION = "Make the sky red and keep the boat."

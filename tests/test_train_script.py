@@ -21,7 +21,9 @@ import hf_qie.extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.provenance import PROVENANCE
 from hf_qie.errors import InputError
-from hf_qie.train import global_batch_size, main, open_sets, run, train, training_arguments
+from hf_qie.train import main, run, train
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import global_batch_size, training_arguments
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 TWO_RANKS = (
@@ -65,7 +67,7 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     done = start(root, path, "training.max_steps=2")
     assert done.returncode == 0, done.stderr
-    assert "training 26,752 of 372,256 parameters in float32, arithmetic in float32; 4 rows a step" in done.stderr
+    assert "training 26,752 of 372,256 parameters in float32, computing in float32; 4 rows a step" in done.stderr
     assert "encoder: not loaded, VAE: not loaded" in done.stderr
     assert "8 draws\ntask" in done.stderr
     run = tmp_path / "run"
@@ -104,7 +106,7 @@ def test_two_ranks_give_what_one_gives_and_two_machines_take_up_its_run(root, ti
             assert in_ranks([{"recipe": path, "overrides": overrides}], ranks=2, log=log) == [0, 0], log.read_text()
             said = log.read_text()
         assert said.count("4 rows a step: 2 ranks x 2 rows x 1 accumulated") == 1, "one rank speaks"
-        assert ("going on from" in said) == (name == "taken_up")
+        assert ("resuming from" in said) == (name == "taken_up")
         assert said.count("of 16 rows" if name == "two" else "of 8 rows") == 1, "the shares on both ranks"
         two = tmp_path / name / "checkpoint-4"
         # float32 sums in another order, also below

@@ -15,16 +15,18 @@ from ranks import without_pace
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+import hf_qie.training.callbacks
 import hf_qie.training.checkpoints
-import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.train import build_trainer, open_sets, train
+from hf_qie.train import train
 from hf_qie.training.checkpoints import last_checkpoint
 from hf_qie.training.model import parameters
 from hf_qie.training.noise import noise_for
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
@@ -214,11 +216,11 @@ def test_the_shares_that_were_drawn_are_logged_with_each_loss_and_at_the_end(tin
     path = write_recipe(tmp_path, tiny(), training={"max_steps": 8, "logging_steps": 4, "save_steps": 4})
     trainer = run(path, *cut(2, 2))
     tasks = [trainer.train_dataset[draw]["task"] for draw in range(32)]
-    parts = [("since the last line", part) for part in (tasks[:16], tasks[16:])] + [("since this start", tasks)]
+    parts = [("since the last log", part) for part in (tasks[:16], tasks[16:])] + [("since the start", tasks)]
     for since, part in parts:
         names = {"edit": "edit with 1 source(s)", "text_to_image": "text_to_image with 0 source(s)"}
         shares = [f"{name} {part.count(task) / len(part):.4f}" for task, name in names.items() if task in part]
-        assert f"realised {since}: {', '.join(shares)} of {len(part)} rows" in caplog.text
+        assert f"drawn {since}: {', '.join(shares)} of {len(part)} rows" in caplog.text
 
 
 # --- however it is cut -----------------------------------------------------------------------------------------------
@@ -231,17 +233,6 @@ def test_the_cut_of_a_step_changes_nothing(tiny, tmp_path, trainable):
     whole, *parts = (run(path, f"training.output_dir={tmp_path / name}", *cut(*c)) for name, c in CUTS.items())
     for part in parts:
         hold(part, whole, atol=1e-5)  # float32 sums in another order
-
-
-def test_the_limit_of_checkpoints_outlives_a_save_that_fails(tiny, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no space")
-
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training={"save_total_limit": 1}))
-    monkeypatch.setattr("hf_qie.training.trainer.save_weights", fail)
-    with pytest.raises(OSError, match="no space"):
-        trainer.train()
-    assert trainer.args.save_total_limit == 1
 
 
 # --- wherever it was interrupted -------------------------------------------------------------------------------------
@@ -297,7 +288,7 @@ def test_a_resumed_run_logs_and_saves_when_its_recipe_says(tiny, tmp_path):
 def test_a_finished_run_trains_no_further_and_says_so(tiny, tmp_path, caplog):
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     finished, again = run(path), run(path)
-    assert "checkpoint-4 is the end of this run; raise training.max_steps to go on" in caplog.text
+    assert "checkpoint-4 is the end of this run; raise training.max_steps to train further" in caplog.text
     assert again.state.global_step == 4
     hold(again, finished)
 
@@ -324,9 +315,9 @@ def spoil_a_file_gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (spoil_nothing_written, "it has no complete.json, so it was not finished"),
+        (spoil_nothing_written, "it has no complete.json, so saving it was interrupted"),
         (spoil_half_written, "its complete.json cannot be read"),
-        (spoil_one_bit, "optimizer.pt is not what was written"),
+        (spoil_one_bit, "optimizer.pt has changed since it was written"),
         (spoil_a_file_gone, "scheduler.pt is missing"),
     ],
 )
@@ -336,7 +327,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_by_name(tiny, tmp_path, c
     spoil(tmp_path / "run" / "checkpoint-4")
     with caplog.at_level(logging.WARNING):
         assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
-    assert f"checkpoint-4 is passed over: {reason}" in caplog.text
+    assert f"checkpoint-4 is skipped: {reason}" in caplog.text
     hold(run(path), straight)
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
 
@@ -350,7 +341,7 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(tiny, tmp_path, caplog):
     run(write_recipe(tmp_path, tiny(), trainable=LORA), "training.save_only_model=true")
     with caplog.at_level(logging.WARNING):
         assert last_checkpoint(tmp_path / "run") is None
-    assert "checkpoint-4 is passed over: it holds weights alone" in caplog.text
+    assert "checkpoint-4 is skipped: it holds weights alone" in caplog.text
 
 
 def test_samples_of_a_large_file_reach_its_first_and_last_byte(tmp_path, monkeypatch):
@@ -390,7 +381,7 @@ def test_a_run_that_would_take_another_course_is_refused_by_field(tiny, tmp_path
     run(path, "training.max_steps=2")
     with pytest.raises(InputError) as error:
         run(path, *change.split())
-    assert f"holds a run with another {field}, which cannot go on as this one" in str(error.value)
+    assert f"holds a run with another {field}, which this one cannot resume" in str(error.value)
     assert "set training.output_dir to another folder" in str(error.value)
 
 
@@ -435,13 +426,13 @@ def test_complete_json_tells_of_every_file(tiny, tmp_path):
 
 def test_older_checkpoints_go_only_once_the_new_one_is_whole(tiny, tmp_path, monkeypatch):
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
-    there, mark = [], hf_qie.training.trainer.mark_complete
+    there, mark = [], hf_qie.training.callbacks.mark_complete
 
     def watch(folder, **facts):
         there.append(sorted(p.name for p in folder.parent.glob("checkpoint-*")))
         mark(folder, **facts)
 
-    monkeypatch.setattr(hf_qie.training.trainer, "mark_complete", watch)
+    monkeypatch.setattr(hf_qie.training.callbacks, "mark_complete", watch)
     run(path, "training.save_steps=1", "training.save_total_limit=1")
     assert there == [["checkpoint-1"], *([f"checkpoint-{n}", f"checkpoint-{n + 1}"] for n in (1, 2, 3))]
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.train import build_trainer, make_model, open_sets, training_arguments
 from hf_qie.training.model import parameters
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer, make_model, training_arguments
 from hf_qie.training.trainer import EditTrainer
 
 KINDS = {"full": {}, "lora": {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}}

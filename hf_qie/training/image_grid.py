@@ -1,4 +1,4 @@
-"""Pictures while training: held-out rows at a fixed seed, every so many steps, as a growing grid.
+"""Images while training: held-out rows at a fixed seed, every so many steps, as a growing grid.
 
 Letters: B rows, S target tokens.
 """
@@ -44,18 +44,19 @@ class GridRow:
     instruction: str
     sources: list[Image.Image]
     target: Image.Image
-    pictures: dict[int, Image.Image] = field(default_factory=dict)  # by step
+    images: dict[int, Image.Image] = field(default_factory=dict)  # by step
 
 
-class PictureGrid(TrainerCallback):
-    """Makes the same pictures before the first step and every `sampling.every` steps; training goes on as without it.
+class ImageGrid(TrainerCallback):
+    """Makes images of the same held-out rows before the first step and every `sampling.every` steps.
 
-    They are what the official pipeline would make of the stored prompt states and latents with `--seed` the recipe's
-    seed. `<output_dir>/pictures.png` is the grid, `pictures/step-000100/<task>-<row>.png` are the single ones.
+    They are what the official pipeline would make of the stored embeddings and latents with `--seed` the recipe's
+    seed; training is the same with and without them. `<output_dir>/pictures.png` is the grid,
+    `pictures/step-000100/<task>-<row>.png` are the single images.
     """
 
     def __init__(self, trainer: Trainer):
-        """`trainer` is an EditTrainer with held-out rows; where it has no VAE, the first rank loads one to decode."""
+        """`trainer` is an EditTrainer with held-out rows; where it has no VAE, rank 0 loads one to decode."""
         self.trainer, self.vae, recipe = trainer, trainer.encoder, trainer.recipe
         if self.vae is None and trainer.is_world_process_zero():
             self.vae = load_vae(recipe, trainer.args.device)
@@ -68,7 +69,7 @@ class PictureGrid(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The pictures of the model at the start; a run that goes on keeps those of the steps it has done."""
+        """Images of the model at the start; a resumed run keeps those of the steps before."""
         if state.is_world_process_zero:
             with generators_kept(args.device):
                 self.rows = [self._row(number) for number in self.numbers]
@@ -79,13 +80,12 @@ class PictureGrid(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The pictures of this step, if it is one of those."""
+        """Images of this step, if they are due."""
         if state.global_step % self.settings.every == 0:
-            with self.trainer.pace.paused():
-                self._sample(state.global_step)
+            self._sample(state.global_step)
 
     def _sample(self, step: int) -> None:
-        """Each rank makes its part of the pictures, as sharded ranks need each other; the first one writes all."""
+        """Each rank samples its part of the rows, as sharded ranks need each other; rank 0 decodes and writes all."""
         started, args = time.monotonic(), self.trainer.args
         turns = -(-len(self.numbers) // args.world_size)
         places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
@@ -95,23 +95,22 @@ class PictureGrid(TrainerCallback):
             folder = self.folder / f"step-{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
             for place, row in enumerate(self.rows):
-                picture = self.vae.decode(*found[place])
-                picture.save(folder / f"{row.name}.png")
-                row.pictures[step] = fit(picture, BOX_PX)
+                image = self.vae.decode(*found[place])
+                image.save(folder / f"{row.name}.png")
+                row.images[step] = fit(image, BOX_PX)
             draw_grid(self.rows, self._steps()).save(self.folder.with_name(GRID))
             self._track(draw_grid(self.rows, [step]), step)
             seconds = time.monotonic() - started
-            logger.info("%d pictures of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
-        self.trainer.accelerator.wait_for_everyone()  # the first rank decodes and draws alone
+            logger.info("%d images of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
 
     @torch.no_grad()
     def _latents(self, number: int) -> tuple[Tensor, tuple[int, int]]:
-        """What the model as it is makes of a held-out row: latents `[S, 64]` on the CPU, and their grid."""
+        """What the model makes of a held-out row: latents `[S, 64]` on the CPU, and their grid."""
         held_out, trainer = self.held_out, self.trainer
-        batch = trainer._prepare_inputs(collate([held_out[number]]))
+        batch = trainer.on_device(collate([held_out[number]]))
         task, index = held_out.places[number]
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draw": number}
-        prompt = trainer._prepare_inputs({key: collate([without])[key] for key in ("prompt_embeds", "prompt_mask")})
+        prompt = trainer.on_device({key: collate([without])[key] for key in ("prompt_embeds", "prompt_mask")})
         with trainer.compute_loss_context_manager():
             latents = denoise(
                 trainer.model,
@@ -125,21 +124,18 @@ class PictureGrid(TrainerCallback):
         return latents[0].cpu(), batch["grids"][0]
 
     def _row(self, number: int) -> GridRow:
-        """Sources and target as the VAE has them, and the caption that the row is evaluated with."""
+        """Sources and target as the VAE decodes them, and the caption that the row is evaluated with."""
         task, _ = self.held_out.places[number]
-        batch = self.trainer._prepare_inputs(collate([self.held_out[number]]))
+        batch = self.trainer.on_device(collate([self.held_out[number]]))
         lengths = [height * width for height, width in batch["grids"]]
         latents = torch.cat([batch["target_latents"], batch["source_latents"]], dim=1)[0].split(lengths)
-        target, *sources = map(self.vae.decode, latents, batch["grids"])
-        return GridRow(
-            name=f"{task}-{self.held_out.rows[number]}",
-            instruction=self.held_out.instruction(number) or self.trainer.recipe.extract.drop_caption,
-            sources=[fit(source, BOX_PX) for source in sources],
-            target=fit(target, BOX_PX),
-        )
+        target, *sources = (fit(self.vae.decode(*one), BOX_PX) for one in zip(latents, batch["grids"], strict=True))
+        instruction = self.held_out.instruction(number) or self.trainer.recipe.extract.drop_caption
+        name = f"{task}-{self.held_out.rows[number]}"
+        return GridRow(name=name, instruction=instruction, sources=sources, target=target)
 
     def _keep(self, *, up_to: int) -> None:
-        """Take over the pictures of steps that the run has done; those of another run, or of lost steps, go."""
+        """Load the images of the steps that the run has done; delete those of another run, or of lost steps."""
         for folder in self.folder.glob("step-[0-9]*[0-9]"):
             step = int(folder.name.removeprefix("step-"))
             if up_to == 0 or step > up_to:
@@ -147,24 +143,24 @@ class PictureGrid(TrainerCallback):
                 continue
             for row in self.rows:
                 if (path := folder / f"{row.name}.png").is_file():
-                    with Image.open(path) as picture:
-                        row.pictures[step] = fit(picture, BOX_PX)
+                    with Image.open(path) as image:
+                        row.images[step] = fit(image, BOX_PX)
 
     def _steps(self) -> list[int]:
         """The steps of the grid's columns, first and last among them."""
-        steps = sorted({step for row in self.rows for step in row.pictures})
+        steps = sorted({step for row in self.rows for step in row.images})
         if len(steps) <= MOST_STEPS:
             return steps
         return [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
 
-    def _track(self, picture: Image.Image, step: int) -> None:
-        """Hand a picture to those trackers of `training.report_to` that take some; they have a slider for the step."""
+    def _track(self, image: Image.Image, step: int) -> None:
+        """Log an image to those trackers of `training.report_to` that take some."""
         for callback in self.trainer.callback_handler.callbacks:
             if (writer := getattr(callback, "tb_writer", None)) is not None:  # TensorBoard's
-                writer.add_image("pictures", np.asarray(picture), step, dataformats="HWC")
+                writer.add_image("pictures", np.asarray(image), step, dataformats="HWC")
             for name in ("_wandb", "_trackio"):
                 if (tracker := getattr(callback, name, None)) is not None:
-                    tracker.log({"pictures": tracker.Image(picture), "train/global_step": step})
+                    tracker.log({"pictures": tracker.Image(image), "train/global_step": step})
 
 
 def spread(held_out: HeldOut, count: int) -> list[int]:
@@ -224,7 +220,7 @@ def draw_grid(rows: Sequence[GridRow], steps: Sequence[int]) -> Image.Image:
     labels += ["target", *(f"step {step:,}" for step in steps)]
     cards = []
     for row in rows:
-        images = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.pictures.get, steps)]
+        images = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.images.get, steps)]
         boxes = list(zip(labels, images, strict=True))
         cards.append(Card(heading=row.name, boxes=boxes, target=most, texts={"instruction": row.instruction}))
     return labelled_sheet(cards, title="Held-out rows", box_px=BOX_PX)

@@ -1,6 +1,6 @@
 """What a resumed run shares with the run it resumes, and what may change: settings of the optimizer and its schedule.
 
-The states of both hold settings too, those of the run before; what the recipe says now takes their place.
+The checkpoint's state holds settings too, those of the run before; the recipe's take their place.
 """
 
 import json
@@ -23,12 +23,12 @@ from hf_qie.training.checkpoints import check_identity, last_checkpoint, read_co
 
 logger = get_logger(__name__)
 
-# What a resumed run shares with the run it goes on with, beside its sets and the size of its steps.
+# Sections of the recipe that must not change, beside the sets and the size of a step.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
-# Of TrainingArguments, what decides the rate and how the optimizer works.
+# Of TrainingArguments, what decides the learning rate and how the optimizer works.
 KEYS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 KEYS += ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps")
-# Of optimizers and schedules the ones whose states are of use to each other; of any other, to itself alone.
+# Optimizers that can use each other's state, by the name of one; schedules that only can use their own.
 ALIKE = {"adamw_torch_fused": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -41,9 +41,10 @@ def run_identity(
     same_shape: int,
     global_batch_size: int,
 ) -> dict[str, Any]:
-    """What decides the course of a run, by address: a checkpoint of a run with another is not gone on with.
+    """What decides the course of a run, by address: a run of another identity cannot resume its checkpoints.
 
-    Ranks, the cut of a step at the same global batch, the number of steps and all else of `training` may change.
+    The number of ranks, the cut of a step at the same global batch, the number of steps and all else of `training`
+    may change.
     """
     identity = {at: as_dict(value) for at, value in leaves(recipe) if at.split(".")[0] in SAME}
     for name, data in sets.items():
@@ -51,22 +52,22 @@ def run_identity(
         if task.weight > 0:
             identity |= {f"tasks.{name}.{key}": getattr(task, key) for key in ("weight", "eval_rows")}
             identity[f"tasks.{name}.embeddings"] = data._fingerprint
-    if arguments.fsdp:  # whole and sharded checkpoints have other files
+    if arguments.fsdp:  # full and sharded checkpoints have different files
         identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
     return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size}
 
 
 def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> Path | None:
-    """The last whole checkpoint in the output folder; rank 0 looks, so that all go on from the same place.
+    """The last complete checkpoint in the output folder, by rank 0, so that all resume from the same one.
 
-    Raises InputError where it belongs to another run than `identity`, or lies on another machine.
+    Raises InputError where it belongs to another run than `identity`, or is not on this machine.
     """
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
     if checkpoint is not None:
         if not checkpoint.is_dir():
             raise InputError(
-                f"{checkpoint}: is not on this machine; output_dir must be a folder that all machines share"
+                f"{checkpoint}: not found on this machine; output_dir must be a folder that all machines share"
             )
         check_identity(checkpoint, identity)
     return checkpoint
@@ -75,21 +76,19 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
 def changes(checkpoint: Path, arguments: TrainingArguments) -> list[dict[str, Any]]:
     """With which settings a run was resumed at which steps, this time included: {step, changed: {key: [was, is]}}.
 
-    Raises InputError where the states of the checkpoint are of no use to what `arguments` ask for.
+    Raises InputError where what `arguments` ask for cannot use the checkpoint's state.
     """
     before, now = read_complete(checkpoint)["settings"], _keys(arguments)
     was = before.get("keys", now)
     changed = {key: [was[key], now[key]] for key in KEYS if was[key] != now[key]}
-    optim, schedule = ([state[key] for state in (was, now)] for key in ("optim", "lr_scheduler_type"))
-    apart = {
-        "optim": len({ALIKE.get(name, name) for name in optim}) > 1,
-        "lr_scheduler_type": "lr_scheduler_type" in changed and not {*schedule}.isdisjoint(BY_METRIC),
-    }
-    for key in (key for key, is_apart in apart.items() if is_apart):
-        raise InputError(
-            f"training.{key}: {now[key]}, but {checkpoint} was trained with {was[key]}, whose state is of no use to "
-            "it; set it back, or give another training.output_dir"
-        )
+    optimizers = {ALIKE.get(name, name) for name in changed.get("optim", ())}
+    schedules = set(changed.get("lr_scheduler_type", ()))
+    for key, apart in (("optim", len(optimizers) > 1), ("lr_scheduler_type", not schedules.isdisjoint(BY_METRIC))):
+        if apart:
+            raise InputError(
+                f"training.{key}: {now[key]}, but {checkpoint} was trained with {was[key]}, whose state it cannot "
+                "use; set it back, or give another training.output_dir"
+            )
     if changed:
         said = ", ".join(f"training.{key} {old} -> {new}" for key, (old, new) in changed.items())
         logger.info("from %s on: %s", checkpoint, said)
@@ -99,7 +98,7 @@ def changes(checkpoint: Path, arguments: TrainingArguments) -> list[dict[str, An
 def settings_of(arguments: TrainingArguments, optimizer: Any, schedule: Any) -> dict[str, Any]:
     """The settings of an optimizer and its schedule before the first step, as JSON has them.
 
-    Two such records differ in settings alone; what else the states hold was computed during training.
+    Two such records differ in settings alone; what else their state holds was computed during training.
     """
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     for group in groups:
@@ -109,7 +108,7 @@ def settings_of(arguments: TrainingArguments, optimizer: Any, schedule: Any) -> 
 
 
 def apply_settings(was: Mapping[str, Any], now: Mapping[str, Any], optimizer: Any, schedule: Any) -> None:
-    """Give an optimizer and a schedule with the states of a run of settings `was` the settings `now`."""
+    """Give an optimizer and a schedule with the state of a run of settings `was` the settings `now`."""
     if all(was.get(key) == value for key, value in now.items()):  # a checkpoint's has `changes` beside them
         return
     before = was.get("groups") or [{}] * len(now["groups"])
@@ -119,20 +118,18 @@ def apply_settings(was: Mapping[str, Any], now: Mapping[str, Any], optimizer: An
             _put(group, key, new[key])
             changed.add(key)
     if changed & {"fused", "capturable"}:
-        optimizer.load_state_dict(optimizer.state_dict())  # the count of steps moves to where they want it
-    old = was.get("schedule", {})
-    new = {key: value for key, value in now["schedule"].items() if old.get(key) != value}
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the count of steps to the device they expect
     if "schedule" in was:
+        old = was["schedule"]
+        new = {key: value for key, value in now["schedule"].items() if old.get(key) != value}
         schedule.load_state_dict(schedule.state_dict() | new)
+    rates = [group["lr"] for group in now["groups"]]
     if isinstance(schedule, LambdaLR):
-        schedule.base_lrs = [group["lr"] for group in now["groups"]]
-        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        schedule.base_lrs = rates
+        rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)]
     else:  # no closed form: the reductions made so far are kept
-        pairs = zip(optimizer.param_groups, before, now["groups"], strict=True)
-        rates = [
-            float(group["lr"]) * new["lr"] / old["lr"] if old.get("lr") else new["lr"] for group, old, new in pairs
-        ]
+        groups = zip(optimizer.param_groups, before, rates, strict=True)
+        rates = [float(one["lr"]) * rate / old["lr"] if old.get("lr") else rate for one, old, rate in groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         _put(group, "lr", rate)
     schedule._last_lr = rates

@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.demo.tiny import tiny_checkpoint
-from hf_qie.train import build_trainer, open_sets
 from hf_qie.training.checkpoints import COMPLETE, mark_complete
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 
 EARLY, LATE, LOGGING_STEPS, ROUNDS = 10, 1_000_000, 10, 3
 STEPS = LATE + 10

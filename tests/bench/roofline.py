@@ -21,7 +21,7 @@ from released import TRANSFORMER, WIDTH, write_released  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from hf_qie.config.recipe import load_recipe  # noqa: E402
-from hf_qie.training.flops import PEAKS  # noqa: E402
+from hf_qie.training.cost import PEAKS  # noqa: E402
 from hf_qie.training.model import model_on_paper  # noqa: E402
 
 PEAK_FLOPS, PEAK_BYTES = 1e12 * PEAKS["H100"], 3.35e12  # of an H100 SXM a second: dense bfloat16, HBM3

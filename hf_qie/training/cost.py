@@ -1,4 +1,4 @@
-"""Floating-point operations of training a row, counted on paper, and what of a device's peak a run reaches.
+"""What training costs, from the checkpoint's config alone: memory of one device, operations of a row.
 
 Letters: S latent tokens of target and sources, L prompt tokens.
 """
@@ -10,9 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# bytes of an optimizer's state for each parameter that trains: two float32 moments, or what the name says
+STATE_BYTES = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_32bit": 4,
+    "lion_8bit": 1,
+    "adafactor": 0,  # a row and a column of each matrix
+    "sgd": 0,
+}
 # Dense bfloat16 and float16 with sums in float32, TFLOP/s, by a word of the name that torch gives a device; from
 # NVIDIA's data sheets, whose larger figures are with sparsity. The first that occurs counts.
 PEAKS = {
@@ -31,8 +45,48 @@ POINTS = ((16, 16), (32, 16), (16, 32), (48, 48))  # (S, L) at which operations 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Parameters in all, and bytes on one device; activations, gathered weights and the VAE come on top."""
+
+    num_parameters: int
+    num_trained: int
+    num_lora_layers: int
+    weight_bytes: float
+    gradient_bytes: float
+    state_bytes: float | None  # None: of an optimizer that is not known here
+
+    def __str__(self) -> str:
+        lora = f" (LoRA on {self.num_lora_layers:,} linear layers)" if self.num_lora_layers else ""
+        state = "an unknown amount" if self.state_bytes is None else f"{self.state_bytes / 1e9:,.1f} GB"
+        return (
+            f"{self.num_parameters:,} parameters, of which {self.num_trained:,} train{lora}; estimated per device: "
+            f"{self.weight_bytes / 1e9:,.1f} GB of weights, {self.gradient_bytes / 1e9:,.1f} GB of gradients, "
+            f"{state} of optimizer state; activations come on top"
+        )
+
+
+def footprint(model: nn.Module, *, optimizer: str, num_shards: int) -> Footprint:
+    """The footprint of `model`, which may be on the meta device, sharded over `num_shards` devices.
+
+    `optimizer` is TrainingArguments' name for it.
+    """
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    num_trained = sum(parameter.numel() for parameter in trained)
+    state_bytes = STATE_BYTES.get(optimizer)
+    return Footprint(
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_trained=num_trained,
+        num_lora_layers=sum(isinstance(module, BaseTunerLayer) for module in model.modules()),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters) / num_shards,
+        gradient_bytes=sum(parameter.nbytes for parameter in trained) / num_shards,
+        state_bytes=None if state_bytes is None else state_bytes * num_trained / num_shards,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Utilisation:
-    """What it takes to say which part of its peak a device reaches."""
+    """What the share of a device's peak is computed from."""
 
     row_flops: "RowFlops"
     peak: float  # operations a second of one device
@@ -61,18 +115,18 @@ class RowFlops:
     def __init__(self, model: nn.Module):
         """`model` lies on the meta device, where it is left as it was."""
         counted = [count_by_blocks(model, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
-        terms = [self.terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
+        terms = [self._terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
         self.numbers = np.linalg.solve(terms, counted)
 
     @staticmethod
-    def terms(num_latents: int, num_tokens: np.ndarray) -> list[float]:
+    def _terms(num_latents: int, num_tokens: np.ndarray) -> list[float]:
         """What the four numbers are multiplied by, summed over rows of S latent tokens and L[rows] prompt tokens."""
         rows = len(num_tokens)
         return [rows, rows * num_latents, num_tokens.sum(), np.square(num_latents + num_tokens, dtype=float).sum()]
 
     def __call__(self, num_latents: int, num_tokens: np.ndarray) -> float:
         """Operations of rows with that many latent tokens, target and sources, and `num_tokens[rows]` of prompt."""
-        return float(self.numbers @ self.terms(num_latents, num_tokens))
+        return float(self.numbers @ self._terms(num_latents, num_tokens))
 
 
 def count_by_blocks(model: nn.Module, num_latents: int, num_tokens: int) -> int:

@@ -1,0 +1,55 @@
+"""The embedding sets that a run trains and evaluates on, opened and checked. Imports torch only once they fit."""
+
+import logging
+import os
+from pathlib import Path
+
+from datasets import Dataset
+
+from hf_qie.config.recipe import Recipe
+from hf_qie.data.embedding_sets import open_embeddings
+from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
+from hf_qie.data.schema import matrix_width
+from hf_qie.errors import InputError
+from hf_qie.models.base import read_family
+from hf_qie.models.checkpoint import check_steps, read_config
+
+logger = logging.getLogger(__name__)
+
+
+def open_sets(recipe: Recipe) -> dict[str, Dataset]:
+    """The embedding sets of the tasks to train or to evaluate on, once they fit each other and the checkpoint.
+
+    Raises InputError where one is not found or does not fit.
+    """
+    if recipe.sampling.every:
+        check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
+    opened = {
+        name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
+        for name, task in recipe.tasks.items()
+        if task.weight > 0 or task.eval_rows
+    }
+    family = read_family(recipe.model, revision=recipe.revision)
+    checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
+    provenances = {name: provenance for name, (_, provenance) in opened.items()}
+    check_compat(provenances, checkpoint, model=recipe.model)
+    takes = read_config(recipe.model, "transformer/config.json", revision=recipe.revision).get("joint_attention_dim")
+    for name, (data, _) in opened.items():
+        if (width := matrix_width(data.features["image_embeds"])) != takes:
+            raise InputError(
+                f"tasks.{name}: its embeddings have width {width}, but {recipe.model} expects {takes}; extract the "
+                "set for this checkpoint"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        for warning in unverified(provenances):
+            logger.warning(warning)
+    from hf_qie.data.loader import check_caption_weights
+    from hf_qie.data.online_latents import has_latents, made_from, with_files
+
+    check_caption_weights(recipe, {name: data for name, (data, _) in opened.items()})
+    sets = {}
+    for name, (data, provenance) in opened.items():
+        # a set of the Hub does not say where it was made
+        roots = [recipe.tasks[name].image_root] if recipe.tasks[name].image_root else made_from(provenance) or ["."]
+        sets[name] = data if has_latents(data) else with_files(data, task=name, roots=roots)
+    return sets

@@ -1,0 +1,221 @@
+"""RUN 2 before its first step: arguments, mixture, model and trainer, from the recipe and its embedding sets."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
+
+from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_started
+from hf_qie.config.recipe import Recipe
+from hf_qie.data.loader import Draws
+from hf_qie.data.mixture import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+from hf_qie.data.online_latents import has_latents, load_vae
+from hf_qie.errors import InputError
+from hf_qie.models.checkpoint import read_config
+from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
+from hf_qie.training.checkpoints import step_of
+from hf_qie.training.cost import footprint
+from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
+from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
+from hf_qie.training.image_grid import ImageGrid
+from hf_qie.training.model import build_model, compile_blocks, model_on_paper
+from hf_qie.training.resume import changes, checkpoint_of, run_identity
+from hf_qie.training.run_record import run_record
+from hf_qie.training.trainer import EditTrainer
+
+logger = get_logger(__name__)
+
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+def join_ranks(recipe: Recipe) -> None:
+    """Under a launcher of several processes, wait until they form one process group; raises InputError where not."""
+    if num_started(os.environ) > 1:
+        training = recipe.training
+        if training.get("use_cpu") and "ddp_timeout" in training:  # TrainingArguments does not pass it on to gloo
+            timeout = timedelta(seconds=training["ddp_timeout"])
+            PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timeout)
+        training_arguments(recipe, num_rows=0)
+        check_ranks(os.environ)
+
+
+def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrainer, Path | None]:
+    """The trainer, and the checkpoint that it resumes from, if there is one.
+
+    Raises InputError where the output folder holds a run that this one cannot resume.
+    """
+    held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
+    arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
+    refuse_inactive(arguments)
+    check_metric(arguments.metric_for_best_model, held_out)
+    draws, record = plan_mixture(recipe, trained, arguments)
+    batch = global_batch_size(arguments)
+    identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape, global_batch_size=batch)
+    checkpoint = checkpoint_of(arguments, identity)
+    record["changes"] = changes(checkpoint, arguments) if checkpoint else []
+    trainer = EditTrainer(
+        make_model(recipe, arguments),
+        arguments,
+        recipe=recipe,
+        draws=draws,
+        held_out=HeldOut(held_out, recipe) if held_out else None,
+        encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
+        scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
+        identity=identity,
+        record=record,
+    )
+    if recipe.sampling.every:
+        trainer.add_callback(ImageGrid(trainer))
+    _log_start(trainer, checkpoint)
+    return trainer, checkpoint
+
+
+def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
+    """The recipe's `training` section as TrainingArguments; epochs over `num_rows` become steps.
+
+    Raises InputError where TrainingArguments or the schedule refuses a value.
+    """
+    section = dict(recipe.training)
+    epochs = section.pop("num_train_epochs", None)
+    section.pop("save_total_limit", None)  # RunCallback deletes older checkpoints, once the new one is complete
+    for key in COMPILE:  # `compile_blocks` compiles; Trainer would compile the whole
+        section.pop(key, None)
+    # every parameter that trains gets a gradient, so DDP need not look for those that do not
+    forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
+    forced["greater_is_better"] = False  # every metric is a loss; Trainer goes by the name
+    if settings := fsdp_settings(recipe, os.environ):
+        forced |= fsdp_arguments(recipe, settings)
+        os.environ.update(fsdp_environment(settings))
+    try:
+        arguments = TrainingArguments(**section | forced)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{recipe.path}: training: {error}") from error
+    if epochs is not None:
+        arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
+    choose_precision(arguments, recipe.training)
+    if arguments.max_steps > 0:
+        _try_schedule(arguments)
+    if settings and settings.get("version", 2) == 1:
+        logger.info("FSDP: version 1 was asked for, version 2 is used; version 1 is not available")
+    if settings and arguments.mixed_precision == "bf16":
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
+    return arguments
+
+
+def choose_precision(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Choose the precision where neither recipe nor launcher does; `given` is the recipe's section.
+
+    An accelerator with units for bfloat16 trains in it, all else in float32. The launcher's `no` is not a choice:
+    accelerate sends it as well where nothing was said. `bf16: false` in the recipe is.
+    """
+    if given.get("bf16") is False and arguments.mixed_precision == "bf16":  # the recipe goes before the launcher
+        arguments.mixed_precision = "no"
+    if arguments.mixed_precision == "no" and "bf16" not in given:
+        device = arguments.device
+        if device.type != "cpu" and computes_bfloat16(device):
+            arguments.bf16, arguments.mixed_precision = True, "bf16"
+            why = f"this {device.type} device has units for bfloat16; training.bf16: false gives float32"
+        else:
+            why = f"this {device.type} device is not an accelerator with units for bfloat16; see training.bf16"
+        dtype = "bfloat16" if arguments.bf16 else "float32"
+        log_once(logging.INFO, f"training: {dtype}, as neither recipe nor launcher sets a precision, and {why}")
+    elif arguments.mixed_precision == "bf16":
+        warn_if_emulated(arguments.device)
+
+
+def _try_schedule(arguments: TrainingArguments) -> None:
+    """Raise InputError where Trainer could not build the schedule, or would fail within it."""
+    steps, name = arguments.max_steps, arguments.lr_scheduler_type.value
+    warmup = arguments.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    try:
+        schedule = get_scheduler(name, optimizer, warmup, steps, dict(arguments.lr_scheduler_kwargs or {}))
+        for factor in getattr(schedule, "lr_lambdas", ()):
+            [factor(step) for step in (warmup + 1, steps)]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"training.lr_scheduler_kwargs: do not fit the schedule {name}: {error}") from error
+
+
+def global_batch_size(arguments: TrainingArguments) -> int:
+    """Rows in a step, over all ranks and accumulation."""
+    return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+
+
+def plan_mixture(
+    recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments
+) -> tuple[Draws, dict[str, Any]]:
+    """Every draw of the run, and its run record; logs how often each group is drawn."""
+    batch = global_batch_size(arguments)
+    same_shape = resolve_same_shape(
+        recipe.mix.same_shape,
+        global_batch_size=batch,
+        per_device_train_batch_size=arguments.per_device_train_batch_size,
+    )
+    groups = read_groups(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix)
+    shares = group_shares(groups, recipe.mix)
+    num_draws = arguments.max_steps * batch
+    logger.info("%s draws\n%s", f"{num_draws:,}", mix_table(groups, shares, num_draws=num_draws))
+    for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
+        logger.warning(warning)
+    plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
+    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix), run_record(recipe, arguments, groups, shares)
+
+
+def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
+    """The model as it trains; its footprint is logged before it is loaded."""
+    precision = arguments.mixed_precision
+    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
+    if arguments.fsdp and "quantization_config" in config:
+        raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
+    on_paper = model_on_paper(recipe, mixed_precision=precision)
+    num_shards = arguments.world_size if arguments.fsdp else 1
+    logger.info(str(footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
+    # rank 0 loads and broadcasts
+    empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
+    empty = empty and not PartialState().is_main_process
+    model = build_model(recipe, mixed_precision=precision, empty=empty)
+    if any(map(recipe.training.get, COMPILE)):
+        backend = recipe.training.get("torch_compile_backend", "inductor")
+        compile_blocks(model, backend=backend, mode=recipe.training.get("torch_compile_mode"))
+    return model
+
+
+def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
+    """What trains, in which precision, on how many rows a step."""
+    arguments, parameters, every = trainer.args, list(trainer.model.parameters()), trainer.recipe.sampling.every
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    vae = "loaded by rank 0, for images" if every else "not loaded"
+    vae = "loaded, as sets have no latents" if trainer.encoder else vae
+    logger.info(
+        "training %s of %s parameters in %s, computing in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
+        "%d steps, %s; encoder: not loaded, VAE: %s",
+        f"{sum(parameter.numel() for parameter in trained):,}",
+        f"{sum(parameter.numel() for parameter in parameters):,}",
+        "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
+        trainer.record["arithmetic"],
+        global_batch_size(arguments),
+        arguments.world_size,
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        arguments.max_steps,
+        f"resuming from {checkpoint}" if checkpoint else "from the first",
+        vae,
+    )
+    if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
+        logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
+    if arguments.fsdp:
+        told = arguments.fsdp_plugin_args
+        loading = "rank 0 loads and broadcasts" if told["cpu_ram_efficient_loading"] else "every rank loads"
+        logger.info("FSDP2: checkpoints of %s; %s the transformer", told["state_dict_type"], loading)
+    if checkpoint and step_of(checkpoint) >= arguments.max_steps:
+        logger.warning("%s is the end of this run; raise training.max_steps to train further", checkpoint)

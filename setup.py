@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.8",
         "pyarrow>=21",
         "pyyaml>=6.0.2",
+        "pydantic>=2.10",  # the recipe; the first whose default factories see the keys before them
         "pillow>=11.3",  # AVIF in its wheels
         "numpy>=2.0",
         "tqdm>=4.67",

@@ -2,6 +2,7 @@
 
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...]
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --verify 16
+    python hf_qie/check.py --schema
 
 The first opens the header of every image and counts the tokens of every caption, without any model, and reports for
 each task what extract.py will find and write. It leaves a contact sheet and a list of odd rows of each task under
@@ -9,10 +10,12 @@ each task what extract.py will find and write. It leaves a contact sheet and a l
 duplicates, rows without a caption, pairs whose aspect differs by more than 1 % (of several sources the last one
 counts), and images of less than half the side of extract.image_sample_size. Beside them noise-levels.png shows how
 often train.py will draw which noise level, with which weight, and where the pipeline samples.
-The second encodes that many rows of each finished set again, through the official pipeline, and compares.
+The second reads every byte of the finished sets, encodes that many rows of each again, through the official pipeline,
+and compares. The third prints the JSON schema of a recipe, for editors; recipes/recipe.schema.json is a copy.
 Exit codes: 0, 1 (the rows cannot be used, the disk is too small, or a set differs by more than rounding).
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_qie.config.installed import training_arguments
-from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.config.recipe import Recipe, load_recipe, recipe_schema
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, wanted
 from hf_qie.runtime.rules import Count
@@ -34,6 +37,9 @@ FIRST_LOOK = "first-look"  # no task can have this name
 
 def main(argv: list[str]) -> None:
     """Check the rows of every task that has data, or verify the finished sets."""
+    if argv == ["--schema"]:
+        show(json.dumps(recipe_schema(), indent=1))
+        return
     parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")

@@ -9,6 +9,7 @@ from typing import Annotated, get_args
 import pytest
 from pydantic import ValidationError
 
+from hf_qie import check
 from hf_qie.config.installed import training_arguments
 from hf_qie.config.recipe import (
     Columns,
@@ -22,6 +23,7 @@ from hf_qie.config.recipe import (
     Trainable,
     as_dict,
     load_recipe,
+    recipe_schema,
     save_recipe,
 )
 from hf_qie.errors import InputError, Misfit
@@ -469,3 +471,23 @@ def test_every_recipe_of_the_repository_is_one(root):
     assert len(paths) >= 2
     for path in paths:
         load_recipe(path)
+
+
+# --- the JSON schema -------------------------------------------------------------------------------------------------
+
+
+def test_the_stored_schema_is_that_of_the_recipe_and_every_recipe_names_it(root, capsys):
+    check.main(["--schema"])
+    assert (root / "recipes" / "recipe.schema.json").read_text(encoding="utf-8") == capsys.readouterr().out
+    for path in (root / "recipes").glob("*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+def test_the_schema_has_every_key_that_a_recipe_may_have():
+    schema = recipe_schema()
+    assert list(schema["properties"]) == Recipe.key_names()
+    assert list(schema["$defs"]["Task"]["properties"]) == Task.key_names()
+    training = schema["properties"]["training"]["properties"]
+    assert {"learning_rate", "fsdp_config", "eval_strategy"} <= training.keys()
+    assert not {"seed", "hub_token", "do_train"} & training.keys()
+    assert training["eval_strategy"]["enum"] == ["steps", "no"]

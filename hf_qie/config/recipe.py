@@ -25,6 +25,7 @@ from hf_qie.runtime.rules import (
     PathName,
     Positive,
     Rule,
+    SchemaWithoutTitles,
     Section,
     Seed,
     Share,
@@ -41,7 +42,7 @@ from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
 ModeScale = Annotated[float, Field(ge=-1, le=1.75), Rule("a number from -1 to 1.75")]  # where it is one to one
 _is_shard = lambda shard: len(shard) == 2 and 0 <= shard[0] < shard[1]  # noqa: E731
-Shard = Annotated[tuple[int, ...], Listed(), Rule("[i, n] with 0 <= i < n", _is_shard)]
+Shard = Annotated[tuple[int, ...], Listed(one=False), Rule("[i, n] with 0 <= i < n", _is_shard)]
 ModuleNames = Annotated[tuple[Name, ...], Listed(one=False), Rule("a list of at least one name", len)]
 HubName = Annotated[str, Rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
@@ -279,8 +280,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, for editors."""
-    schema = Recipe.model_json_schema()
+    """The JSON schema of a recipe, by which editors complete and check it."""
+    schema = Recipe.model_json_schema(schema_generator=SchemaWithoutTitles)
     schema["properties"]["training"] |= training_schema()
     return schema
 

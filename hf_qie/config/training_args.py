@@ -7,7 +7,18 @@ from pydantic import TypeAdapter
 
 from hf_qie.config.installed import choices, missing_package, pairs, training_arguments
 from hf_qie.errors import InputError, Misfit
-from hf_qie.runtime.rules import Below1, PathName, Positive, Rule, Section, Weight, show, unknown, validate
+from hf_qie.runtime.rules import (
+    Below1,
+    PathName,
+    Positive,
+    Rule,
+    SchemaWithoutTitles,
+    Section,
+    Weight,
+    show,
+    unknown,
+    validate,
+)
 
 DEFAULTS = {
     "output_dir": "outputs/run",
@@ -147,7 +158,7 @@ def training_schema() -> dict[str, Any]:
         properties[key]["default"] = DEFAULTS.get(key, default)
     for key in ("optim", "lr_scheduler_type"):
         properties[key] = {"enum": choices(key), "default": properties[key]["default"]}
-    fsdp = _FsdpConfig.model_json_schema()["properties"]
+    fsdp = _FsdpConfig.model_json_schema(schema_generator=SchemaWithoutTitles)["properties"]
     properties["fsdp_config"] = {"properties": fsdp | {f"fsdp_{key}": value for key, value in fsdp.items()}}
     return {"properties": properties, "additionalProperties": False}
 

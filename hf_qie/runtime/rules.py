@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
 from hf_qie.errors import Misfit
@@ -93,6 +94,14 @@ Share = Annotated[float, Field(ge=0, le=1), Rule("a number from 0 to 1")]
 Below1 = Annotated[float, Field(ge=0, lt=1), Rule("a number from 0 to below 1")]
 Names = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
 Table = Annotated[Mapping[K, V], AfterValidator(MappingProxyType)]  # read-only
+
+
+class SchemaWithoutTitles(GenerateJsonSchema):
+    """Titles would say each key's name again."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        """Never."""
+        return False
 
 
 class Section(BaseModel):

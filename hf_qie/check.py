@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
         from hf_qie.extraction.verify import verify_sets
 
         problems = []
-        for report, off in verify_sets(recipe, family, plans, num_rows=arguments.verify):
-            show(report)
+        for table, off in verify_sets(recipe, family, plans, num_rows=arguments.verify):
+            show(table)
             problems += off
     if problems:
         raise InputError("\n".join(problems))
@@ -74,7 +74,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     from hf_qie.extraction.contact_sheet import contact_sheet
     from hf_qie.extraction.estimate import check_space, encoder_width
     from hf_qie.extraction.reuse import keeps_some
-    from hf_qie.extraction.stats import findings_of, survey, table_of, unusable
+    from hf_qie.extraction.stats import report, survey
     from hf_qie.models.checkpoint import read_config
     from hf_qie.models.qwen_image.text_encoder import load_processor
     from hf_qie.plots import noise_chart
@@ -93,10 +93,10 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
             found = survey(plan, processor, width=width, progress=bar.update)
         sheet = folder / f"{name}.png"
         contact_sheet(plan, seed=recipe.seed).save(sheet)
-        report = [table_of(found, recipe.mix, batch_rows=batch_rows), *findings_of(found, folder / f"{name}.jsonl")]
-        show("\n".join([*report, f"  {sheet}: check that sources and targets are not swapped\n"]))
+        show(report(found, recipe.mix, batch_rows=batch_rows, findings=folder / f"{name}.jsonl"))
+        show(f"  {sheet}: check that sources and targets are not swapped\n")
         num_bytes[name] = found.num_bytes
-        problems += unusable(found)
+        problems += found.problems()
     scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
     chart = folder / "noise-levels.png"  # no task can have this name either
     noise_chart(**noise_levels(recipe, scheduler)).savefig(chart)

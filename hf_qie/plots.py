@@ -97,7 +97,7 @@ class Card:
 
     heading: str
     boxes: Sequence[tuple[str, Image.Image | str | None]]
-    target: int  # the place of the target in `boxes`; an arrow points to it
+    target: int | None = None  # the place in `boxes` that an arrow points to
     texts: Mapping[str, str] = field(default_factory=dict)  # by name
 
 
@@ -146,8 +146,9 @@ def _draw_card(card: Card, width: int, box_px: int) -> Image.Image:
         else:
             small = fit(shown, box_px)
             image.paste(small, (left + (box_px - small.width) // 2, top + (box_px - small.height) // 2))
-    tip, middle = GAP_PX + card.target * (box_px + GAP_PX) - 1, top + box_px // 2
-    pen.polygon([(tip, middle), (tip - GAP_PX + 2, middle - 10), (tip - GAP_PX + 2, middle + 10)], fill=ACCENT)
+    if card.target is not None:
+        tip, middle = GAP_PX + card.target * (box_px + GAP_PX) - 1, top + box_px // 2
+        pen.polygon([(tip, middle), (tip - GAP_PX + 2, middle - 10), (tip - GAP_PX + 2, middle + 10)], fill=ACCENT)
     for name, lines in texts:
         _write(image, (GAP_PX, below), name, color=FAINT)
         for number, line in enumerate(lines, 1):

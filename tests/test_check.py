@@ -234,7 +234,7 @@ def test_a_look_may_be_taken_from_a_notebook(extracted, capsys):
 def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
     check.main([str(extracted)])
-    assert ": about 0 bytes to write (0.0 MB)" in capsys.readouterr().out
+    assert ": about 0 bytes to write (0.00 GB)" in capsys.readouterr().out
 
 
 def test_one_step_of_sampling_is_refused_where_the_scheduler_has_none(odd):

@@ -8,10 +8,9 @@ from PIL import Image
 from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
 
 from hf_qie.data.images import BadImage, header_size, read_image
-from hf_qie.extraction.estimate import SAMPLE_ROWS, Estimator, encoder_width, estimate_bytes, rounded
+from hf_qie.extraction.estimate import SAMPLE_ROWS, encoder_width, estimate_bytes, outlooks
 from hf_qie.extraction.preprocess import Pictures, prepare
 from hf_qie.extraction.stats import survey
-from hf_qie.models.qwen_image.vae import grid_of
 
 
 @pytest.fixture(scope="session")
@@ -89,17 +88,19 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
     plans, processor = plans_of(write_recipe(tmp_path, model, rows, extract=sizes), tmp_path / "mapped")
     for plan in plans.values():
         given = list(plan.rows.table)
-        for row, look in zip(given, Estimator(plan, processor, width=WIDTH, fetch=True)(given), strict=True):
-            ways = [look.forward, look.inverse] if look.inverse else [look.forward]
-            for way, direction in zip(
-                ways, prepare(row, Pictures([row], plan), plan=plan, processor=processor).directions, strict=True
-            ):
+        for row, look in zip(given, outlooks(given, plan, processor, width=WIDTH), strict=True):
+            prepared = prepare(row, Pictures([row], plan), plan=plan, processor=processor)
+            num_embeds = {}
+            for direction in prepared.directions:
                 prompt = direction.prompt
-                lengths = [len(prompt.shared) + len(branch) - prompt.split for branch in prompt.branches]
-                assert list(way.num_text_states.values()) == lengths
-                assert way.num_image_states == prompt.split - prompt.drop
-                assert way.target_grid == grid_of(direction.images["target_image"][0][1])
-                assert way.grids["source_image"] == tuple(grid_of(size) for _, size in direction.sources)
+                num_embeds[f"{direction.prefix}image_embeds"] = prompt.split - prompt.drop
+                for name, branch in zip((*direction.captions, "drop"), prompt.branches, strict=True):
+                    num_embeds[f"{direction.prefix}text_embeds_{name}"] = (
+                        len(prompt.shared) + len(branch) - prompt.split
+                    )
+            assert look.num_embeds == num_embeds
+            grids = {name: value for name, value in prepared.columns.items() if "_grid" in name}
+            assert grids.items() <= look.grids.items()
 
 
 def test_the_estimate_is_what_extraction_writes(extracted, tmp_path, tiny):
@@ -114,14 +115,12 @@ def test_the_estimate_is_what_extraction_writes(extracted, tmp_path, tiny):
 def test_the_outlook_counts_every_vector_of_a_set(extracted, tmp_path):
     plans, processor = plans_of(extracted, tmp_path)
     for name, plan in plans.items():
-        looks = Estimator(plan, processor, width=WIDTH, fetch=True)(list(plan.rows.table))
+        looks = outlooks(list(plan.rows.table), plan, processor, width=WIDTH)
         for look, row in zip(looks, load_from_disk(extracted.parent / "sets" / name), strict=True):
-            states = [values for column, values in row.items() if "embeds" in column and values]
+            assert look.num_embeds == {name: len(v) for name, v in row.items() if "embeds" in name and v is not None}
             latents = [values for column, values in row.items() if "latents" in column and values]
-            inverse = look.inverse.num_stored if look.inverse else 0
-            assert sum(map(len, states)) == look.forward.num_stored + inverse
-            ways = [look.forward, look.inverse] if look.inverse else [look.forward]  # areas differ here
-            assert sum(map(len, latents)) == sum(way.num_vectors(image) for way in ways for image in way.grids)
+            grids = [grid for name, value in look.grids.items() for grid in ([value] if "target" in name else value)]
+            assert sum(map(len, latents)) == sum(height * width for height, width in grids)  # areas differ here
 
 
 def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):
@@ -132,10 +131,3 @@ def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):
     whole = survey(plans["many"], processor, width=WIDTH, progress=lambda rows: None).num_bytes
     sample = estimate_bytes(plans["many"], processor, width=WIDTH)
     assert sample == pytest.approx(whole, rel=0.01)  # every caption length as often, by turns
-
-
-def test_a_size_is_told_in_a_unit_in_which_it_shows():
-    assert [rounded(size) for size in (0, 17_300_000, 999_900_000, 10**9, 41_200_000_000)] == [
-        *("0.0 MB", "17.3 MB", "999.9 MB"),
-        *("1.0 GB", "41.2 GB"),
-    ]

@@ -18,7 +18,7 @@ from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
 from hf_qie.extraction.contact_sheet import given
-from hf_qie.extraction.estimate import Estimator
+from hf_qie.extraction.estimate import outlooks
 from hf_qie.extraction.verify import Official, beyond, bound, verify_set
 from hf_qie.hub.dataset_card import described
 from hf_qie.train import build_trainer, open_sets
@@ -140,7 +140,7 @@ def test_a_new_column_is_validated(recipe, tmp_path):
 def test_a_new_column_is_looked_at_and_verified_before_and_after_extraction(recipe, tmp_path):
     plans, processor = plans_of(recipe, tmp_path / "mapped")
     plan, rows = plans["edit"], list(plans["edit"].rows.table)
-    *looks, bad = Estimator(plan, processor, width=WIDTH, fetch=True)(rows)
+    *looks, bad = outlooks(rows, plan, processor, width=WIDTH)
     assert (bad.column, bad.path) == ("mask_image", "mask_5.png")
     assert [name for name, _ in given(rows[0])] == ["source", "mask"]
     assert extract([str(recipe)]) == 0

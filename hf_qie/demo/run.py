@@ -145,7 +145,7 @@ def sheet(edits: Sequence[Edit], before: Sequence["Image.Image"], after: Sequenc
     for number, (edit, *made) in enumerate(zip(edits, before, after, strict=False), 1):
         boxes = list(zip(labels, (draw(edit.sources[0]), *made, draw(edit.target)), strict=True))
         texts = {"instruction": edit.captions["instruction"]}
-        cards.append(Card(heading=f"edit {number}", boxes=boxes, target=3, texts=texts))
+        cards.append(Card(heading=f"edit {number}", boxes=boxes, texts=texts))
     return labelled_sheet(cards, title="Edits of images that training never saw", box_px=128, width_px=1300)
 
 

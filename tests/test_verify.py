@@ -67,9 +67,9 @@ def test_a_set_that_is_off_by_a_thousandth_is_told_by_its_column(extracted, tmp_
     assert line.split()[0] == "text_embeds_drop"
 
 
-def test_a_set_of_other_pictures_is_refused(extracted, tmp_path):
+def test_a_set_of_other_images_is_refused(extracted, tmp_path):
     folder = altered(extracted, tmp_path / "sets", lambda row: row | {"target_image": "images/other.png"})
-    with pytest.raises(InputError, match="has other pictures than the data now; extract it again"):
+    with pytest.raises(InputError, match="has other images than the data now; extract it again"):
         check.main([str(extracted), f"extract.output_dir={folder}", "--verify", "1"])
 
 

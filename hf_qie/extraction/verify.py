@@ -6,9 +6,9 @@ Nothing here shares a pass, a batch or a formula with extraction; only reading a
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -38,9 +38,6 @@ from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 from hf_qie.runtime.device import computes_bfloat16, own_device
 from hf_qie.runtime.files import check_digests
 
-STORED = 2.0**-11  # half a step of float16, in which sets are stored
-ROUNDINGS = 32
-
 
 def bound(dtype: torch.dtype) -> float:
     """How far a column may be off by rounding alone, in parts of its length.
@@ -50,11 +47,10 @@ def bound(dtype: torch.dtype) -> float:
     ones add up to their root, 11 u, so two runs are 15 u apart; doubled, as trained weights may amplify. Random
     weights of that depth give 11 u in float32 and 4 u in bfloat16, while lost 3-D positions give 0.3 or more.
     """
-    return STORED + ROUNDINGS * torch.finfo(dtype).eps / 2
+    return 2.0**-11 + 32 * torch.finfo(dtype).eps / 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(NamedTuple):
     """How far one column of one row is from the pipeline's."""
 
     column: str
@@ -124,7 +120,7 @@ def hand_token_types_through(pipeline: Any) -> None:
 def verify_sets(
     recipe: Recipe, family: Family, plans: Mapping[str, Plan], *, num_rows: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """Encode random rows of every finished set again: a report of each set, and the columns that are off.
+    """Read every byte of the finished sets and encode random rows again: a report of each set, and what is wrong.
 
     Raises InputError where there is no finished set.
     """
@@ -137,6 +133,7 @@ def verify_sets(
     checkpoint = checkpoint_compat(model, revision=revision, family=family)
     for name in finished:
         folder, provenance = sets[name], read_provenance(sets[name])
+        check_digests(folder, files_of(provenance))
         latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
         plan = replace(plans[name], extract=plans[name].extract.model_copy(update={"latents": latents}))
         sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
@@ -148,9 +145,10 @@ def verify_sets(
         checked, differences = verify_set(plan, folder, official(dtype), num_rows=num_rows, seed=recipe.seed)
         title = f"{name}: {checked:,} rows, made in {made_in}, against {family.pipeline} in {str(dtype)[6:]}"
         off = beyond(differences, limit=limit)
+        problem = f"{folder}: differs by more than rounding in {', '.join(off)}; extract it again"
         yield (
-            "\n".join([*unverified({name: provenance}), title, table_of(differences, limit=limit), ""]),
-            [f"{folder}: differs by more than rounding in {', '.join(off)}; extract it again"] * bool(off),
+            "\n".join([*unverified({name: provenance}), title, *_table(differences, limit), ""]),
+            [problem] * bool(off),
         )
 
 
@@ -159,34 +157,30 @@ def verify_set(
 ) -> tuple[int, list[Difference]]:
     """Encode random rows of the set in `folder` again; how many, and how far each column of each is off.
 
-    Raises InputError where the set was made from other pictures, or one cannot be read any more.
+    Raises InputError where the set was made from other images, or one cannot be read any more.
     """
-    check_digests(folder, files_of(read_provenance(folder)))
-    data = open_set(folder)
+    data, differences = open_set(folder), []
     chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
-    numbers = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
-    texts, numbers = (
-        data.remove_columns(numbers),
-        data.select_columns(numbers).with_format("torch", dtype=torch.float32),
-    )
-    differences = []
+    vectors = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
+    given = data.remove_columns(vectors)
+    stored = data.select_columns(vectors).with_format("torch", dtype=torch.float32)
     for place in sorted(map(int, chosen)):
-        row, stored = plan.rows.table[texts[place]["row"]], numbers[place]
-        if not row["bad"] and any(row[one.row_key] != texts[place][one.name] for one in columns_of("image")):
-            raise InputError(f"{folder}: row {row['row']} has other pictures than the data now; extract it again")
-        columns = official_columns(row, stored, plan, official)
-        differences += [compare(column, stored.get(column), values) for column, values in columns]
+        row = plan.rows.table[given[place]["row"]]
+        if not row["bad"] and any(row[one.row_key] != given[place][one.name] for one in columns_of("image")):
+            raise InputError(f"{folder}: row {row['row']} has other images than the data now; extract it again")
+        of_row = stored[place]
+        for column, values in official_columns(row, of_row, plan, official):
+            differences.append(compare(column, of_row.get(column), values))
     return len(chosen), differences
 
 
 def official_columns(
     row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Official
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every column of numbers of a row, by the pipeline; `stored` says where its pictures end and text starts."""
-    names = plan.task.columns
+    """Every column of vectors or grids of a row, by the pipeline; `stored` says where images end and text starts."""
     try:
         refuse_bad(row)
-        images = read_pictures(row, Pictures([row], plan), names)
+        images = read_pictures(row, Pictures([row], plan), plan.task.columns)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
     for prefix, files, captions in ways(row, plan):
@@ -197,9 +191,9 @@ def official_columns(
         texts |= {"drop": plan.extract.drop_caption}
         cut = len(stored[f"{prefix}image_embeds"])
         for name, text in texts.items():
-            states = official.states(text, shown[SOURCES])
-            yield f"{prefix}text_embeds_{name}", states[cut:]
-        yield f"{prefix}image_embeds", states[:cut]
+            embeds = official.states(text, shown[SOURCES])
+            yield f"{prefix}text_embeds_{name}", embeds[cut:]
+        yield f"{prefix}image_embeds", embeds[:cut]
         target = official.size(shown[TARGET][0], plan.target_area_px)
         sized = {name: [(image, target) for image in some] for name, some in shown.items()}
         sized[SOURCES] = [(image, official.size(image, plan.source_area_px)) for image in shown[SOURCES]]
@@ -214,28 +208,25 @@ def official_columns(
 def compare(column: str, stored: Any, official: Tensor) -> Difference:
     """How far a column of one row is off; infinitely where it has another length, or another grid."""
     stored, official = torch.as_tensor([] if stored is None else stored).flatten(), official.float().cpu().flatten()
-    is_grid = column_of(column)[0].kind == "grid"
-    if len(stored) != len(official) or (is_grid and not torch.equal(stored.float(), official)):
-        return Difference(column=column, largest=math.inf, mean=math.inf, relative=math.inf)
+    if len(stored) != len(official) or (column_of(column)[0].kind == "grid" and (stored != official).any()):
+        return Difference(column, math.inf, math.inf, math.inf)
     if not len(official):
-        return Difference(column=column, largest=0.0, mean=0.0, relative=0.0)
+        return Difference(column, 0.0, 0.0, 0.0)
     off = (stored - official).abs()
-    relative = float(off.norm() / official.norm())
-    return Difference(column=column, largest=float(off.max()), mean=float(off.mean()), relative=relative)
-
-
-def table_of(differences: Sequence[Difference], *, limit: float) -> str:
-    """One line a column, over all rows."""
-    rows = [("", "rows", "largest", "mean", "relative", "at most")]
-    for column in dict.fromkeys(difference.column for difference in differences):
-        of_column = [difference for difference in differences if difference.column == column]
-        relative = max(difference.relative for difference in of_column)
-        figures = max(one.largest for one in of_column), sum(one.mean for one in of_column) / len(of_column), relative
-        verdict = "" if relative <= limit else "  beyond rounding"
-        rows.append((column, len(of_column), *(f"{figure:.1e}" for figure in figures), f"{limit:.1e}{verdict}"))
-    return "\n".join(f"  {line}".rstrip() for line in aligned(rows))
+    return Difference(column, float(off.max()), float(off.mean()), float(off.norm() / official.norm()))
 
 
 def beyond(differences: Sequence[Difference], *, limit: float) -> list[str]:
     """The columns that are off by more than rounding."""
     return list(dict.fromkeys(difference.column for difference in differences if not difference.relative <= limit))
+
+
+def _table(differences: Sequence[Difference], limit: float) -> list[str]:
+    """One line a column, over all rows."""
+    off, rows = beyond(differences, limit=limit), [("", "rows", "largest", "mean", "relative", "at most")]
+    for column in dict.fromkeys(difference.column for difference in differences):
+        _, largest, mean, relative = zip(*(one for one in differences if one.column == column), strict=True)
+        figures = [f"{figure:.1e}" for figure in (max(largest), sum(mean) / len(mean), max(relative), limit)]
+        rows.append((column, len(mean), *figures, "beyond rounding" if column in off else ""))
+    rows[0] = (*rows[0], "")
+    return [f"  {line}".rstrip() for line in aligned(rows)]

@@ -276,6 +276,10 @@ def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_p
             ["training.metric_for_best_model=loss/edits"],
             "training.metric_for_best_model: 'loss/edits'; there are loss, loss/edit, loss/text_to_image",
         ),
+        (
+            ["training.load_best_model_at_end=true", "training.eval_steps=2", "training.save_steps=3"],
+            "training.save_steps: got 3, expected a multiple of eval_steps, which is 2: load_best_model_at_end",
+        ),
         (["training.load_best_model_at_end=true", "training.eval_strategy=no"], "requires the save and eval strategy"),
     ],
 )

@@ -1,22 +1,27 @@
 """A step is what its draws say, however it is cut and wherever the run was interrupted."""
 
+import inspect
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from embedding_sets import write_recipe, write_set
 from ranks import without_pace
 from safetensors import safe_open
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import hf_qie.training.callbacks
 import hf_qie.training.checkpoints
+import hf_qie.training.image_grid
+import hf_qie.training.trainer
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.seeding import draw_rng
@@ -27,7 +32,7 @@ from hf_qie.training.model import parameters
 from hf_qie.training.noise import noise_for
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
-from hf_qie.training.trainer import EditTrainer
+from hf_qie.training.trainer import PRIVATE, EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 CUTS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}  # rows x accumulation
@@ -77,6 +82,25 @@ def hold(trainer: EditTrainer, others: EditTrainer, atol: float = 0.0) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- Trainer's private methods ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_method_of_trainer_is_as_we_know_it(name):
+    found = str(inspect.signature(getattr(Trainer, name)))
+    assert found == PRIVATE[name][0], (
+        f"transformers {transformers.__version__} changed Trainer.{name}: {found}; read it, adapt EditTrainer and "
+        "PRIVATE in hf_qie/training/trainer.py, and the bound in setup.py"
+    )
+
+
+def test_every_private_method_that_is_overridden_or_called_is_listed():
+    theirs = {name for name in vars(Trainer) if re.match("_[a-z]", name)}
+    source = inspect.getsource(hf_qie.training.trainer) + inspect.getsource(hf_qie.training.image_grid)
+    used = set(re.findall(r"(?:trainer|self|super\(\))\.(_[a-z]\w+)\(", source)) | set(vars(EditTrainer))
+    assert used & theirs == set(PRIVATE)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------

@@ -234,6 +234,10 @@ def _check_steps(training: Mapping[str, Any]) -> None:
     if save % log and "no" not in (training.get("logging_strategy"), training.get("save_strategy")):
         why = "only there does a resumed run log the same"  # the running loss is not stored
         raise Misfit("training.save_steps", f"got {save}, expected a multiple of logging_steps, which is {log}: {why}")
+    every = training.get("eval_steps", log)
+    if training.get("load_best_model_at_end") and training.get("eval_strategy") == "steps" and save % every:
+        why = "load_best_model_at_end compares checkpoints"
+        raise Misfit("training.save_steps", f"got {save}, expected a multiple of eval_steps, which is {every}: {why}")
 
 
 def _check_names(training: Mapping[str, Any]) -> None:

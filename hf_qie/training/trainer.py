@@ -40,13 +40,17 @@ from hf_qie.training.resume import settings_of
 
 logger = get_logger(__name__)
 
-# The private methods of Trainer that EditTrainer overrides: their signature there, and the reason.
-PRIVATE_OVERRIDES = {
+# The private methods of Trainer that EditTrainer overrides or calls: their signature there, and the reason.
+PRIVATE = {
     "_load_from_checkpoint": (
         "(self, resume_from_checkpoint: str, model: torch.nn.modules.module.Module | None = None) -> None",
         "Trainer raises on a checkpoint with diffusers' files",
     ),
     "_load_best_model": ("(self) -> None", "Trainer only warns where a checkpoint has diffusers' files"),
+    "_prepare_inputs": (
+        "(self, inputs: dict[str, torch.Tensor | typing.Any]) -> dict[str, torch.Tensor | typing.Any]",
+        "is called: a batch of evaluation, and of images, has to lie on the device",
+    ),
 }
 
 
@@ -64,7 +68,7 @@ class EditTrainer(Trainer):
         log: adds the loss by task and the throughput; raises where the gradient is not finite.
         save_model: weights as diffusers loads them.
 
-    Private ones are in `PRIVATE_OVERRIDES`.
+    Private ones are in `PRIVATE`.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss gives the micro-batch's mean, Trainer divides by accumulation

@@ -168,7 +168,8 @@ def _lines(text: str, width: int, *, max_lines: int = MAX_LINES) -> list[str]:
     """
     name = _best_font(text)
     legible = "".join(char if _has_glyph(name, char) else "?" for char in text)
-    if 2 * sum(not _has_glyph(name, char) for char in text) >= len("".join(text.split())):
+    missing = sum(not _has_glyph(name, char) for char in text)
+    if missing and 2 * missing >= len("".join(text.split())):
         legible = "(no font here has these characters: install Noto Sans CJK)"
     font, lines = _load_font(name, TEXT_PX), [""]
     for piece in re.findall(r"[^\s\u2e80-\uffef]{1,24}|\s+|[\u2e80-\uffef][，。、；：？！）》」』”’]*", legible):

@@ -140,6 +140,7 @@ def test_characters_without_a_font_are_left_out_and_never_drawn_as_boxes(monkeyp
     try:
         assert plots._lines("Make it blue.", 400) == ["Make it blue."]
         assert plots._lines("Make it 蓝.", 400) == ["Make it ?."]
+        assert plots._lines(" ", 400) == [""]
         assert "Noto Sans CJK" in "".join(plots._lines("把天空变成蓝色。", 400))
     finally:
         plots._installed_fonts.cache_clear()

@@ -135,7 +135,8 @@ def survey(plan: Plan, processor: Any, *, width: int, progress: Callable[[int], 
     """Look at every row of a plan; `width` is the encoder's."""
     found, table = Survey(plan, width=width), plan.rows.table
     for start in range(0, len(table), WINDOW_ROWS):
-        rows = table.select(range(start, min(start + WINDOW_ROWS, len(table)))).to_list()
+        columns = table[start : start + WINDOW_ROWS]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         found.add(rows, outlooks(rows, plan, processor, width=width))
         progress(len(rows))
     return found

@@ -17,17 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hf_qie.config.recipe import load_recipe
+import numpy as np
+from PIL import Image
+
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.demo.shapes import Edit, draw, negative, repaint
 from hf_qie.plots import Card, labelled_sheet
 from hf_qie.runtime.cli import run_script
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from hf_qie.config.recipe import Recipe
 
 logger = logging.getLogger("hf_qie.demo.run")
 
@@ -81,7 +78,7 @@ def held_out(size_px: int) -> list[Edit]:
     ]
 
 
-def sampled(recipe: "Recipe", edits: Sequence[Edit], *, trained: bool) -> list["Image.Image"]:
+def sampled(recipe: Recipe, edits: Sequence[Edit], *, trained: bool) -> list[Image.Image]:
     """The edits as the model makes them, before or after training."""
     from tqdm import tqdm
 
@@ -96,16 +93,14 @@ def sampled(recipe: "Recipe", edits: Sequence[Edit], *, trained: bool) -> list["
     ]
 
 
-def psnr_db(image: "Image.Image", target: "Image.Image") -> float:
+def psnr_db(image: Image.Image, target: Image.Image) -> float:
     """Peak signal-to-noise ratio of one 8-bit image against another of the same size, in dB."""
-    import numpy as np
-
     difference = np.asarray(image, dtype=np.float64) - np.asarray(target, dtype=np.float64)
     return float(20 * np.log10(255) - 10 * np.log10((difference**2).mean().clip(1e-3)))
 
 
 def score(
-    recipe: "Recipe", edits: Sequence[Edit], before: Sequence["Image.Image"], after: Sequence["Image.Image"]
+    recipe: Recipe, edits: Sequence[Edit], before: Sequence[Image.Image], after: Sequence[Image.Image]
 ) -> dict[str, float]:
     """Mean PSNR to the target, in dB, of each way to make it; and how many edits obey their own instruction.
 
@@ -124,7 +119,7 @@ def score(
     return scores | {"share_own_instruction": round(own / len(after), 3)}
 
 
-def reconstructed(recipe: "Recipe", images: Sequence["Image.Image"]) -> list["Image.Image"]:
+def reconstructed(recipe: Recipe, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Images through the VAE and back: as near as any edit can come."""
     import torch
     from diffusers import AutoencoderKLQwenImage
@@ -138,7 +133,7 @@ def reconstructed(recipe: "Recipe", images: Sequence["Image.Image"]) -> list["Im
     return processor.postprocess(decoded)
 
 
-def sheet(edits: Sequence[Edit], before: Sequence["Image.Image"], after: Sequence["Image.Image"]) -> "Image.Image":
+def sheet(edits: Sequence[Edit], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
     """A card an edit: its images, and its instruction below them."""
     labels = ("source", "before training", "after training", "target")
     cards = []

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
-from hf_qie.demo.run import ROWS
+from hf_qie.demo.run import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -116,7 +116,8 @@ def test_the_example_of_weights_is_what_the_mix_makes_of_it():
 def test_the_mix_of_the_demo_is_what_the_recipe_draws():
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     weights = {name: task.weight for name, task in recipe.tasks.items()}
-    groups = read_groups({task: rows_with({1: ROWS}) for task in recipe.tasks}, weights, recipe.mix)
+    rows = int(re.search(r"--rows (\d+)", STAGES["data"])[1])
+    groups = read_groups({task: rows_with({1: rows}) for task in recipe.tasks}, weights, recipe.mix)
     num_draws = recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"]
     assert mix_table(groups, group_shares(groups, recipe.mix), num_draws=num_draws) in README
 

@@ -18,7 +18,7 @@ from ranks import in_ranks
 from safetensors.torch import load_file
 
 import hf_qie.extract
-from hf_qie.config.recipe import load_recipe
+from hf_qie.config.recipe import as_dict, load_recipe
 from hf_qie.data.provenance import PROVENANCE
 from hf_qie.errors import InputError
 from hf_qie.train import main, run, train
@@ -74,7 +74,7 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
     left = {"checkpoint-2", "pytorch_lora_weights.safetensors", "recipe.yaml", "run.json", "trainer_state.json"}
     left |= {"loss.png"}
     assert {p.name for p in run.iterdir()} == left
-    assert load_recipe(run / "recipe.yaml") == load_recipe(path, ["training.max_steps=2"])
+    assert as_dict(load_recipe(run / "recipe.yaml")) == as_dict(load_recipe(path, ["training.max_steps=2"]))
 
 
 def logged(checkpoint: Path) -> list[dict[str, float]]:
@@ -216,5 +216,5 @@ def test_the_captions_of_a_ready_set_are_weighed_by_its_own_names(tiny, tmp_path
     assert open_sets(load_recipe(path, [*given, "mix.caption_weights={prompt: 1, instruction: 0}"]))
     with pytest.raises(InputError, match=r"^mix\.caption_weights\.promt: unknown key, did you mean 'prompt'\?"):
         open_sets(load_recipe(path, [*given, "mix.caption_weights={promt: 1}"]))
-    with pytest.raises(InputError, match=r"mix\.caption_weights\.prompt: unknown key, known here: instruction"):
+    with pytest.raises(InputError, match=r"mix\.caption_weights\.prompt: unknown key, known: instruction"):
         load_recipe(path, ["tasks.edit={data: a.jsonl}", "mix.caption_weights={prompt: 1}"])

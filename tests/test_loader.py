@@ -12,7 +12,7 @@ from shaped_sets import CAPTIONS, embedding_set
 from hf_qie.config.recipe import Mix
 from hf_qie.data.collate import collate
 from hf_qie.data.loader import Draws, RankBatches, open_loader, text_weights
-from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
+from hf_qie.data.mixture import group_shares, mixture_plan, read_groups
 from hf_qie.errors import InputError
 
 A, B = (2, 3), (3, 2)
@@ -28,8 +28,8 @@ def opened(data, folder):
 
 def draws_of(sets, mix, *, num_steps=4, same_shape=4, seed=0):
     groups = read_groups(sets, dict.fromkeys(sets, 1.0), mix)
-    num_cells = num_steps * G // same_shape
-    plan = mixed_plan(groups, group_shares(groups, mix), seed=seed, same_shape=same_shape, num_cells=num_cells)
+    num_batches = num_steps * G // same_shape
+    plan = mixture_plan(groups, group_shares(groups, mix), seed=seed, same_shape=same_shape, num_batches=num_batches)
     return Draws(sets, plan, seed=seed, mix=mix)
 
 
@@ -63,9 +63,9 @@ def assert_prompt(row, images, texts):
 def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
     draws = draws_of(sets, NEVER_DROP)
     for number in range(len(draws)):
-        row, cell = draws[number], draws.plan.data[number // 4]
-        data, index = sets[cell["task"]], cell["rows"][number % 4]
-        assert (row["task"], row["row"], row["draw"]) == (cell["task"], index, number)
+        row, batch = draws[number], draws.plan.data[number // 4]
+        data, index = sets[batch["task"]], batch["rows"][number % 4]
+        assert (row["task"], row["row"], row["draw"]) == (batch["task"], index, number)
         assert row["grids"] == [tuple(grid) for grid in (data[index]["target_grid"], *data[index]["source_grids"])]
         for name in ("target_latents", "source_latents"):
             np.testing.assert_array_equal(row[name], stored(data, index, name))

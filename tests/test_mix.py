@@ -1,4 +1,4 @@
-"""The law of the draw: shares, plans of cells, and what they do not depend on."""
+"""The law of the draw: shares, mixture plans, and what they do not depend on."""
 
 from collections import Counter
 
@@ -9,11 +9,11 @@ from shaped_sets import embedding_set
 
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import (
-    cell_plan,
+    group_plan,
     group_shares,
     mix_table,
     mix_warnings,
-    mixed_plan,
+    mixture_plan,
     read_groups,
     resolve_same_shape,
 )
@@ -42,7 +42,8 @@ def shares_by_name(sets, weights, mix):
 
 def plan_of(sets, mix=DEFAULT, weights=WEIGHTS, **options):
     groups = read_groups(sets, weights, mix)
-    return mixed_plan(groups, group_shares(groups, mix), **({"seed": 0, "same_shape": 2, "num_cells": 300} | options))
+    options = {"seed": 0, "same_shape": 2, "num_batches": 300} | options
+    return mixture_plan(groups, group_shares(groups, mix), **options)
 
 
 def only_group(data, mix=DEFAULT):
@@ -72,16 +73,16 @@ def test_with_count_weights_counts_share_by_theirs_and_the_tasks_of_a_count_by_w
 
 @pytest.mark.parametrize("mapping", [None, EQUAL])
 def test_groups_are_drawn_by_their_shares(sets, mapping):
-    num_cells, mix = 10_000, Mix(source_count_weights=mapping)
-    plan = plan_of(sets, mix, num_cells=num_cells)
+    num_batches, mix = 10_000, Mix(source_count_weights=mapping)
+    plan = plan_of(sets, mix, num_batches=num_batches)
     seen = Counter(zip(plan["task"], plan["num_sources"], strict=True))
     for name, share in shares_by_name(sets, WEIGHTS, mix).items():
-        three_errors = 3 * np.sqrt(num_cells * share * (1 - share))  # draws are independent, so counts are binomial
-        assert abs(seen[name] - num_cells * share) <= three_errors
+        three_errors = 3 * np.sqrt(num_batches * share * (1 - share))  # draws are independent, so counts are binomial
+        assert abs(seen[name] - num_batches * share) <= three_errors
 
 
-def test_the_group_of_a_cell_does_not_depend_on_the_one_before(sets):
-    few = np.array(plan_of(sets, num_cells=10_000)["task"]) == "few"
+def test_the_group_of_a_batch_does_not_depend_on_the_one_before(sets):
+    few = np.array(plan_of(sets, num_batches=10_000)["task"]) == "few"
     pairs = few[0::2] & few[1::2]
     assert abs(pairs.mean() - 0.75**2) <= 3 * np.sqrt(0.75**2 * (1 - 0.75**2) / len(pairs))  # three standard errors
 
@@ -128,21 +129,21 @@ def test_a_weighted_task_without_rows_is_an_error(sets):
 
 @pytest.mark.parametrize(("short", "long"), [(1, 50), (7, 8), (300, 1000)])
 def test_a_longer_run_begins_with_the_shorter_one(sets, short, long):
-    assert plan_of(sets, num_cells=long).select(range(short)).to_list() == plan_of(sets, num_cells=short).to_list()
+    assert plan_of(sets, num_batches=long).select(range(short)).to_list() == plan_of(sets, num_batches=short).to_list()
 
 
 @pytest.mark.parametrize(("short", "long"), [(1, 2), (3, 40), (200, 1001)])
 def test_a_longer_plan_of_a_group_begins_with_the_shorter_one(sets, short, long):
     for group in read_groups(sets, WEIGHTS, DEFAULT):
-        first, more = (cell_plan(group, seed=3, same_shape=4, num_cells=n).to_list() for n in (short, long))
+        first, more = (group_plan(group, seed=3, same_shape=4, num_batches=n).to_list() for n in (short, long))
         assert more[:short] == first
 
 
-def test_a_run_has_the_cells_asked_for_even_of_one_group_or_a_rare_one():
+def test_a_run_has_the_batches_asked_for_even_of_one_group_or_a_rare_one():
     one = {"a": embedding_set([(A,)] * 3)}
-    assert len(plan_of(one, weights={"a": 1.0}, num_cells=1234)) == 1234
+    assert len(plan_of(one, weights={"a": 1.0}, num_batches=1234)) == 1234
     two = one | {"b": embedding_set([(A,)] * 3)}
-    assert len(plan_of(two, weights={"a": 1.0, "b": 1e-4}, num_cells=1234)) == 1234
+    assert len(plan_of(two, weights={"a": 1.0, "b": 1e-4}, num_batches=1234)) == 1234
 
 
 def test_the_order_of_tasks_in_the_recipe_changes_nothing(sets):
@@ -151,32 +152,32 @@ def test_the_order_of_tasks_in_the_recipe_changes_nothing(sets):
 
 
 def test_the_plan_of_a_group_does_not_depend_on_other_groups(sets):
-    def cells(of):
+    def batches(of):
         (group,) = (g for g in read_groups(of, WEIGHTS, DEFAULT) if (g.task, g.num_sources) == ("few", 1))
-        return cell_plan(group, seed=0, same_shape=4, num_cells=100).to_list()
+        return group_plan(group, seed=0, same_shape=4, num_batches=100).to_list()
 
-    assert cells(sets) == cells({"few": sets["few"]})
+    assert batches(sets) == batches({"few": sets["few"]})
 
 
 def test_groups_are_drawn_in_the_order_of_their_own_plans(sets):
-    run = plan_of(sets, num_cells=500).to_list()
+    run = plan_of(sets, num_batches=500).to_list()
     for group in read_groups(sets, WEIGHTS, DEFAULT):
-        drawn = [cell for cell in run if (cell["task"], cell["num_sources"]) == (group.task, group.num_sources)]
-        assert drawn == cell_plan(group, seed=0, same_shape=2, num_cells=len(drawn)).to_list()
+        drawn = [batch for batch in run if (batch["task"], batch["num_sources"]) == (group.task, group.num_sources)]
+        assert drawn == group_plan(group, seed=0, same_shape=2, num_batches=len(drawn)).to_list()
 
 
 def test_another_seed_draws_another_run(sets):
     assert plan_of(sets, seed=1).to_list() != plan_of(sets, seed=0).to_list()
 
 
-def test_a_cell_has_one_shape():
+def test_a_same_shape_batch_has_one_shape():
     shapes = [(A, B), (B, A), (A, A), (C, A)] * 5
     data = embedding_set(shapes, inverse=range(10))
     mix = Mix(inverse_share=0.4)
     seen = set()
-    for cell in cell_plan(only_group(data, mix), seed=0, same_shape=4, num_cells=200):
-        (shape,) = {shapes[row][::-1] if cell["inverse"] else shapes[row] for row in cell["rows"]}
-        seen.add((cell["inverse"], shape))
+    for batch in group_plan(only_group(data, mix), seed=0, same_shape=4, num_batches=200):
+        (shape,) = {shapes[row][::-1] if batch["inverse"] else shapes[row] for row in batch["rows"]}
+        seen.add((batch["inverse"], shape))
     assert len(seen) == 8  # every shape, both ways
 
 
@@ -187,35 +188,35 @@ def test_an_inverse_is_bucketed_by_the_grids_stored_for_it():
     assert len(set(group.bucket)) == 3
 
 
-@pytest.mark.parametrize("num_cells", [1, 6, 7, 26, 100])
-def test_rows_of_one_shape_are_drawn_equally_often_up_to_one(num_cells):
-    plan = cell_plan(only_group(embedding_set([(A, B)] * 13)), seed=0, same_shape=4, num_cells=num_cells)
+@pytest.mark.parametrize("num_batches", [1, 6, 7, 26, 100])
+def test_rows_of_one_shape_are_drawn_equally_often_up_to_one(num_batches):
+    plan = group_plan(only_group(embedding_set([(A, B)] * 13)), seed=0, same_shape=4, num_batches=num_batches)
     times = np.bincount(np.ravel(plan["rows"]), minlength=13)
-    assert times.sum() == 4 * num_cells
+    assert times.sum() == 4 * num_batches
     assert times.max() - times.min() <= 1
 
 
 def test_shapes_are_drawn_in_proportion_to_their_rows_within_every_pass():
-    sizes = {A: 8, B: 23, C: 9}  # 40 rows: a pass is ten cells of four
+    sizes = {A: 8, B: 23, C: 9}  # 40 rows: an epoch is ten batches of four
     shapes = [(shape, A) for shape, size in sizes.items() for _ in range(size)]
-    plan = cell_plan(only_group(embedding_set(shapes)), seed=0, same_shape=4, num_cells=200)
+    plan = group_plan(only_group(embedding_set(shapes)), seed=0, same_shape=4, num_batches=200)
     firsts = np.array([list(sizes).index(shapes[rows[0]][0]) for rows in plan["rows"]]).reshape(20, 10)
     for place, size in enumerate(sizes.values()):
-        cells = (firsts == place).sum(axis=1)
+        batches = (firsts == place).sum(axis=1)
         # a shape has a stretch of size / 4 of the pass's ten strata: the whole ones are its own, two at most shared
-        assert (cells >= np.ceil(size / 4) - 2).all()
-        assert (cells <= np.floor(size / 4) + 2).all()
+        assert (batches >= np.ceil(size / 4) - 2).all()
+        assert (batches <= np.floor(size / 4) + 2).all()
 
 
 def test_no_row_is_favoured_whatever_its_shape():
     shapes = [(A, A)] * 3 + [(B, B)] * 50 + [(C, C)] * 11
-    num_cells = 16_000
-    plan = cell_plan(only_group(embedding_set(shapes)), seed=0, same_shape=4, num_cells=num_cells)
+    num_batches = 16_000
+    plan = group_plan(only_group(embedding_set(shapes)), seed=0, same_shape=4, num_batches=num_batches)
     times = np.bincount(np.ravel(plan["rows"]))
-    # cells by shape vary less than independent draws would: three standard errors of those bound them
+    # batches by shape vary less than independent draws would: three standard errors of those bound them
     for rows in (slice(0, 3), slice(3, 53), slice(53, 64)):
         part = len(shapes[rows]) / 64
-        assert abs(times[rows].sum() / 4 - num_cells * part) <= 3 * np.sqrt(num_cells * part * (1 - part))
+        assert abs(times[rows].sum() / 4 - num_batches * part) <= 3 * np.sqrt(num_batches * part * (1 - part))
         assert np.ptp(times[rows]) <= 1
 
 
@@ -223,12 +224,12 @@ def test_no_row_is_favoured_whatever_its_shape():
 def test_of_the_draws_of_a_row_with_an_inverse_its_share_is_inverse(share):
     with_inverse = np.arange(60) % 3 > 0  # in every shape, rows with and rows without
     data = embedding_set([(A, B)] * 30 + [(C, C)] * 30, inverse=np.flatnonzero(with_inverse))
-    plan = cell_plan(only_group(data, Mix(inverse_share=share)), seed=0, same_shape=4, num_cells=6000)
+    plan = group_plan(only_group(data, Mix(inverse_share=share)), seed=0, same_shape=4, num_batches=6000)
     rows, inverse = np.array(plan["rows"]), np.array(plan["inverse"])
     forward_times, inverse_times = (np.bincount(rows[inverse == way].ravel(), minlength=60) for way in (0, 1))
     assert (inverse_times[~with_inverse] == 0).all()
     # A row is drawn 400 times on the average. Its bucket's 10 or 20 rows take turns, so its count varies with its
-    # buckets' cells alone, by less than 5 standard errors of independent draws of 4 rows for each of them
+    # buckets' batches alone, by less than 5 standard errors of independent draws of 4 rows for each of them
     expected_inverse = np.where(with_inverse, 400 * share, 0)
     error = 5 * np.sqrt(400 * 4 / 10)
     assert np.abs(inverse_times - expected_inverse).max() <= error
@@ -236,8 +237,8 @@ def test_of_the_draws_of_a_row_with_an_inverse_its_share_is_inverse(share):
     assert abs(inverse.mean() - share * 2 / 3) <= 3 * np.sqrt(share * (1 - share) / len(inverse)) + 1e-12
 
 
-def test_a_shape_with_fewer_rows_than_a_cell_repeats_them_within_it():
-    plan = cell_plan(only_group(embedding_set([(A, B)] * 3)), seed=0, same_shape=4, num_cells=3)
+def test_a_shape_with_fewer_rows_than_a_batch_repeats_them_within_it():
+    plan = group_plan(only_group(embedding_set([(A, B)] * 3)), seed=0, same_shape=4, num_batches=3)
     assert all(set(rows) == {0, 1, 2} for rows in plan["rows"])
     assert Counter(np.ravel(plan["rows"])) == {0: 4, 1: 4, 2: 4}
 
@@ -255,12 +256,12 @@ def test_the_mix_can_be_saved_and_opened_like_any_dataset(sets, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 2), (2, 2), (4, 4), (8, 8)])
-def test_a_cell_is_a_micro_batch_unless_the_recipe_says_more(given, resolved):
+def test_a_same_shape_batch_is_a_micro_batch_unless_the_recipe_says_more(given, resolved):
     assert resolve_same_shape(given, global_batch_size=8, per_device_train_batch_size=2) == resolved
 
 
 @pytest.mark.parametrize(("same_shape", "micro_batch"), [(3, 2), (16, 2), (6, 2), (1, 2)])
-def test_a_cell_that_does_not_fit_is_an_error_that_names_both(same_shape, micro_batch):
+def test_a_same_shape_that_does_not_fit_is_an_error_that_names_both(same_shape, micro_batch):
     with pytest.raises(InputError, match=f"same_shape: {same_shape} .*_batch_size, {micro_batch}, .*, 8, a multiple"):
         resolve_same_shape(same_shape, global_batch_size=8, per_device_train_batch_size=micro_batch)
 
@@ -269,7 +270,7 @@ def test_the_table_has_a_line_for_each_group_with_how_often_it_is_drawn(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
     table = mix_table(groups, group_shares(groups, DEFAULT), num_draws=400)
     assert [line.split() for line in table.splitlines()] == [
-        ["task", "sources", "rows", "weight", "share", "times", "over"],
+        ["task", "sources", "rows", "weight", "share", "epochs"],
         ["few", "1", "8", "3", "0.6000", "30.00"],
         ["few", "3", "2", "3", "0.1500", "30.00"],
         ["many", "0", "5", "1", "0.0312", "2.50"],
@@ -282,12 +283,12 @@ def test_a_group_drawn_more_than_ten_times_over_warns_with_its_rows(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
     warnings = mix_warnings(groups, group_shares(groups, DEFAULT), DEFAULT, num_draws=400, same_shape=1)
     assert warnings == [
-        "task 'few', 1 source(s): this run draws its 8 rows 30 times over",
-        "task 'few', 3 source(s): this run draws its 2 rows 30 times over",
+        "task 'few', 1 source(s): this run is 30 epochs over its 8 rows",
+        "task 'few', 3 source(s): this run is 30 epochs over its 2 rows",
     ]
 
 
-def test_draws_of_shapes_smaller_than_a_cell_are_told_by_their_share(sets):
+def test_draws_of_shapes_smaller_than_a_batch_are_told_by_their_share(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
     shares = group_shares(groups, DEFAULT)
     (warning,) = mix_warnings(groups, shares, DEFAULT, num_draws=8, same_shape=6)

@@ -114,9 +114,9 @@ def test_a_new_image_column_is_read_checked_stored_described_and_loaded(recipe, 
         assert batch["mask"].shape == (2, batch["target_latents"].shape[1], 1)
         assert batch["mask_latents"].shape == batch["target_latents"].shape
         for place, draw in enumerate(batch["draw"]):
-            cell = trainer.train_dataset.plan.data[draw // 2]
+            drawn_batch = trainer.train_dataset.plan.data[draw // 2]
             (row,) = (one for one in data if one["row"] == batch["row"][place])
-            prefix = "inverse_" if cell["inverse"] else ""
+            prefix = "inverse_" if drawn_batch["inverse"] else ""
             directions.add(prefix)
             for name in ("mask", "mask_latents"):
                 wanted = np.array(row[prefix + name], np.float16)

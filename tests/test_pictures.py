@@ -12,11 +12,11 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.images import read_image, resize
-from hf_qie.data.images import to_pixels as picture_to_pixels
-from hf_qie.data.online_latents import read_pixels, to_pixels
+from hf_qie.data.images import read_image, resize, to_pixels
+from hf_qie.data.online_latents import read_pixels
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
+from hf_qie.models.base import read_family
 from hf_qie.train import train
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
@@ -120,11 +120,11 @@ def test_the_vae_is_loaded_only_where_it_is_needed_and_the_start_says_so(recipes
     assert "encoder: not loaded, VAE: loaded, as sets have no latents" in caplog.text
 
 
-def test_pixels_are_those_of_extraction(edits):
+def test_pixels_are_those_of_extraction(edits, tiny):
     path = next((edits / "images").glob("*.png"))
-    pixels = torch.tensor(read_pixels(str(path), (6, 4)))
+    pixels = torch.tensor(read_pixels(str(path), (6, 4), read_family(str(tiny()))))
     assert pixels.shape == (96, 64, 3)
-    assert torch.equal(to_pixels(pixels[None])[0], picture_to_pixels(resize(read_image(path), (64, 96))))
+    assert torch.equal(to_pixels(pixels[None])[0], to_pixels(resize(read_image(path), (64, 96))))
 
 
 def refused(recipe: Path, *overrides: str) -> str:
@@ -182,6 +182,6 @@ def test_a_picture_that_was_damaged_since_is_named(recipes, tmp_path, edits):
     )
     trainer, _ = build_trainer(loaded, open_sets(loaded))
     with pytest.raises(
-        InputError, match=r"tasks\.\w+: row \d: \S+_target\.png: cannot read .*; it was whole at extraction"
+        InputError, match=r"tasks\.\w+: row \d: \S+_target\.png: cannot read .*; extraction could read it"
     ):
         trainer.train_dataset[0]

@@ -128,7 +128,10 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """`[3, H, W]` float32 in [-1, 1], as the pipelines' `VaeImageProcessor.preprocess`."""
-    values = np.asarray(image, dtype=np.float32) / 255.0
-    return 2.0 * torch.from_numpy(values).permute(2, 0, 1) - 1.0
+def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
+    """`[..., 3, H, W]` float32 in [-1, 1] of an RGB image, or of `[..., H, W, 3]` uint8.
+
+    As the pipelines' `VaeImageProcessor.preprocess`.
+    """
+    values = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
+    return 2.0 * (values.float() / 255.0).movedim(-1, -3) - 1.0

@@ -1,6 +1,7 @@
-"""Plan + rank -> micro-batches of draws, and the row of each draw.
+"""Mixture plan + rank -> micro-batches of draws, and the row of each draw.
 
-Letters: S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the prompt encoder.
+Letters: S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens, D width
+of the prompt encoder.
 """
 
 from bisect import bisect_right
@@ -21,16 +22,16 @@ from hf_qie.data.online_latents import has_latents, read_pixels
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, swapped
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.vae import Grid
+from hf_qie.models.base import Family, Grid
 from hf_qie.runtime.rules import unknown
 
 TEXT = "text_embeds_"
 
 
 class Rows:
-    """The rows of a data set as Arrow has them: views of its files, without the time that `datasets` takes for a row.
+    """The rows of a data set as views of its Arrow files, without the time that `datasets` takes for a row.
 
-    A worker that is spawned opens the files again.
+    A spawned worker opens the files again.
     """
 
     def __init__(self, data: datasets.Dataset):
@@ -55,16 +56,32 @@ class Row(NamedTuple):
         """What it has in a column."""
         return self.columns[name][self.place]
 
+    def of(self, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
+        """What one direction has in a column: an inverse its own, else what the forward row has in the `other`."""
+        if not inverse:
+            return column, self.value(column.name)
+        own = INVERSE + column.name
+        if own in self.columns and (value := self.value(own)).is_valid:
+            return column, value
+        return other, self.value(other.name)
+
 
 class TaskRows:
     """The rows of one task's set, read without a copy, as float16 views of its Arrow files.
 
-    Of a set without latents the pictures are read. Raises InputError where `mix.caption_weights` does not fit the
-    set's captions.
+    Of a set without latents the images are read; `family` says how large. Raises InputError where
+    `mix.caption_weights` does not fit the set's captions.
     """
 
-    def __init__(self, task: str, data: datasets.Dataset, *, caption_weights: Mapping[str, float] | None):
-        self.task, self.has_latents = task, has_latents(data)
+    def __init__(
+        self,
+        task: str,
+        data: datasets.Dataset,
+        *,
+        caption_weights: Mapping[str, float] | None,
+        family: Family | None = None,
+    ):
+        self.task, self.has_latents, self.family = task, has_latents(data), family
         self.rows = Rows(data)
         grids = {column.of: column for column in columns_of("grid")}
         arrays = columns_of("latents", "values") if self.has_latents else columns_of("values")
@@ -78,17 +95,17 @@ class TaskRows:
         `caption` in [0, 1) picks one of its captions by weight, None the drop caption, which is also that of a row
         without a caption that weighs anything.
 
-        target_latents [S, 64], source_latents [R, 64], prompt_parts, whose lengths sum to L, [length, D]: float16
-        arrays, not to be written to; grids: packed (height, width), the target's, then each source's; task; row, its
-        position in the task's data; caption, the name of its column, or "drop". Without latents, in their place
-        pictures: [H, W, 3] uint8, in the order of grids.
+        target_latents [S, C], source_latents [R, C] and other arrays of the set, prompt_parts, whose lengths sum to L,
+        [length, D]: not to be written to; grids: packed (height, width), the target's, then each source's; task; row,
+        its position in the task's data; caption, the name of its column, or "drop". In place of latents a set without
+        them has images, [H, W, 3] uint8.
         """
         row = self.rows[index]
         prefix = INVERSE if inverse else ""
         text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
-        found = (_stored(row, *pair, inverse=inverse) for pair in self.grids)
+        found = (row.of(*pair, inverse=inverse) for pair in self.grids)
         grids = [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
-        arrays = {pair[0].name: _matrix(_stored(row, *pair, inverse=inverse)[1]) for pair in self.arrays}
+        arrays = {pair[0].name: _matrix(row.of(*pair, inverse=inverse)[1]) for pair in self.arrays}
         if not self.has_latents:
             arrays["images"] = self._images(row, grids, inverse=inverse)
         return arrays | {
@@ -104,16 +121,13 @@ class TaskRows:
         files = {image.name: image.each(row.value(image.name).as_py()) for image in columns_of("image")}
         if inverse:
             files |= {SOURCES: files[TARGET], TARGET: files[SOURCES]}
+        shown = [(column.of, grids[1:] if column.of == SOURCES else grids[:1]) for column in columns_of("latents")]
+        pairs = [pair for image, sizes in shown for pair in zip(files[image], sizes, strict=True)]
         try:
-            return [
-                read_pixels(file, grid)
-                for column in columns_of("latents")
-                for file, grid in zip(files[column.of], grids[1:] if column.of == SOURCES else grids[:1], strict=True)
-            ]
+            return [read_pixels(file, grid, self.family) for file, grid in pairs]
         except BadImage as error:
-            raise InputError(
-                f"tasks.{self.task}: row {row.value('row')}: {error}; it was whole at extraction"
-            ) from error
+            at = f"tasks.{self.task}: row {row.value('row')}"
+            raise InputError(f"{at}: {error}; extraction could read it") from error
 
     @staticmethod
     def _text(row: Row, weights: Mapping[str, float], caption: float | None) -> str | None:
@@ -126,40 +140,46 @@ class TaskRows:
 
 
 class Draws(Dataset):
-    """Draw number -> row: which row the plan says, which caption and whether it is dropped (seed, number) say.
+    """Draw number -> row: which row the mixture plan says; which caption, and whether it is dropped, (seed, number).
 
     Raises InputError where a set does not fit, as `TaskRows`.
     """
 
-    def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, mix: Mix):
-        self.tasks = {task: TaskRows(task, data, caption_weights=mix.caption_weights) for task, data in sets.items()}
+    def __init__(
+        self,
+        sets: Mapping[str, datasets.Dataset],
+        plan: datasets.Dataset,
+        *,
+        seed: int,
+        mix: Mix,
+        family: Family | None = None,
+    ):
+        settings = {"caption_weights": mix.caption_weights, "family": family}
+        self.tasks = {task: TaskRows(task, data, **settings) for task, data in sets.items()}
         self.plan = Rows(plan)
         self.same_shape = plan.features["rows"].length
-        self.seed = seed
-        self.caption_dropout = mix.caption_dropout
+        self.seed, self.caption_dropout = seed, mix.caption_dropout
 
     def __len__(self) -> int:
         return len(self.plan.data) * self.same_shape
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """A row as `TaskRows.read` gives it, and its draw."""
-        cell = self.plan[draw // self.same_shape]
+        batch = self.plan[draw // self.same_shape]
         dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
         caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
-        index = cell.value("rows")[draw % self.same_shape].as_py()
-        task, inverse = cell.value("task").as_py(), cell.value("inverse").as_py()
+        index = batch.value("rows")[draw % self.same_shape].as_py()
+        task, inverse = batch.value("task").as_py(), batch.value("inverse").as_py()
         return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draw": draw}
 
 
 def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:
     """Raise InputError where `mix.caption_weights` names what no set and no task with data has as a caption."""
-    columns = {name: None for data in sets.values() for name in data.column_names}
-    captions = {name.removeprefix(TEXT): None for name in columns if name.startswith(TEXT) and name != TEXT + "drop"}
-    for task in recipe.tasks.values():
-        captions |= dict.fromkeys(() if task.embeddings else task.columns.captions)
+    captions = [name.removeprefix(TEXT) for data in sets.values() for name in _texts(data.column_names, "")]
+    captions += [name for task in recipe.tasks.values() if not task.embeddings for name in task.columns.captions]
     for caption in recipe.mix.caption_weights or ():
         if caption not in captions:
-            raise InputError(f"mix.caption_weights.{caption}: {unknown(caption, captions)}")
+            raise InputError(f"mix.caption_weights.{caption}: {unknown(caption, dict.fromkeys(captions))}")
 
 
 def text_weights(
@@ -171,32 +191,27 @@ def text_weights(
     the weight of its column, unless `caption_weights` names it itself. Raises InputError where a caption
     of the set is not in `caption_weights`, or none has a weight.
     """
-    forward = [name for name in columns if name.startswith(TEXT) and name != TEXT + "drop"]
-    inverse = [name for name in columns if name.startswith("inverse_" + TEXT) and not name.endswith(TEXT + "drop")]
-    captions = [name.removeprefix(TEXT) for name in forward]
+    captions = [name.removeprefix(TEXT) for name in _texts(columns, "")]
     given = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
-    weights = {caption: given[name] for caption in captions if (name := weighed_as(caption, given)) in given}
-    if missing := [caption for caption in captions if caption not in weights]:
+    weights = [given.get(weighed_as(caption, given)) for caption in captions]
+    if missing := [caption for caption, weight in zip(captions, weights, strict=True) if weight is None]:
         raise InputError(
             f"mix.caption_weights: names {sorted(given)}, but task {task!r} has the captions {missing} too; "
             "name these, with weight 0 to leave them out"
         )
-    if captions and not any(weights[caption] for caption in captions):
+    if captions and not any(weights):
         raise InputError(f"mix.caption_weights: every caption of task {task!r}, {captions}, has weight 0; weigh one")
-    return tuple(
-        {name: float(weights[caption]) for name, caption in zip(names, captions, strict=False) if weights[caption]}
-        for names in (forward, inverse)
+    forward, inverse = (
+        {name: float(weight) for name, weight in zip(_texts(columns, prefix), weights, strict=False) if weight}
+        for prefix in ("", INVERSE)
     )
+    return forward, inverse
 
 
-def _stored(row: Row, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
-    """What one direction of a row has in a column: an inverse its own, or what the forward row has in the `other`."""
-    if not inverse:
-        return column, row.value(column.name)
-    own = INVERSE + column.name
-    if own in row.columns and (value := row.value(own)).is_valid:
-        return column, value
-    return other, row.value(other.name)
+def _texts(columns: Sequence[str], prefix: str) -> list[str]:
+    """The columns of the embeddings of captions, but for the drop caption."""
+    start = prefix + TEXT
+    return [name for name in columns if name.startswith(start) and name != start + "drop"]
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:
@@ -237,22 +252,14 @@ class RankBatches:
 
 
 def open_loader(
-    rows: Dataset,
-    batches: Iterable[Sequence[int]],
-    *,
-    collate: Callable[[list[dict[str, Any]]], Any],
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    prefetch_factor: int | None = None,
+    rows: Dataset, batches: Iterable[Sequence[int]], *, collate: Callable[[list[dict[str, Any]]], Any], **settings: Any
 ) -> DataLoader:
     """A plain DataLoader over `batches` of row numbers; it takes nothing from the global generators."""
     return DataLoader(
         rows,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor,
-        persistent_workers=num_workers > 0,
+        persistent_workers=settings.get("num_workers", 0) > 0,
         generator=torch.Generator().manual_seed(0),  # for the workers' base seed, which nothing here uses
+        **settings,
     )

@@ -1,7 +1,7 @@
-"""Embedding sets and weights -> one plan of the whole run, as light datasets of row numbers.
+"""Embedding sets and weights -> the mixture plan of a run: light datasets of row numbers.
 
-A **group** is (task, source count). A **cell** is `same_shape` rows of one shape that are drawn together. Each group
-has a plan of cells of its own; the run is their interleaving by share. Nothing is read here but grids and counts.
+A **group** is (task, source count). A **same-shape batch** is `same_shape` rows of one bucket that are drawn together.
+Each group has a plan of its batches; the plan of the run interleaves these by share. Only grids and counts are read.
 """
 
 import math
@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, interleave_datasets
 
 from hf_qie.config.recipe import Mix
+from hf_qie.data.schema import INVERSE
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 
-MANY_TIMES_OVER = 10  # a group drawn more often than this within a run is worth a warning
+MANY_EPOCHS = 10  # a group drawn more often than this within a run is worth a warning
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +31,7 @@ class Group:
     num_rows: int
     rows: np.ndarray  # [E] int64, position in the task's set
     inverse: np.ndarray  # [E] bool
-    chance: np.ndarray  # [E] how often the entry is drawn in one pass; the entries of a row sum to 1
+    chance: np.ndarray  # [E] how often the entry is drawn in an epoch; the entries of a row sum to 1
     bucket: np.ndarray  # [E] int64, 0 .. number of buckets - 1; one shape, one direction and one chance a bucket
 
 
@@ -52,23 +53,16 @@ def read_groups(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: 
                 f"tasks.{task}: weight {weights[task]:g}, but no row is left to train on; "
                 "lower its eval_rows, give it more rows, or set its weight to 0"
             )
-        groups += _groups_of(sets[task], task=task, weight=weights[task], inverse_share=mix.inverse_share)
-    return groups
-
-
-def _groups_of(data: Dataset, *, task: str, weight: float, inverse_share: float) -> list[Group]:
-    num_sources = _column(data, "num_sources").to_numpy()
-    targets = _grids(_column(data, "target_grid"))
-    sources = _grids(_column(data, "source_grids"))
-    first_source = np.cumsum(num_sources, dtype=np.int64) - num_sources
-    assert len(sources) == num_sources.sum(), f"task {task!r}: source_grids and num_sources differ"
-    groups = []
-    for count in np.unique(num_sources):
-        rows = np.flatnonzero(num_sources == count)
-        grids = sources[first_source[rows, None] + np.arange(count)]  # [rows, count, 2]
-        shapes = np.concatenate([targets[rows], grids.reshape(len(rows), -1)], axis=1)
-        entries = _entries(data, rows, shapes, inverse_share)
-        groups.append(Group(task=task, num_sources=int(count), weight=weight, num_rows=len(rows), **entries))
+        num_sources = _column(sets[task], "num_sources").to_numpy()
+        targets, sources = (_grids(_column(sets[task], name)) for name in ("target_grid", "source_grids"))
+        first_source = np.cumsum(num_sources, dtype=np.int64) - num_sources
+        for count in np.unique(num_sources):
+            rows = np.flatnonzero(num_sources == count)
+            grids = sources[first_source[rows, None] + np.arange(count)]  # [rows, count, 2]
+            shapes = np.concatenate([targets[rows], grids.reshape(len(rows), -1)], axis=1)
+            entries = _entries(sets[task], rows, shapes, mix.inverse_share)
+            known = {"task": task, "num_sources": int(count), "weight": weights[task], "num_rows": len(rows)}
+            groups.append(Group(**known, **entries))
     return groups
 
 
@@ -77,9 +71,9 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
 
     A draw is each of the N rows with chance 1/N, and of the draws of a row with an inverse the part s = inverse_share
     is the inverse. So, in units of 1/N, the forward entry of a row without an inverse has the chance 1, that of a row
-    with one 1 - s, and its inverse s. A cell lies in one bucket, whose entries take turns and so are drawn equally
-    often: hence rows with and without an inverse are kept in separate buckets, and a bucket is chosen by the summed
-    chance of its entries.
+    with one 1 - s, and its inverse s. The entries of a bucket take turns and so are drawn equally often: hence rows
+    with and without an inverse are kept in separate buckets, and a bucket is chosen by the summed chance of its
+    entries.
     """
     inverted, inverse_shapes = _inverses(data, rows, shapes, inverse_share)
     num_inverses = len(inverse_shapes)
@@ -89,8 +83,10 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
     rows = np.concatenate([rows, rows[inverted]])
     keys = np.column_stack([inverse, has_inverse, np.concatenate([shapes, inverse_shapes])])
     drawn = chance > 0
-    arrays = {"rows": rows[drawn], "inverse": inverse[drawn], "chance": chance[drawn]}
-    return arrays | {"bucket": _codes(keys[drawn])}
+    bucket = np.zeros(drawn.sum(), np.int64)  # the number of its key among the distinct ones, in lexicographic order
+    for column in keys[drawn].T:
+        bucket = np.unique(bucket * (column.max() + 1) + column, return_inverse=True)[1]
+    return {"rows": rows[drawn], "inverse": inverse[drawn], "chance": chance[drawn], "bucket": bucket}
 
 
 def _inverses(data: Dataset, rows: np.ndarray, shapes: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,11 +94,11 @@ def _inverses(data: Dataset, rows: np.ndarray, shapes: np.ndarray, share: float)
 
     An inverse has the swapped shape, but for the grids that the set stores because the two areas differ.
     """
-    if share == 0 or shapes.shape[1] != 4 or "inverse_image_embeds" not in data.column_names:
+    if share == 0 or shapes.shape[1] != 4 or f"{INVERSE}image_embeds" not in data.column_names:
         return np.zeros(len(rows), bool), shapes[:0]
-    inverted = _column(data, "inverse_image_embeds").is_valid().to_numpy()[rows]
+    inverted = _column(data, f"{INVERSE}image_embeds").is_valid().to_numpy()[rows]
     swapped = shapes[inverted][:, [2, 3, 0, 1]]
-    for name, side in (("inverse_target_grid", slice(0, 2)), ("inverse_source_grids", slice(2, 4))):
+    for name, side in ((f"{INVERSE}target_grid", slice(0, 2)), (f"{INVERSE}source_grids", slice(2, 4))):
         if name in data.column_names:
             column = _column(data, name).take(pa.array(rows[inverted]))
             swapped[column.is_valid().to_numpy(), side] = _grids(column)
@@ -118,14 +114,6 @@ def _grids(column: pa.ChunkedArray) -> np.ndarray:
     while pa.types.is_nested(column.type):
         column = pc.list_flatten(column)
     return column.to_numpy().astype(np.int64).reshape(-1, 2)
-
-
-def _codes(keys: np.ndarray) -> np.ndarray:
-    """Number the distinct rows of `keys[N, K]`, natural numbers, in lexicographic order."""
-    codes = np.zeros(len(keys), np.int64)
-    for column in keys.T:
-        codes = np.unique(codes * (column.max() + 1) + column, return_inverse=True)[1]
-    return codes
 
 
 def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:
@@ -159,7 +147,7 @@ def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:
 
 
 def resolve_same_shape(same_shape: int | None, *, global_batch_size: int, per_device_train_batch_size: int) -> int:
-    """Rows in a cell: a micro-batch must lie within one cell, and a step must be a whole number of cells."""
+    """Rows in a same-shape batch: micro-batches divide it, and it divides the global batch."""
     size = per_device_train_batch_size if same_shape is None else same_shape
     if size % per_device_train_batch_size or global_batch_size % size:
         raise InputError(
@@ -170,74 +158,68 @@ def resolve_same_shape(same_shape: int | None, *, global_batch_size: int, per_de
     return size
 
 
-def cell_plan(group: Group, *, seed: int, same_shape: int, num_cells: int) -> Dataset:
-    """The first `num_cells` cells of a group: {task, num_sources, inverse, rows}; a longer plan begins with a shorter.
+def group_plan(group: Group, *, seed: int, same_shape: int, num_batches: int) -> Dataset:
+    """The first `num_batches` same-shape batches of a group: {task, num_sources, inverse, rows}.
 
-    In each pass over the group, ceil(num_rows / same_shape) cells, the buckets are chosen by a stratified draw: each
-    has its part of the cells to within one, in random order. A bucket's rows come in an order of its own and wrap,
-    also within a cell.
+    A longer plan begins with a shorter. In each epoch over the group, ceil(num_rows / same_shape) batches, the buckets
+    are chosen by a stratified draw: each has its part of the batches to within one, in random order. A bucket's rows
+    come in an order of its own and wrap, also within a batch.
     """
-    rng = draw_rng(seed, f"cells of {group.task}", group.num_sources)
+    rng = draw_rng(seed, f"cells of {group.task}", group.num_sources)  # the name is part of the law of the draw
     order = rng.permutation(len(group.rows))
     order = order[np.argsort(group.bucket[order], kind="stable")]  # bucket by bucket, each shuffled
     size = np.bincount(group.bucket)
     start = np.cumsum(size) - size
     edges = np.cumsum(np.bincount(group.bucket, group.chance))
 
-    per_pass = math.ceil(group.num_rows / same_shape)
-    random = rng.random((math.ceil(num_cells / per_pass), 2, per_pass))
-    u = (random[:, 0].argsort(axis=1) + random[:, 1]).reshape(-1)[:num_cells] / per_pass
+    per_epoch = math.ceil(group.num_rows / same_shape)
+    random = rng.random((math.ceil(num_batches / per_epoch), 2, per_epoch))
+    u = (random[:, 0].argsort(axis=1) + random[:, 1]).reshape(-1)[:num_batches] / per_epoch
     bucket = np.searchsorted(edges[:-1] / edges[-1], u, side="right")
 
-    place = _times_seen(bucket)[:, None] * same_shape + np.arange(same_shape)
+    by_bucket, count = np.argsort(bucket, kind="stable"), np.bincount(bucket)
+    times = np.empty(num_batches, np.int64)  # how many batches of the bucket came before
+    times[by_bucket] = np.arange(num_batches) - np.repeat(np.cumsum(count) - count, count)
+    place = times[:, None] * same_shape + np.arange(same_shape)
     entry = order[start[bucket, None] + place % size[bucket, None]]
     table = {
-        "task": pa.repeat(group.task, num_cells),
-        "num_sources": pa.repeat(pa.scalar(group.num_sources, pa.int8()), num_cells),
+        "task": pa.repeat(group.task, num_batches),
+        "num_sources": pa.repeat(pa.scalar(group.num_sources, pa.int8()), num_batches),
         "inverse": pa.array(group.inverse[entry[:, 0]]),
         "rows": pa.FixedSizeListArray.from_arrays(group.rows[entry].reshape(-1), same_shape),
     }
     return Dataset(pa.table(table))
 
 
-def _times_seen(values: np.ndarray) -> np.ndarray:
-    """How often the value at each place has stood at an earlier one."""
-    order = np.argsort(values, kind="stable")
-    count = np.bincount(values)
-    times = np.empty(len(values), np.int64)
-    times[order] = np.arange(len(values)) - np.repeat(np.cumsum(count) - count, count)
-    return times
+def mixture_plan(
+    groups: Sequence[Group], shares: np.ndarray, *, seed: int, same_shape: int, num_batches: int
+) -> Dataset:
+    """The run: `num_batches` same-shape batches, each the next one of a group drawn by share.
 
-
-def mixed_plan(groups: Sequence[Group], shares: np.ndarray, *, seed: int, same_shape: int, num_cells: int) -> Dataset:
-    """The run: `num_cells` cells, each the next one of a group drawn by share; a longer run begins with a shorter."""
-    drawn = [(group, share) for group, share in zip(groups, shares, strict=True) if share > 0]
-    # A group is drawn num_cells * share times, give or take: by Bernstein's bound ten standard deviations and 50 more
-    # are passed with a chance below e^-45, and the end of a plan changes nothing before it.
-    lengths = [math.ceil(num_cells * share + 10 * math.sqrt(num_cells * share)) + 50 for _, share in drawn]
-    plans = [
-        cell_plan(group, seed=seed, same_shape=same_shape, num_cells=min(num_cells, length))
-        for (group, _), length in zip(drawn, lengths, strict=True)
-    ]
-    probabilities = [float(share) for _, share in drawn]
+    A longer run begins with a shorter.
+    """
+    drawn = [(group, float(share)) for group, share in zip(groups, shares, strict=True) if share > 0]
+    plans = []
+    for group, share in drawn:
+        # Drawn num_batches * share times, give or take: by Bernstein's bound ten standard deviations and 50 more are
+        # passed with a chance below e^-45, and the end of a plan changes nothing before it.
+        length = math.ceil(num_batches * share + 10 * math.sqrt(num_batches * share)) + 50
+        plans.append(group_plan(group, seed=seed, same_shape=same_shape, num_batches=min(num_batches, length)))
+    probabilities = [share for _, share in drawn]
     run = interleave_datasets(plans, probabilities=probabilities, seed=seed, stopping_strategy="first_exhausted")
-    assert len(run) >= num_cells, "a group's plan was too short"
-    return run.select(range(num_cells))
+    assert len(run) >= num_batches, "a group's plan was too short"
+    return run.select(range(num_batches))
 
 
 def mix_table(groups: Sequence[Group], shares: np.ndarray, *, num_draws: int) -> str:
     """What is drawn how often in a run of `num_draws`, one line a group."""
-    lines = [("task", "sources", "rows", "weight", "share", "times over")]
+    lines = [("task", "sources", "rows", "weight", "share", "epochs")]
     for group, share in zip(groups, shares, strict=True):
-        times = f"{share * num_draws / group.num_rows:.2f}"
-        lines.append(
-            (group.task, str(group.num_sources), f"{group.num_rows:,}", f"{group.weight:g}", f"{share:.4f}", times)
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+        epochs = f"{share * num_draws / group.num_rows:.2f}"
+        numbers = str(group.num_sources), f"{group.num_rows:,}", f"{group.weight:g}", f"{share:.4f}", epochs
+        lines.append((group.task, *numbers))
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join("  ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)]) for line in lines)
 
 
 def realised_shares(drawn: Mapping[tuple[str, int], int]) -> str:
@@ -252,23 +234,23 @@ def mix_warnings(
 ) -> list[str]:
     """What a user should know before such a run: one sentence each."""
     warnings = [
-        f"task {group.task!r}, {group.num_sources} source(s): this run draws its {group.num_rows:,} rows "
-        f"{share * num_draws / group.num_rows:.0f} times over"
+        f"task {group.task!r}, {group.num_sources} source(s): this run is {share * num_draws / group.num_rows:.0f} "
+        f"epochs over its {group.num_rows:,} rows"
         for group, share in zip(groups, shares, strict=True)
-        if share * num_draws > MANY_TIMES_OVER * group.num_rows
+        if share * num_draws > MANY_EPOCHS * group.num_rows
     ]
     if absent := sorted(set(mix.source_count_weights or {}) - {group.num_sources for group in groups}):
         warnings.append(f"mix.source_count_weights: no row has {absent} sources, so these entries drop out")
     small = sum(share * small_bucket_share(group, same_shape) for group, share in zip(groups, shares, strict=True))
     if small >= 0.001:
         warnings.append(
-            f"{small:.1%} of the draws are of shapes with fewer rows than same_shape, {same_shape}: "
-            "their cells repeat rows, with other noise"
+            f"{small:.1%} of the draws are from buckets with fewer rows than same_shape, {same_shape}: "
+            "their batches repeat rows, with other noise"
         )
     return warnings
 
 
 def small_bucket_share(group: Group, same_shape: int) -> float:
-    """The part of a group's draws that comes from buckets with fewer rows than a cell."""
+    """The part of a group's draws that comes from buckets with fewer rows than `same_shape`."""
     small = np.bincount(group.bucket)[group.bucket] < same_shape
     return float(group.chance[small].sum() / group.chance.sum())

@@ -16,6 +16,7 @@ from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
+from hf_qie.models.base import read_family
 from hf_qie.training.metrics import NAMED, NotFinite
 from hf_qie.training.noise import eval_fractions
 
@@ -56,8 +57,9 @@ class HeldOut(Dataset):
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], recipe: Recipe):
-        weights = recipe.mix.caption_weights
-        self.tasks = {task: TaskRows(task, data, caption_weights=weights) for task, data in sets.items()}
+        family = read_family(recipe.model, revision=recipe.revision)
+        settings = {"caption_weights": recipe.mix.caption_weights, "family": family}
+        self.tasks = {task: TaskRows(task, data, **settings) for task, data in sets.items()}
         self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
         self.rows = [row for data in sets.values() for row in data["row"]]
         self.grids = [repr(grids) for data in sets.values() for grids in _grids(data)]

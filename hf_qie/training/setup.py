@@ -18,9 +18,17 @@ from transformers import TrainingArguments, get_scheduler
 from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_started
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
-from hf_qie.data.mixture import group_shares, mix_table, mix_warnings, mixed_plan, read_groups, resolve_same_shape
+from hf_qie.data.mixture import (
+    group_shares,
+    mix_table,
+    mix_warnings,
+    mixture_plan,
+    read_groups,
+    resolve_same_shape,
+)
 from hf_qie.data.online_latents import has_latents, load_vae
 from hf_qie.errors import InputError
+from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.checkpoints import step_of
@@ -167,8 +175,11 @@ def plan_mixture(
     logger.info("%s draws\n%s", f"{num_draws:,}", mix_table(groups, shares, num_draws=num_draws))
     for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
         logger.warning(warning)
-    plan = mixed_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_cells=num_draws // same_shape)
-    return Draws(sets, plan, seed=recipe.seed, mix=recipe.mix), run_record(recipe, arguments, groups, shares)
+    num_batches = num_draws // same_shape
+    plan = mixture_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_batches=num_batches)
+    family = read_family(recipe.model, revision=recipe.revision)
+    draws = Draws(sets, plan, seed=recipe.seed, mix=recipe.mix, family=family)
+    return draws, run_record(recipe, arguments, groups, shares)
 
 
 def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:

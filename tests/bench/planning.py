@@ -19,7 +19,7 @@ from figures import Figure, at_most
 from torch.utils.data import WeightedRandomSampler
 
 from hf_qie.config.recipe import Mix
-from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
+from hf_qie.data.mixture import group_shares, mixture_plan, read_groups
 
 WEIGHTS, SHAPES, SAME_SHAPE = {"0": 1.0, "1": 2.0, "2": 3.0, "3": 0.5}, 100, 4
 MILLION = 1_000_000
@@ -49,7 +49,7 @@ def ours(num_rows: int) -> float:
     started = time.perf_counter()
     groups = read_groups(sets, WEIGHTS, Mix())
     shares = group_shares(groups, Mix())
-    run = mixed_plan(groups, shares, seed=0, same_shape=SAME_SHAPE, num_cells=num_rows // SAME_SHAPE)
+    run = mixture_plan(groups, shares, seed=0, same_shape=SAME_SHAPE, num_batches=num_rows // SAME_SHAPE)
     assert len(run) * SAME_SHAPE == num_rows
     return time.perf_counter() - started
 

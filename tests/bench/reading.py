@@ -23,7 +23,7 @@ from wide_rows import open_chunks, wide_rows, write_chunk
 from hf_qie.config.recipe import Mix
 from hf_qie.data.collate import collate
 from hf_qie.data.loader import Draws, RankBatches, open_loader
-from hf_qie.data.mixture import group_shares, mixed_plan, read_groups
+from hf_qie.data.mixture import group_shares, mixture_plan, read_groups
 
 CHUNKS, CHUNK_ROWS = 10, 64  # 2.1 GB
 SAMPLE = 64  # rows read
@@ -58,7 +58,7 @@ def forget(folder: Path) -> None:
 def draws_of(data: Dataset, num_draws: int) -> Draws:
     """The plan over all rows."""
     groups = read_groups({"a": data}, {"a": 1.0}, MIX)
-    plan = mixed_plan(groups, group_shares(groups, MIX), seed=0, same_shape=BATCH, num_cells=num_draws // BATCH)
+    plan = mixture_plan(groups, group_shares(groups, MIX), seed=0, same_shape=BATCH, num_batches=num_draws // BATCH)
     return Draws({"a": data}, plan, seed=0, mix=MIX)
 
 

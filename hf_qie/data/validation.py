@@ -10,18 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
-from hf_qie.data.schema import (
-    INVERSE,
-    LATENT_CHANNELS,
-    TARGET,
-    column_of,
-    columns_of,
-    feature_of,
-    matrix_width,
-)
+from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, feature_of, matrix_width
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.vae import MAX_POSITIONS
 
+MOST_SIDE = 4096  # tokens of a grid's side: no transformer places more
 DAMAGED = "the set is damaged, or not what extract.py makes: extract it again, or fetch it from where you trust it"
 
 
@@ -33,20 +25,15 @@ def check_columns(data: Dataset, *, where: str) -> None:
 
 def _wrong_type(features: Features) -> str | None:
     """The first column that is missing, or of another type."""
-    prefixes = ["", INVERSE] if f"{INVERSE}image_embeds" in features else [""]
-    other_area = f"{INVERSE}target_grid" in features
-    for name in (
-        prefix + column.name
-        for prefix in prefixes
-        for column in columns_of()
-        if "{caption}" not in column.name and column.is_stored(prefix, other_area=other_area)
-    ):
-        if name not in features:
-            return f"has no column {name}"
-    width = matrix_width(features["image_embeds"]) or 0
+    for prefix in ("", INVERSE) if f"{INVERSE}image_embeds" in features else ("",):
+        for column in columns_of():
+            is_stored = column.is_stored(prefix, other_area=f"{INVERSE}target_grid" in features)
+            if is_stored and "{caption}" not in column.name and prefix + column.name not in features:
+                return f"has no column {prefix}{column.name}"
+    widths = [matrix_width(features[name]) or 0 for name in ("image_embeds", "target_latents")]
     for name, feature in features.items():
         column, _ = column_of(name)
-        if column.kind != "caption" and feature != (wanted := feature_of(column, width, LATENT_CHANNELS)):
+        if column.kind != "caption" and feature != (wanted := feature_of(column, *widths)):
             return f"column {name}: got {feature}, wanted {wanted}"
     return None
 
@@ -61,11 +48,10 @@ def _wrong_values(data: Dataset) -> Iterator[str]:
             except pa.ArrowInvalid as error:
                 yield f"column {name}: {error}"
                 return
-        if matrix_width(data.features[name]):
-            yield from _found(name, _nulls_inside(table.column(name)), "has null vectors or numbers")
-    rows = table.column("row").fill_null(-1).to_numpy()
+            if matrix_width(data.features[name]) and (chunk.values.null_count or chunk.values.values.null_count):
+                yield f"column {name}: has null vectors or numbers"
+    rows, counts = (table.column(name).fill_null(-1).to_numpy() for name in ("row", "num_sources"))
     yield from _found("row", rows < 0, "is null or negative")
-    counts = table.column("num_sources").fill_null(-1).to_numpy()
     yield from _found("num_sources", counts != _lengths(table, "source_grids"), "is not the number of source_grids")
     yield from _wrong_direction(table, "", np.ones(len(table), bool))
     if f"{INVERSE}image_embeds" in table.column_names:
@@ -78,20 +64,25 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
         yield from _found(prefix + name, there & (_lengths(table, prefix + name) < least), "has no embeddings")
     if f"{prefix}target_grid" not in table.column_names:
         return  # the inverse has the forward row's
-    there = there & (_lengths(table, f"{prefix}target_grid") >= 0) if prefix else there
+    if prefix:
+        there = there & (_lengths(table, f"{prefix}target_grid") >= 0)
     areas = {}
     for column in columns_of("grid"):
-        name, grids = prefix + column.name, table.column(prefix + column.name)
+        name, sides = prefix + column.name, table.column(prefix + column.name)
         yield from _found(name, there & (_lengths(table, name) < (0 if column.many else 2)), "is null")
-        sides = _flat(grids)
-        if len(sides) and (sides.min() < 1 or sides.max() >= MAX_POSITIONS):
-            yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, wanted 1 to {MAX_POSITIONS - 1:,}"
-        areas[column.of] = _areas_by_row(grids, many=column.many)
+        while pa.types.is_nested(sides.type):
+            sides = pc.list_flatten(sides)
+        sides = sides.fill_null(0).to_numpy().astype(np.int64).reshape(-1, 2)
+        if sides.size and not 1 <= sides.min() <= sides.max() <= MOST_SIDE:
+            yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, wanted 1 to {MOST_SIDE:,}"
+        sums, counts = np.append(0, sides.prod(axis=1).cumsum()), np.maximum(_lengths(table, name), 0)
+        ends = np.cumsum(counts if column.many else counts // 2)
+        areas[column.of] = np.diff(sums[ends], prepend=0)
     latents = {column: _lengths(table, prefix + column.name) for column in columns_of("latents")}
-    if any((one >= 0).any() for one in latents.values()):  # else a set without latents
-        for column, one in latents.items():
-            area = areas.get(column.of, areas[TARGET])
-            yield from _found(prefix + column.name, there & (one != area), "has not the vectors that its grids say")
+    if any((length >= 0).any() for length in latents.values()):  # else a set without latents
+        for column, length in latents.items():
+            wrong = there & (length != areas.get(column.of, areas[TARGET]))
+            yield from _found(prefix + column.name, wrong, "has not the vectors that its grids say")
 
 
 def _found(column: str, wrong: np.ndarray, words: str) -> Iterator[str]:
@@ -103,29 +94,3 @@ def _found(column: str, wrong: np.ndarray, words: str) -> Iterator[str]:
 def _lengths(table: pa.Table, name: str) -> np.ndarray:
     """Items of each row's list in a column; -1 where it is null."""
     return pc.list_value_length(table.column(name)).fill_null(-1).to_numpy()
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    """All numbers of nested lists, in order."""
-    while pa.types.is_nested(column.type):
-        column = pc.list_flatten(column)
-    return column.fill_null(0).to_numpy().astype(np.int64)
-
-
-def _areas_by_row(column: pa.ChunkedArray, *, many: bool) -> np.ndarray:
-    """The summed area of each row's grids, of one grid or of a list of them; 0 where it is null."""
-    sums = np.concatenate([[0], np.cumsum(_flat(column).reshape(-1, 2).prod(axis=1))])
-    counts = np.maximum(pc.list_value_length(column).fill_null(0).to_numpy(), 0) // (1 if many else 2)
-    ends = np.cumsum(counts)
-    return sums[ends] - sums[ends - counts]
-
-
-def _nulls_inside(column: pa.ChunkedArray) -> np.ndarray:
-    """Whether anything inside a column's lists is null; one answer for all rows of a chunk."""
-    answers = [np.full(len(chunk), _has_null_inside(chunk)) for chunk in column.chunks]
-    return np.concatenate(answers) if answers else np.empty(0, bool)
-
-
-def _has_null_inside(chunk: pa.Array) -> bool:
-    values = chunk.values
-    return values.null_count > 0 or (pa.types.is_nested(values.type) and _has_null_inside(values))

@@ -146,7 +146,7 @@ def test_such_sets_train_beside_others_with_one_warning_each(converted, extracte
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if "states were computed by others" in line]
+    told = [line for line in done.stderr.splitlines() if "embeddings were computed by another trainer" in line]
     assert len(told) == 2
     assert "tasks.edit: " in told[0] and "encoder, processor, templates" in told[0]
     assert (converted / "run" / "checkpoint-2" / "complete.json").is_file()
@@ -155,7 +155,7 @@ def test_such_sets_train_beside_others_with_one_warning_each(converted, extracte
 def test_verify_tells_how_far_such_states_are_from_the_pipelines(converted, capsys):
     assert not check([str(converted / "recipe.yaml"), "--verify", "1"])
     told = capsys.readouterr().out
-    assert told.count("its states were computed by others") == len(TASKS)
+    assert told.count("its embeddings were computed by another trainer") == len(TASKS)
     assert "text_embeds_instruction_cn" in told and "target_latents" not in told
 
 

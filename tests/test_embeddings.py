@@ -284,7 +284,7 @@ def test_what_git_leaves_in_place_of_weights_is_named(copy):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 16000000000\n")
     with pytest.raises(InputError) as error:
         compat_of(model)
-    assert str(error.value) == f"model: {path} is no safetensors file; fetch it again"
+    assert str(error.value) == f"model: {path} is not a safetensors file; fetch it again"
 
 
 def test_a_missing_part_of_the_checkpoint_is_named(copy):

@@ -493,7 +493,7 @@ def test_data_are_refused_before_any_weight_is_read(run, rows, tmp_path, tiny):
     with pytest.raises(InputError, match=r"edit\.jsonl:1: target_image: gone\.png: No such file"):
         run({"edit": [{**rows["edit"][0], "target_image": "gone.png"}]}, model=model)
     assert not list((tmp_path / "sets").iterdir())
-    with pytest.raises(InputError, match=r"safetensors is no safetensors file; fetch it again"):
+    with pytest.raises(InputError, match=r"safetensors is not a safetensors file; fetch it again"):
         run({"edit": rows["edit"]}, model=model)
 
 

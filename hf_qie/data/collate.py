@@ -1,6 +1,7 @@
 """Rows of one shape -> one padded batch. Reads no file and draws no number.
 
-Letters: B rows, S target latent tokens, R latent tokens of all sources, L prompt tokens, D width of the encoder.
+Letters: B rows, S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens,
+D width of the encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import Tensor
 class Batch(TypedDict):
     """What the trainer is given: a plain dict at run time, so that accelerate moves its tensors."""
 
-    target_latents: NotRequired[Tensor]  # [B, S, 64] float16
-    source_latents: NotRequired[Tensor]  # [B, R, 64] float16, R = 0 for text-to-image
+    target_latents: NotRequired[Tensor]  # [B, S, C] float16
+    source_latents: NotRequired[Tensor]  # [B, R, C] float16, R = 0 for text-to-image
     images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens

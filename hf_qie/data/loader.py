@@ -7,7 +7,7 @@ of the prompt encoder.
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -40,54 +40,29 @@ class Rows:
         self.places = None if data._indices is None else data._indices.column(0)  # where rows were reordered
 
     def __reduce__(self) -> tuple[type, tuple[datasets.Dataset]]:
-        return Rows, (self.data,)
+        return type(self), (self.data,)
 
-    def __getitem__(self, index: int) -> "Row":
-        return Row(self.columns, index if self.places is None else self.places[index].as_py())
-
-
-class Row(NamedTuple):
-    """One row."""
-
-    columns: Mapping[str, pa.ChunkedArray]
-    place: int
-
-    def value(self, name: str) -> pa.Scalar:
-        """What it has in a column."""
-        return self.columns[name][self.place]
-
-    def of(self, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
-        """What one direction has in a column: an inverse its own, else what the forward row has in the `other`."""
-        if not inverse:
-            return column, self.value(column.name)
-        own = INVERSE + column.name
-        if own in self.columns and (value := self.value(own)).is_valid:
-            return column, value
-        return other, self.value(other.name)
+    def value(self, index: int, name: str) -> pa.Scalar:
+        """What a row has in a column."""
+        return self.columns[name][index if self.places is None else self.places[index].as_py()]
 
 
 class TaskRows:
     """The rows of one task's set, read without a copy, as float16 views of its Arrow files.
 
-    Of a set without latents the images are read; `family` says how large. Raises InputError where
+    Of a set without latents the images are read, in the sizes of `family`. Raises InputError where
     `mix.caption_weights` does not fit the set's captions.
     """
 
-    def __init__(
-        self,
-        task: str,
-        data: datasets.Dataset,
-        *,
-        caption_weights: Mapping[str, float] | None,
-        family: Family | None = None,
-    ):
+    def __init__(self, task: str, data: datasets.Dataset, *, mix: Mix, family: Family | None = None):
         self.task, self.has_latents, self.family = task, has_latents(data), family
         self.rows = Rows(data)
+        self.weights = text_weights(data.column_names, mix.caption_weights, task)
         grids = {column.of: column for column in columns_of("grid")}
         arrays = columns_of("latents", "values") if self.has_latents else columns_of("values")
+        # with what an inverse has of the forward row where the set stores nothing of its own for it
         self.grids = [(grids[image], swapped(grids[image])) for image in (TARGET, SOURCES)]
         self.arrays = [(column, swapped(column)) for column in arrays]
-        self.weights = text_weights(data.column_names, caption_weights, task)
 
     def read(self, index: int, *, inverse: bool, caption: float | None) -> dict[str, Any]:
         """The row at `index` of the set.
@@ -100,39 +75,45 @@ class TaskRows:
         its position in the task's data; caption, the name of its column, or "drop". In place of latents a set without
         them has images, [H, W, 3] uint8.
         """
-        row = self.rows[index]
         prefix = INVERSE if inverse else ""
-        text = self._text(row, self.weights[inverse], caption) or prefix + TEXT + "drop"
-        found = (row.of(*pair, inverse=inverse) for pair in self.grids)
+        text = self._text(index, self.weights[inverse], caption) or f"{prefix}{TEXT}drop"
+        found = (self._stored(index, *pair, inverse=inverse) for pair in self.grids)
         grids = [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
-        arrays = {pair[0].name: _matrix(row.of(*pair, inverse=inverse)[1]) for pair in self.arrays}
+        row = {pair[0].name: _matrix(self._stored(index, *pair, inverse=inverse)[1]) for pair in self.arrays}
         if not self.has_latents:
-            arrays["images"] = self._images(row, grids, inverse=inverse)
-        return arrays | {
-            "prompt_parts": [_matrix(row.value(prefix + "image_embeds")), _matrix(row.value(text))],
+            row["images"] = self._images(index, grids, inverse=inverse)
+        return row | {
+            "prompt_parts": [_matrix(self.rows.value(index, name)) for name in (f"{prefix}image_embeds", text)],
             "grids": grids,
             "task": self.task,
-            "row": row.value("row").as_py(),
+            "row": self.rows.value(index, "row").as_py(),
             "caption": text.removeprefix(prefix + TEXT),
         }
 
-    def _images(self, row: Row, grids: Sequence[Grid], *, inverse: bool) -> list[np.ndarray]:
+    def _stored(self, index: int, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
+        if inverse:
+            own = INVERSE + column.name
+            if own in self.rows.columns and (value := self.rows.value(index, own)).is_valid:
+                return column, value
+            column = other
+        return column, self.rows.value(index, column.name)
+
+    def _images(self, index: int, grids: Sequence[Grid], *, inverse: bool) -> list[np.ndarray]:
         """What extraction would have encoded, in the order of the columns of latents."""
-        files = {image.name: image.each(row.value(image.name).as_py()) for image in columns_of("image")}
+        images = columns_of("image")
+        files = {image.name: image.each(self.rows.value(index, image.name).as_py()) for image in images}
         if inverse:
             files |= {SOURCES: files[TARGET], TARGET: files[SOURCES]}
-        shown = [(column.of, grids[1:] if column.of == SOURCES else grids[:1]) for column in columns_of("latents")]
-        pairs = [pair for image, sizes in shown for pair in zip(files[image], sizes, strict=True)]
+        shown = [(files[one.of], grids[1:] if one.of == SOURCES else grids[:1]) for one in columns_of("latents")]
         try:
-            return [read_pixels(file, grid, self.family) for file, grid in pairs]
+            return [read_pixels(*pair, self.family) for pairs in shown for pair in zip(*pairs, strict=True)]
         except BadImage as error:
-            at = f"tasks.{self.task}: row {row.value('row')}"
+            at = f"tasks.{self.task}: row {self.rows.value(index, 'row')}"
             raise InputError(f"{at}: {error}; extraction could read it") from error
 
-    @staticmethod
-    def _text(row: Row, weights: Mapping[str, float], caption: float | None) -> str | None:
+    def _text(self, index: int, weights: Mapping[str, float], caption: float | None) -> str | None:
         """The text column that `caption` picks; None for the drop caption."""
-        present = [name for name in weights if row.value(name).is_valid]
+        present = [name for name in weights if self.rows.value(index, name).is_valid]
         if caption is None or not present:
             return None
         *edges, total = accumulate(weights[name] for name in present)
@@ -145,37 +126,27 @@ class Draws(Dataset):
     Raises InputError where a set does not fit, as `TaskRows`.
     """
 
-    def __init__(
-        self,
-        sets: Mapping[str, datasets.Dataset],
-        plan: datasets.Dataset,
-        *,
-        seed: int,
-        mix: Mix,
-        family: Family | None = None,
-    ):
-        settings = {"caption_weights": mix.caption_weights, "family": family}
+    def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, **settings: Any):
         self.tasks = {task: TaskRows(task, data, **settings) for task, data in sets.items()}
-        self.plan = Rows(plan)
-        self.same_shape = plan.features["rows"].length
-        self.seed, self.caption_dropout = seed, mix.caption_dropout
+        self.plan, self.same_shape = Rows(plan), plan.features["rows"].length
+        self.seed, self.caption_dropout = seed, settings["mix"].caption_dropout
 
     def __len__(self) -> int:
         return len(self.plan.data) * self.same_shape
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
         """A row as `TaskRows.read` gives it, and its draw."""
-        batch = self.plan[draw // self.same_shape]
+        batch, place = divmod(draw, self.same_shape)
         dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
         caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
-        index = batch.value("rows")[draw % self.same_shape].as_py()
-        task, inverse = batch.value("task").as_py(), batch.value("inverse").as_py()
+        index = self.plan.value(batch, "rows")[place].as_py()
+        task, inverse = (self.plan.value(batch, name).as_py() for name in ("task", "inverse"))
         return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draw": draw}
 
 
 def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:
     """Raise InputError where `mix.caption_weights` names what no set and no task with data has as a caption."""
-    captions = [name.removeprefix(TEXT) for data in sets.values() for name in _texts(data.column_names, "")]
+    captions = [name.removeprefix(TEXT) for data in sets.values() for name in _texts(data.column_names, TEXT)]
     captions += [name for task in recipe.tasks.values() if not task.embeddings for name in task.columns.captions]
     for caption in recipe.mix.caption_weights or ():
         if caption not in captions:
@@ -184,14 +155,14 @@ def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) 
 
 def text_weights(
     columns: Sequence[str], caption_weights: Mapping[str, float] | None, task: str
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[dict[str, float], ...]:
     """The text columns of a set by weight, (forward, inverse), those of weight 0 left out.
 
     The i-th inverse caption is the inverse of the i-th caption and has its weight. Each text of a list of captions has
     the weight of its column, unless `caption_weights` names it itself. Raises InputError where a caption
     of the set is not in `caption_weights`, or none has a weight.
     """
-    captions = [name.removeprefix(TEXT) for name in _texts(columns, "")]
+    captions = [name.removeprefix(TEXT) for name in _texts(columns, TEXT)]
     given = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
     weights = [given.get(weighed_as(caption, given)) for caption in captions]
     if missing := [caption for caption, weight in zip(captions, weights, strict=True) if weight is None]:
@@ -201,17 +172,13 @@ def text_weights(
         )
     if captions and not any(weights):
         raise InputError(f"mix.caption_weights: every caption of task {task!r}, {captions}, has weight 0; weigh one")
-    forward, inverse = (
-        {name: float(weight) for name, weight in zip(_texts(columns, prefix), weights, strict=False) if weight}
-        for prefix in ("", INVERSE)
-    )
-    return forward, inverse
+    pairs = (zip(_texts(columns, start), weights, strict=False) for start in (TEXT, INVERSE + TEXT))
+    return tuple({name: float(weight) for name, weight in some if weight} for some in pairs)
 
 
-def _texts(columns: Sequence[str], prefix: str) -> list[str]:
+def _texts(columns: Sequence[str], start: str) -> list[str]:
     """The columns of the embeddings of captions, but for the drop caption."""
-    start = prefix + TEXT
-    return [name for name in columns if name.startswith(start) and name != start + "drop"]
+    return [name for name in columns if name.startswith(start) and name != f"{start}drop"]
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:

@@ -15,23 +15,21 @@ from hf_qie.runtime.hub_errors import hub_errors
 
 FORMAT_VERSION = 1
 PROVENANCE = "provenance.json"
-# What is read of a provenance, and as what; the format comes first, as another one may have all else otherwise
+# What is read of a provenance, and as what: `?` marks what may be missing, `*` each item. The format comes first, as
+# another one may have all else otherwise.
 KINDS = {
     "compat.format": int,
     "record.model": str,
     "record.dtype?": str,
     "record.set?": str,
-    "record.request?": dict,
     "record.request?.image_root?": list,
     "record.request?.latents?": bool,
     "record.recipe?": dict,
     "record.skipped?": dict,
-    "record.counts?": dict,
     "record.counts?.rows_in?": int,
     "record.counts?.rows_out?": int,
     "record.counts?.bad?": int,
     "record.counts?.num_bytes?": int,
-    "record.files?": dict,
     "record.files?.*.bytes": int,
     "record.files?.*.sha256": str,
 }
@@ -63,24 +61,23 @@ def parse_provenance(path: Path, *, where: str) -> dict[str, Any]:
     try:
         provenance = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({error}); fetch or extract the set again") from error
+        raise InputError(f"{where}: cannot read {path.name} ({error}); fetch or extract the set again") from error
     for place, kind in KINDS.items():
-        if not has_kind(provenance, place.split("."), kind):
+        if not _has_kind(provenance, place.split("."), kind):
             at = f"{where}: {path.name}: {place.replace('?', '')}"
-            raise InputError(f"{at} is missing, or not what extract.py writes; fetch or extract the set again")
+            raise InputError(f"{at} is missing or invalid; fetch or extract the set again")
         if place == "compat.format" and (version := provenance["compat"]["format"]) != FORMAT_VERSION:
             raise InputError(f"{where}: the set has format {version}, this hf_qie reads {FORMAT_VERSION}")
     return provenance
 
 
-def has_kind(value: Any, place: Sequence[str], kind: type) -> bool:
-    """Whether what lies at `place` in nested mappings is of a kind; `?` marks what may be missing, `*` each item."""
+def _has_kind(value: Any, place: Sequence[str], kind: type) -> bool:
     for name in place:
         if not isinstance(value, dict):
             return False
         if name == "*":
             rest = place[place.index(name) + 1 :]
-            return all(has_kind(item, rest, kind) for item in value.values())
+            return all(_has_kind(item, rest, kind) for item in value.values())
         if name.endswith("?") and name[:-1] not in value:
             return True
         value = value.get(name.removesuffix("?"))
@@ -92,17 +89,12 @@ def checkpoint_compat(model: str, *, revision: str | None, family: Family, weigh
 
     `weights: False` leaves out weight files that are not on this machine, rather than fetch 16 GB to compare them.
     """
-    return {
-        "format": FORMAT_VERSION,
-        **{
-            part: identity(model, names, revision=revision, weights=weights)
-            for part, names in family.compat_folders.items()
-        },
-        **family.compat,
-    }
+    folders = family.compat_folders.items()
+    parts = {part: _identity(model, names, revision=revision, weights=weights) for part, names in folders}
+    return {"format": FORMAT_VERSION, **parts, **family.compat}
 
 
-def identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:
+def _identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:
     """sha256 by file over parts of a checkpoint: small files whole, weights by size, header and samples."""
     root = Path(model)
     if not root.is_dir():
@@ -115,19 +107,19 @@ def identity(model: str, folders: Iterable[str], *, revision: str | None, weight
             raise InputError(f"model: {root} has no folder {folder}; it has to be in diffusers layout")
         for path in sorted((root / folder).iterdir()):
             if path.suffix == ".safetensors":
-                digests[f"{folder}/{path.name}"] = weight_digest(path)
+                digests[f"{folder}/{path.name}"] = _weight_digest(path)
             elif path.suffix in (".json", ".txt", ".jinja"):
                 digests[f"{folder}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return digests
 
 
-def weight_digest(path: Path) -> str:
+def _weight_digest(path: Path) -> str:
     """sha256 over the size, the safetensors header and 1 MB at fixed offsets of a weight file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         if (length := int.from_bytes(head, "little")) > size:  # what Git leaves where LFS is not installed, say
-            raise InputError(f"model: {path} is no safetensors file; fetch it again")
+            raise InputError(f"model: {path} is not a safetensors file; fetch it again")
         digest = hashlib.sha256(str(size).encode() + head + file.read(length))
         for part in samples(file, count=SAMPLES, num_bytes=SAMPLE_BYTES):
             digest.update(part)
@@ -148,7 +140,7 @@ def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mappi
     fellows = {f"the checkpoint {model}": checkpoint}
     for task, provenance in provenances.items():
         for fellow, compat in fellows.items():
-            if differing := differences(provenance["compat"], compat):
+            if differing := _differences(provenance["compat"], compat):
                 raise InputError(
                     f"tasks.{task}: its embedding set does not fit {fellow}: {', '.join(differing)} differ; "
                     f"it was made from {provenance['record']['model']}. Extract it again, or train without it"
@@ -162,14 +154,13 @@ def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for task, provenance in provenances.items():
         if unknown := [field for field, value in provenance["compat"].items() if value == UNKNOWN]:
             warnings.append(
-                f"tasks.{task}: its states were computed by others; {', '.join(unknown)} are unknown, so nobody can "
-                "say that they are those of this checkpoint's pipeline: compare with check.py --verify, or extract "
-                "them again"
+                f"tasks.{task}: its embeddings were computed by another trainer, and {', '.join(unknown)} are unknown: "
+                "they may not be those of this checkpoint; compare with check.py --verify, or extract them again"
             )
     return warnings
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Fields of `other` that differ in `one`; of file digests those that both know, as weights may not be at hand."""
     found = []
     for field, value in other.items():

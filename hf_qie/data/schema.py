@@ -20,7 +20,7 @@ from hf_qie.config.recipe import Columns
 LATENT_CHANNELS = 64
 SOURCES, TARGET, INVERSE = "source_image", "target_image", "inverse_"
 # whether a set has a column for the inverse of a row too: NEVER, ALWAYS, or where sources and targets differ in area
-NEVER, ALWAYS, OTHER_AREA = "never", "always", "other area"
+NEVER, ALWAYS, AREA = "never", "always", "area"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Column:
 
     def is_stored(self, prefix: str, *, other_area: bool) -> bool:
         """Whether a set has this column with a prefix, "" or `INVERSE`."""
-        return not prefix or self.inverse == ALWAYS or (self.inverse == OTHER_AREA and other_area)
+        return not prefix or self.inverse == ALWAYS or (self.inverse == AREA and other_area)
 
 
 TEXT, GRID = Value("string"), List(Value("int32"), length=2)
@@ -83,31 +83,13 @@ COLUMNS = (
     Column(TARGET, "image", f"path or URL of the target, {IN_PLACE}", TEXT, key="target"),
     Column("{caption}", "caption", "a caption; null where the row has none", TEXT),
     Column("num_sources", "number", "number of sources", Value("int8")),
-    Column(
-        "image_embeds",
-        "embeddings",
-        "prompt embeddings of the image part, shared by all captions of the row; empty for text-to-image",
-        inverse=ALWAYS,
-    ),
-    Column(
-        "text_embeds_{caption}",
-        "embeddings",
-        "prompt embeddings from there on for `{caption}`; null where the row has none",
-        inverse=ALWAYS,
-    ),
-    Column("text_embeds_drop", "embeddings", "prompt embeddings from there on for the drop caption", inverse=ALWAYS),
-    Column(
-        "target_latents",
-        "latents",
-        "packed, normalised VAE latents of the target; null in all rows where none are stored",
-        of=TARGET,
-        inverse=OTHER_AREA,
-    ),
-    Column("target_grid", "grid", "their height and width", GRID, of=TARGET, inverse=OTHER_AREA),
-    Column(
-        "source_latents", "latents", "the same of all sources, one after the other", of=SOURCES, inverse=OTHER_AREA
-    ),
-    Column("source_grids", "grid", "height and width of each source's", GRIDS, of=SOURCES, inverse=OTHER_AREA),
+    Column("image_embeds", "embeddings", "the prompt's part for the images; empty for text-to-image", inverse=ALWAYS),
+    Column("text_embeds_{caption}", "embeddings", "the prompt's part for `{caption}`, or null", inverse=ALWAYS),
+    Column("text_embeds_drop", "embeddings", "the prompt's part for the drop caption", inverse=ALWAYS),
+    Column("target_latents", "latents", "packed and normalised; null where none are stored", of=TARGET, inverse=AREA),
+    Column("target_grid", "grid", "packed height and width of the target", GRID, of=TARGET, inverse=AREA),
+    Column("source_latents", "latents", "of all sources, one after the other", of=SOURCES, inverse=AREA),
+    Column("source_grids", "grid", "packed height and width of each source", GRIDS, of=SOURCES, inverse=AREA),
 )
 
 
@@ -131,10 +113,15 @@ def column_of(name: str) -> tuple[Column, str]:
     raise AssertionError(name)  # a caption has any name
 
 
-def set_columns(
-    *, captions: Sequence[str], inverse_captions: Sequence[str], inverse_latents: bool
-) -> dict[str, Column]:
-    """The columns of a set by name, in order; `inverse_captions` is empty where no row has an inverse.
+def set_features(
+    *,
+    width: int,
+    latent_width: int = LATENT_CHANNELS,
+    captions: Sequence[str],
+    inverse_captions: Sequence[str],
+    inverse_latents: bool,
+) -> Features:
+    """The features of a set, in order; `inverse_captions` is empty where no row has an inverse.
 
     `inverse_latents`: sources and targets differ in area, so an inverse cannot borrow the forward row's latents.
     """
@@ -142,14 +129,10 @@ def set_columns(
     for prefix, names in (("", captions), (INVERSE, inverse_captions)):
         for column in COLUMNS if names or not prefix else ():
             if column.is_stored(prefix, other_area=inverse_latents):
+                feature = feature_of(column, width, latent_width)
                 each = names if "{caption}" in column.name else [""]
-                found |= {prefix + column.name.replace("{caption}", name): column for name in each}
-    return found
-
-
-def set_features(*, width: int, latent_width: int = LATENT_CHANNELS, **columns: Any) -> Features:
-    """The features of a set with `set_columns(**columns)`; `width`: D of the encoder."""
-    return Features({name: feature_of(column, width, latent_width) for name, column in set_columns(**columns).items()})
+                found |= {prefix + column.name.replace("{caption}", name): feature for name in each}
+    return Features(found)
 
 
 def feature_of(column: Column, width: int, latent_width: int) -> Any:

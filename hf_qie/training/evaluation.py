@@ -58,8 +58,7 @@ class HeldOut(Dataset):
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], recipe: Recipe):
         family = read_family(recipe.model, revision=recipe.revision)
-        settings = {"caption_weights": recipe.mix.caption_weights, "family": family}
-        self.tasks = {task: TaskRows(task, data, **settings) for task, data in sets.items()}
+        self.tasks = {task: TaskRows(task, data, mix=recipe.mix, family=family) for task, data in sets.items()}
         self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
         self.rows = [row for data in sets.values() for row in data["row"]]
         self.grids = [repr(grids) for data in sets.values() for grids in _grids(data)]
@@ -81,7 +80,7 @@ class HeldOut(Dataset):
         """The caption of a row in words; None for the drop caption."""
         task, index = self.places[number]
         caption = self[number]["caption"]
-        return None if caption == "drop" else self.tasks[task].rows[index].value(caption).as_py()
+        return None if caption == "drop" else self.tasks[task].rows.value(index, caption).as_py()
 
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.

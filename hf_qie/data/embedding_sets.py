@@ -1,4 +1,4 @@
-"""Finished embedding sets, opened: from a folder, or from the Hub; what is damaged or not of the format is refused."""
+"""Complete embedding sets, opened from a folder or from the Hub, once they are what their format promises."""
 
 import os
 import re
@@ -20,31 +20,27 @@ from hf_qie.runtime.hub_errors import hub_errors
 
 
 def open_set(folder: Path) -> Dataset:
-    """The embedding set in `folder`; raises InputError where there is none, or it is incomplete.
+    """The embedding set in `folder`; raises InputError where there is none, or it is incomplete or damaged.
 
     Sizes, footers and columns are checked; `check.py --verify` reads every byte.
     """
     if not (folder / PROVENANCE).is_file():
         raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
-    if is_first_here():
+    if _checks_sets():
         check_sizes(folder, files_of(read_provenance(folder)))
     try:
         data = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise InputError(f"{folder}: does not open as a dataset ({first_line(error)}); {DAMAGED}") from error
-    if is_first_here():
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{folder}: does not open as a dataset ({reason}); {DAMAGED}") from error
+    if _checks_sets():
         check_columns(data, where=str(folder))
     return data
 
 
-def is_first_here() -> bool:
-    """Whether this process is the one of its machine that looks through sets: whole ones are read for it."""
+def _checks_sets() -> bool:
+    """Of the ranks of a machine the first checks its sets."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict[str, Any]]:
@@ -58,36 +54,32 @@ def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict
     at, found = f"tasks.{task}.embeddings: {embeddings}", HUB_ID.fullmatch(embeddings)
     if not found:
         raise InputError(f"{at}: no folder here, and no Hub id like org/name, org/name:config or org/name@revision")
-    repo, config, revision = found["repo"], found["config"] or task, found["revision"]
+    repo, config = found["repo"], found["config"] or task
+    where = {"repo_type": "dataset", "revision": found["revision"]}
     with hub_errors(f"{at} is not a folder here"):
         try:
-            return download_set(repo, config, revision=revision, where=at)
-        except LocalEntryNotFoundError:
+            path = Path(hf_hub_download(repo, f"provenance/{config}.json", **where))
+        except LocalEntryNotFoundError:  # which is an EntryNotFoundError
             raise
         except EntryNotFoundError as error:
-            files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+            files = HfApi().list_repo_files(repo, **where)
             there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
             remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none"
             raise InputError(f"{at}: {repo} has no embedding set {config}; {remedy}") from error
-
-
-def download_set(repo: str, config: str, *, revision: str | None, where: str) -> tuple[Dataset, dict[str, Any]]:
-    """A published set and its provenance; raises what huggingface_hub does."""
-    path = Path(hf_hub_download(repo, f"provenance/{config}.json", repo_type="dataset", revision=revision))
-    provenance = parse_provenance(path, where=where)
-    shards = published_shards(config, provenance)
-    commit = path.parent.parent.name  # the cache has a folder for each
-    folder = snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=shards)
+        provenance = parse_provenance(path, where=at)
+        shards = published_shards(config, provenance)
+        where["revision"] = path.parent.parent.name  # the commit: the cache has a folder for each
+        folder = Path(snapshot_download(repo, allow_patterns=shards, **where))
     # by the content of the shards: load_dataset(repo) would make all Arrow files anew at each commit to the repository
-    files = [str(shard.resolve()) for shard in sorted(Path(folder).glob(shards))]
+    files = [str(shard.resolve()) for shard in sorted(folder.glob(shards))]
     if not files:
-        raise InputError(f"{where}: nothing at {shards}, as its provenance wants; push the set again")
+        raise InputError(f"{at}: nothing at {shards}, as its provenance wants; push the set again")
     data = load_dataset("parquet", data_files=files, split="train")
-    if is_first_here():
-        check_columns(data, where=where)
+    if _checks_sets():
+        check_columns(data, where=at)
     return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
 
 
 def published_shards(config: str, provenance: Mapping[str, Any]) -> str:
-    """The pattern of a published set's Parquet files: they bear a digest of its provenance."""
+    """The pattern of a published set's Parquet files, which bear a digest of its provenance."""
     return f"data/{config}/train-*-{fingerprint(provenance)[:12]}.parquet"

@@ -154,8 +154,8 @@ def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for task, provenance in provenances.items():
         if unknown := [field for field, value in provenance["compat"].items() if value == UNKNOWN]:
             warnings.append(
-                f"tasks.{task}: its embeddings were computed by another trainer, and {', '.join(unknown)} are unknown: "
-                "they may not be those of this checkpoint; compare with check.py --verify, or extract them again"
+                f"tasks.{task}: its embeddings were computed by another trainer and may differ from the checkpoint's: "
+                f"{', '.join(unknown)} are unknown; compare with check.py --verify, or extract them again"
             )
     return warnings
 

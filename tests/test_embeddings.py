@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
+from hf_qie.config.recipe import SET_COLUMNS
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import (
     PROVENANCE,
@@ -18,7 +19,7 @@ from hf_qie.data.provenance import (
     fingerprint,
     read_provenance,
 )
-from hf_qie.data.schema import set_features, to_table
+from hf_qie.data.schema import COLUMNS, set_features, to_table
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.family import EDIT, EDIT_PLUS, TEXT_TO_IMAGE
@@ -114,6 +115,11 @@ def test_the_columns_of_a_set_and_their_order_are_frozen():
     ]:
         got = features(inverse=inverse, inverse_latents=inverse_latents)
         assert list(got.items()) == list(expected.items())
+
+
+def test_a_caption_may_have_no_name_that_the_set_has_for_itself():
+    own = {column.name for column in COLUMNS if "{caption}" not in column.name}
+    assert own - {"text_embeds_drop"} | {"drop"} == SET_COLUMNS
 
 
 def test_a_table_holds_nulls_empty_matrices_and_every_bit():

@@ -75,7 +75,14 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
     with and without an inverse are kept in separate buckets, and a bucket is chosen by the summed chance of its
     entries.
     """
-    inverted, inverse_shapes = _inverses(data, rows, shapes, inverse_share)
+    inverted = np.zeros(len(rows), bool)
+    if inverse_share and shapes.shape[1] == 4 and f"{INVERSE}image_embeds" in data.column_names:
+        inverted = _column(data, f"{INVERSE}image_embeds").is_valid().to_numpy()[rows]
+    inverse_shapes = np.roll(shapes[inverted], 2, axis=1)  # source and target swapped, but for grids that are stored
+    for name, side in ((f"{INVERSE}target_grid", slice(0, 2)), (f"{INVERSE}source_grids", slice(2, 4))):
+        if inverted.any() and name in data.column_names:
+            column = _column(data, name).take(pa.array(rows[inverted]))
+            inverse_shapes[column.is_valid().to_numpy(), side] = _grids(column)
     num_inverses = len(inverse_shapes)
     chance = np.concatenate([np.where(inverted, 1 - inverse_share, 1.0), np.full(num_inverses, inverse_share)])
     inverse = np.repeat([False, True], [len(rows), num_inverses])
@@ -87,22 +94,6 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
     for column in keys[drawn].T:
         bucket = np.unique(bucket * (column.max() + 1) + column, return_inverse=True)[1]
     return {"rows": rows[drawn], "inverse": inverse[drawn], "chance": chance[drawn], "bucket": bucket}
-
-
-def _inverses(data: Dataset, rows: np.ndarray, shapes: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `rows` are drawn as inverses too, bool, and the shapes of those inverses.
-
-    An inverse has the swapped shape, but for the grids that the set stores because the two areas differ.
-    """
-    if share == 0 or shapes.shape[1] != 4 or f"{INVERSE}image_embeds" not in data.column_names:
-        return np.zeros(len(rows), bool), shapes[:0]
-    inverted = _column(data, f"{INVERSE}image_embeds").is_valid().to_numpy()[rows]
-    swapped = shapes[inverted][:, [2, 3, 0, 1]]
-    for name, side in ((f"{INVERSE}target_grid", slice(0, 2)), (f"{INVERSE}source_grids", slice(2, 4))):
-        if name in data.column_names:
-            column = _column(data, name).take(pa.array(rows[inverted]))
-            swapped[column.is_valid().to_numpy(), side] = _grids(column)
-    return inverted, swapped
 
 
 def _column(data: Dataset, name: str) -> pa.ChunkedArray:

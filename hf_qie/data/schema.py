@@ -9,6 +9,7 @@ Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Column:
     key: str = ""  # of an image column: its key in `columns` of the recipe, and its name in the rows of a task
     compute: Callable[[list, tuple[int, int]], Any] | None = None  # of images as read and the target's grid
 
-    @property
+    @cached_property
     def many(self) -> bool:
         """Whether a row has any number of these images or grids, and not exactly one."""
         return self.type in (TEXTS, GRIDS)

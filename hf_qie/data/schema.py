@@ -61,12 +61,13 @@ class Column:
 
     def data_columns(self, columns: Columns) -> tuple[str, ...]:
         """The columns of a task's data that hold these images."""
-        found = getattr(columns, self.key) if self.key else self.name
+        found = getattr(columns, self.key, self.name)
         return (found,) if isinstance(found, str) else found
 
     def label(self, columns: Columns) -> str:
         """These images in a message."""
-        return ", ".join(self.data_columns(columns))
+        found = getattr(columns, self.key, self.name)
+        return found if isinstance(found, str) else ", ".join(found)
 
     def is_stored(self, prefix: str, *, other_area: bool) -> bool:
         """Whether a set has this column with a prefix, "" or `INVERSE`."""

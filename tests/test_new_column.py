@@ -21,7 +21,8 @@ from hf_qie.extraction.contact_sheet import given
 from hf_qie.extraction.estimate import outlooks
 from hf_qie.extraction.verify import Official, beyond, bound, verify_set
 from hf_qie.hub.dataset_card import described
-from hf_qie.train import build_trainer, open_sets
+from hf_qie.training.sets import open_sets
+from hf_qie.training.setup import build_trainer
 
 SIDE_PX = 64  # of the masks
 

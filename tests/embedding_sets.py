@@ -10,7 +10,7 @@ from hf_qie.data.provenance import PROVENANCE, checkpoint_compat
 from hf_qie.data.schema import set_features
 from hf_qie.models.base import read_family
 
-WIDTH = 96  # of the tiny checkpoints' prompt states
+WIDTH, LATENT_WIDTH = 96, 64  # of the tiny checkpoints' embeddings and latents
 
 
 def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)), target_mean: float = 0) -> Path:
@@ -31,12 +31,18 @@ def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)
         "image_embeds": [matrix(3 * len(sources), WIDTH) for _ in range(rows)],
         "text_embeds_instruction": [matrix(4 + row % 3, WIDTH) for row in range(rows)],
         "text_embeds_drop": [matrix(3, WIDTH) for _ in range(rows)],
-        "target_latents": [matrix(target[0] * target[1], 64, target_mean) for _ in range(rows)],
+        "target_latents": [matrix(target[0] * target[1], LATENT_WIDTH, target_mean) for _ in range(rows)],
         "target_grid": [list(target)] * rows,
-        "source_latents": [matrix(num_source_tokens, 64) for _ in range(rows)],
+        "source_latents": [matrix(num_source_tokens, LATENT_WIDTH) for _ in range(rows)],
         "source_grids": [[list(grid) for grid in sources]] * rows,
     }
-    features = set_features(width=WIDTH, captions=["instruction"], inverse_captions=(), inverse_latents=False)
+    features = set_features(
+        width=WIDTH,
+        latent_width=LATENT_WIDTH,
+        captions=["instruction"],
+        inverse_captions=(),
+        inverse_latents=False,
+    )
     Dataset.from_dict(columns, features=features).save_to_disk(folder)
     compat = checkpoint_compat(str(model), revision=None, family=read_family(str(model)))
     compat |= {"vae_area_px": 1024 * 1024, "drop_caption": " "}

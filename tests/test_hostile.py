@@ -148,7 +148,8 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("name", WRONG_TYPES)
 def test_a_column_of_another_type_is_refused(features, name):
     changed = Features(features | {name: WRONG_TYPES[name]})
-    with pytest.raises(InputError, match=rf"set: column {name}: got .*, wanted .*extract it again|has no column"):
+    at = f"column {name.replace('target_latents', 'source_latents')}"  # of latents the target's are the measure
+    with pytest.raises(InputError, match=rf"set: {at}: got .*, wanted .*extract it again|has no column"):
         check_columns(Dataset.from_dict({name: [] for name in changed}, features=changed), where="set")
 
 
@@ -210,10 +211,11 @@ def test_files_of_a_set_that_are_something_else_are_refused(tmp_path, tiny, spru
         open_sets(recipe)
 
 
-def test_a_set_of_another_width_is_refused(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(embedding_sets, "WIDTH", 48)
+@pytest.mark.parametrize(("what", "width", "expected"), [("embeddings", 48, 96), ("latents", 32, 64)])
+def test_a_set_of_another_width_is_refused(tmp_path, tiny, monkeypatch, what, width, expected):
+    monkeypatch.setattr(embedding_sets, {"embeddings": "WIDTH", "latents": "LATENT_WIDTH"}[what], width)
     recipe = load_recipe(write_recipe(tmp_path, tiny()))
-    with pytest.raises(InputError, match=r"tasks.edit: its embeddings have width 48, but .* expects 96"):
+    with pytest.raises(InputError, match=rf"tasks.edit: its {what} have width {width}, but .* expects {expected}"):
         open_sets(recipe)
 
 

@@ -162,7 +162,7 @@ def test_a_new_image_is_encoded_while_training_where_no_latents_are_stored(recip
         PartialState(cpu=True)
         loaded = load_recipe(recipe, overrides)
         trainer, _ = build_trainer(loaded, open_sets(loaded))
-        batches.append([trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()])
+        batches.append([trainer.on_device(batch) for batch in trainer.get_train_dataloader()])
     for stored, encoded in zip(*batches, strict=True):
         for name in ("target_latents", "source_latents", "mask_latents", "mask"):
             assert torch.equal(stored[name], encoded[name]), name

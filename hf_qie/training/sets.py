@@ -34,12 +34,14 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     provenances = {name: provenance for name, (_, provenance) in opened.items()}
     check_compat(provenances, checkpoint, model=recipe.model)
     takes = read_config(recipe.model, "transformer/config.json", revision=recipe.revision).get("joint_attention_dim")
+    expected = {"embeddings": ("image_embeds", takes), "latents": ("target_latents", family.latent_width)}
     for name, (data, _) in opened.items():
-        if (width := matrix_width(data.features["image_embeds"])) != takes:
-            raise InputError(
-                f"tasks.{name}: its embeddings have width {width}, but {recipe.model} expects {takes}; extract the "
-                "set for this checkpoint"
-            )
+        for kind, (column, wanted) in expected.items():
+            if (width := matrix_width(data.features[column])) != wanted:
+                raise InputError(
+                    f"tasks.{name}: its {kind} have width {width}, but {recipe.model} expects {wanted}; extract the "
+                    "set for this checkpoint"
+                )
     if os.environ.get("RANK", "0") == "0":
         for warning in unverified(provenances):
             logger.warning(warning)

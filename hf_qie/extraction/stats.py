@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from hf_qie.config.recipe import Mix
+from hf_qie.data.captions import text_columns
 from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow, most_bad
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, columns_of
@@ -47,9 +48,7 @@ class Survey:
         self.labels = {image.name: image.label(plan.task.columns) for image in columns_of("image")}
         self.sizes: dict[str, Counter] = {name: Counter() for name in self.labels}  # (width, height) px
         self.grids: dict[str, set] = {name: set() for name in self.labels}
-        self.num_tokens: dict[str, Counter] = {
-            caption: Counter() for caption in (*plan.task.columns.captions, *plan.inverse_captions)
-        }
+        self.num_tokens: dict[str, Counter] = {caption: Counter() for caption in text_columns(plan.task.columns)}
         self.findings: list[Finding] = []
         self._first: dict[int, int] = {}  # hash of a row's content -> its first row
         # the columns that decide on buckets, without embeddings

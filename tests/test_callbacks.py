@@ -167,13 +167,15 @@ def test_rows_come_from_each_task_in_turn(recipe):
     assert spread(held_out, 2) == spread(held_out, 9)[:2]
 
 
-def test_the_grid_has_sources_target_and_steps_in_columns():
+def test_the_grid_has_sources_target_and_steps_in_columns(tmp_path):
     def plain(colour: str) -> Image.Image:
         return Image.new("RGB", (BOX_PX, BOX_PX), colour)
 
     one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("lime")], target=plain("blue"))
-    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"), images={4: plain("yellow")})
-    grid = draw_grid([one, two], [0, 4])
+    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"))
+    (tmp_path / "step-000004").mkdir()
+    plain("yellow").save(tmp_path / "step-000004" / "b.png")
+    grid = draw_grid([one, two], [0, 4], tmp_path)
     colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
     columns = [columns_of(grid, colour) for colour in colours]
     assert all(len(found) == 1 for found in columns), "the targets of both rows stand in one column"

@@ -4,9 +4,7 @@ import faulthandler
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.training.checkpoints import mark_complete, read_complete
@@ -24,17 +22,7 @@ class RunCallback(TrainerCallback):
         self.trainer = trainer
         self.best: tuple[float | None, int | None] | None = None  # before an evaluation whose step is not saved
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        lr_scheduler: Any,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **kwargs) -> None:
         """Check FSDP; in a resumed run, replace the checkpoint's settings by the recipe's."""
         if args.fsdp:
             check_sharded(model, optimizer)
@@ -43,16 +31,12 @@ class RunCallback(TrainerCallback):
             was = read_complete(self._folder(args, state))["settings"]
             apply_settings(was, self.trainer.settings, optimizer, lr_scheduler)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
         """The best metric is that of a step with a checkpoint."""
         if self.best:
             (state.best_metric, state.best_global_step), self.best = self.best, None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         """Raise NotFinite for a loss that is not finite: before anything is logged or saved, else a step later.
 
         Asking for it at once would make the device wait for the CPU. `EditTrainer.log` checks the gradient, and so
@@ -64,13 +48,11 @@ class RunCallback(TrainerCallback):
         self.trainer.losses.check(last=control.should_log or control.should_evaluate)
         self.trainer.throughput.end_step()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
         """Called before Trainer compares the metric with the best one."""
         self.best = None if control.should_save else (state.best_metric, state.best_global_step)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         """Write `complete.json` once every rank has written its files, and only then delete older checkpoints."""
         trainer = self.trainer
         trainer.accelerator.wait_for_everyone()
@@ -103,8 +85,6 @@ class StackTraces(TrainerCallback):
     on_train_begin = on_step_begin = on_substep_end = on_step_end = _restart
     on_prediction_step = on_evaluate = on_log = on_save = _restart
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs) -> None:
         """Training has ended; what follows has its own time."""
         faulthandler.cancel_dump_traceback_later()

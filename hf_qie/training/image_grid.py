@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.online_latents import load_vae
@@ -44,7 +44,6 @@ class GridRow:
     instruction: str
     sources: list[Image.Image]
     target: Image.Image
-    images: dict[int, Image.Image] = field(default_factory=dict)  # by step
 
 
 class ImageGrid(TrainerCallback):
@@ -66,20 +65,16 @@ class ImageGrid(TrainerCallback):
         self.folder = Path(trainer.args.output_dir, FOLDER)
         self.rows: list[GridRow] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Images of the model at the start; a resumed run keeps those of the steps before."""
         if state.is_world_process_zero:
             with generators_kept(args.device):
                 self.rows = [self._row(number) for number in self.numbers]
-            self._keep(up_to=state.global_step)
+            self._discard(after=state.global_step)
         if state.global_step == 0:
             self._sample(0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         """Images of this step, if they are due."""
         if state.global_step % self.settings.every == 0:
             self._sample(state.global_step)
@@ -95,11 +90,9 @@ class ImageGrid(TrainerCallback):
             folder = self.folder / f"step-{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
             for place, row in enumerate(self.rows):
-                image = self.vae.decode(*found[place])
-                image.save(folder / f"{row.name}.png")
-                row.images[step] = fit(image, BOX_PX)
-            draw_grid(self.rows, self._steps()).save(self.folder.with_name(GRID))
-            self._track(draw_grid(self.rows, [step]), step)
+                self.vae.decode(*found[place]).save(folder / f"{row.name}.png")
+            draw_grid(self.rows, self._steps(), self.folder).save(self.folder.with_name(GRID))
+            self._track(draw_grid(self.rows, [step], self.folder), step)
             seconds = time.monotonic() - started
             logger.info("%d images of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
 
@@ -134,24 +127,18 @@ class ImageGrid(TrainerCallback):
         name = f"{task}-{self.held_out.rows[number]}"
         return GridRow(name=name, instruction=instruction, sources=sources, target=target)
 
-    def _keep(self, *, up_to: int) -> None:
-        """Load the images of the steps that the run has done; delete those of another run, or of lost steps."""
-        for folder in self.folder.glob("step-[0-9]*[0-9]"):
-            step = int(folder.name.removeprefix("step-"))
-            if up_to == 0 or step > up_to:
-                shutil.rmtree(folder)
-                continue
-            for row in self.rows:
-                if (path := folder / f"{row.name}.png").is_file():
-                    with Image.open(path) as image:
-                        row.images[step] = fit(image, BOX_PX)
+    def _discard(self, *, after: int) -> None:
+        """Delete the images of steps that the run has not done: of another run, or lost with their step."""
+        for step in self._steps(most=None):
+            if after == 0 or step > after:
+                shutil.rmtree(self.folder / f"step-{step:06d}")
 
-    def _steps(self) -> list[int]:
-        """The steps of the grid's columns, first and last among them."""
-        steps = sorted({step for row in self.rows for step in row.images})
-        if len(steps) <= MOST_STEPS:
+    def _steps(self, most: int | None = MOST_STEPS) -> list[int]:
+        """The steps with images, evenly spread where there are more than `most`, first and last among them."""
+        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))
+        if most is None or len(steps) <= most:
             return steps
-        return [steps[round(place * (len(steps) - 1) / (MOST_STEPS - 1))] for place in range(MOST_STEPS)]
+        return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
 
     def _track(self, image: Image.Image, step: int) -> None:
         """Log an image to those trackers of `training.report_to` that take some."""
@@ -213,14 +200,16 @@ def denoise(
     return latents
 
 
-def draw_grid(rows: Sequence[GridRow], steps: Sequence[int]) -> Image.Image:
-    """One card a row: its sources, the target, an image for each of `steps`, and below them its instruction."""
+def draw_grid(rows: Sequence[GridRow], steps: Sequence[int], folder: Path) -> Image.Image:
+    """One card a row: its sources, the target, its images of `steps` in `folder`, and below them its instruction."""
     most = max(len(row.sources) for row in rows)
     labels = [f"source {place + 1}" if most > 1 else "source" for place in range(most)]
     labels += ["target", *(f"step {step:,}" for step in steps)]
     cards = []
     for row in rows:
-        images = [*row.sources, *[None] * (most - len(row.sources)), row.target, *map(row.images.get, steps)]
-        boxes = list(zip(labels, images, strict=True))
-        cards.append(Card(heading=row.name, boxes=boxes, target=most, texts={"instruction": row.instruction}))
+        paths = [folder / f"step-{step:06d}" / f"{row.name}.png" for step in steps]
+        # sampling.rows may have been smaller before
+        made = [fit(Image.open(path), BOX_PX) if path.is_file() else None for path in paths]
+        boxes = zip(labels, [*row.sources, *[None] * (most - len(row.sources)), row.target, *made], strict=True)
+        cards.append(Card(heading=row.name, boxes=list(boxes), target=most, texts={"instruction": row.instruction}))
     return labelled_sheet(cards, title="Held-out rows", box_px=BOX_PX)

@@ -218,7 +218,7 @@ def test_an_optimizer_that_lacks_a_tensor_is_an_error(one_rank):
         check_sharded(model, one_for_all)
 
 
-def test_a_model_that_came_back_whole_is_an_error():
+def test_a_model_that_is_not_sharded_is_an_error():
     model = nn.Linear(2, 2)
-    with pytest.raises(InputError, match="not active: the model came back whole"):
+    with pytest.raises(InputError, match="not active: no parameter is sharded"):
         check_sharded(model, torch.optim.SGD(model.parameters()))

@@ -1,4 +1,4 @@
-"""Held-out rows: which they are, with which noise level, in which batches, and what their losses come to."""
+"""Held-out rows: which they are, their noise levels and batches, and the metrics of evaluation."""
 
 import random
 from collections import defaultdict
@@ -61,7 +61,8 @@ class HeldOut(Dataset):
         self.tasks = {task: TaskRows(task, data, mix=recipe.mix, family=family) for task, data in sets.items()}
         self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
         self.rows = [row for data in sets.values() for row in data["row"]]
-        self.grids = [repr(grids) for data in sets.values() for grids in _grids(data)]
+        grids = [data.select_columns(["target_grid", "source_grids"])[:] for data in sets.values()]
+        self.grids = [repr(one) for part in grids for one in zip(*part.values(), strict=True)]
         self.fractions = torch.cat(
             [eval_fractions(list(data["row"]), loss=recipe.loss, seed=recipe.seed) for data in sets.values()]
         )
@@ -85,8 +86,8 @@ class HeldOut(Dataset):
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.
 
-        The batches are the same however many ranks share them, and so are the losses, bit for bit. Ranks have equally
-        many, as they wait for each other; the last ones may come twice.
+        Batches do not depend on the number of ranks, and so losses do not, bit for bit. Every rank has the same number
+        of batches; the last ones may repeat the first.
         """
         by_shape = defaultdict(list)
         for number, grids in enumerate(self.grids):
@@ -109,10 +110,10 @@ class HeldOut(Dataset):
         losses, sigma = gathered.predictions[first].astype(np.float64).T
         tasks = np.array([task for task, _ in self.places])
         if bad := np.flatnonzero(~np.isfinite(losses)).tolist():
-            named = ", ".join(
-                f"{tasks[number]} row {self.rows[number]} ({losses[number]:g})" for number in bad[:NAMED]
+            named = [f"{tasks[number]} row {self.rows[number]} ({losses[number]:g})" for number in bad[:NAMED]]
+            raise NotFinite(
+                f"evaluation: the loss of {', '.join(named)} is not finite. Nothing is saved of this state"
             )
-            raise NotFinite(f"evaluation: the loss of {named} is not finite. Nothing is saved of this state")
         quarter = np.minimum(sigma * len(QUARTERS), len(QUARTERS) - 1).astype(int)
         parts = {"loss": np.ones(len(self), bool)}
         parts |= {f"loss/{task}": tasks == task for task in self.tasks}
@@ -120,17 +121,11 @@ class HeldOut(Dataset):
         return {name: float(losses[part].mean()) for name, part in parts.items() if part.any()}
 
 
-def _grids(data: datasets.Dataset) -> Iterator[tuple[list[int], list[list[int]]]]:
-    columns = data.select_columns(["target_grid", "source_grids"])[:]
-    return zip(columns["target_grid"], columns["source_grids"], strict=True)
-
-
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Leave python's, numpy's and torch's generators as they were, whatever is drawn from them inside."""
+    """Restore python's, numpy's and torch's generators afterwards."""
     python, legacy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""FSDP2: that it is active, that all that trains is trained, and whole tensors out of shards."""
+"""FSDP2: its arguments, checks that it is active and complete, and full tensors from shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,11 @@ BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torc
 
 
 def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What TrainingArguments are told of FSDP, by the `settings` of recipe and launcher."""
-    told = {"fsdp": True, "fsdp_config": {**settings, "version": 2}}
-    given = recipe.training.get("accelerator_config", {})
-    if isinstance(given, dict):  # gradients are sharded after every micro-batch: 20B whole ones fit on no device
-        told["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
-    return told
+    """TrainingArguments' keys for FSDP, by the `settings` of recipe and launcher."""
+    given = recipe.training.get("accelerator_config") or {}
+    # gradients are sharded after every micro-batch: 20B unsharded ones fit on no device
+    accelerator = {"gradient_accumulation_kwargs": {"sync_each_batch": True}} | given
+    return {"fsdp": True, "fsdp_config": {**settings, "version": 2}, "accelerator_config": accelerator}
 
 
 def refuse_inactive(arguments: TrainingArguments) -> None:
@@ -39,12 +38,12 @@ def refuse_inactive(arguments: TrainingArguments) -> None:
 def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise unless every parameter is sharded, and the optimizer holds each one that trains.
 
-    accelerate finds the optimizer's parameters again by their addresses; where these are one and the same, as on the
-    meta device, one tensor trains and the others do not, without a word.
+    accelerate maps the optimizer's parameters by their addresses; where these are all the same, as on the meta device,
+    one tensor trains and the others do not, without an error.
     """
     parameters = list(model.parameters())
     if not all(isinstance(parameter, DTensor) for parameter in parameters):
-        raise InputError("training.fsdp: asked for, but not active: the model came back whole")
+        raise InputError("training.fsdp: asked for, but not active: no parameter is sharded")
     trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held != trained:
@@ -54,15 +53,15 @@ def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Each tensor whole and on the CPU, as `dtype` if one is given; {} on ranks that do not `keep` them.
+    """The full tensors on the CPU, as `dtype` if one is given; {} on ranks that do not `keep` them.
 
-    One at a time, so that no device ever holds more. Where tensors are sharded, every rank calls it.
+    Gathered one at a time. Where tensors are sharded, every rank calls it.
     """
-    whole = {}
+    full = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # shards may be offloaded
         if keep:
-            whole[name] = tensor.to("cpu", dtype)
-    return whole
+            full[name] = tensor.to("cpu", dtype)
+    return full

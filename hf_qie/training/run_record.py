@@ -1,4 +1,4 @@
-"""What a run writes down of itself as it starts, for its model card: `run.json`, beside the recipe."""
+"""`run.json`, written as a run starts, beside the recipe: what its model card needs."""
 
 import json
 from collections.abc import Sequence
@@ -23,20 +23,14 @@ LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "peft", "datase
 def run_record(
     recipe: Recipe, arguments: TrainingArguments, groups: Sequence[Group], shares: np.ndarray
 ) -> dict[str, Any]:
-    """What neither the recipe nor Trainer's state says: the mix as it came out, defaults, machine and versions."""
+    """What neither the recipe nor Trainer's state has: the groups of the mixture, defaults, machine and versions."""
     device = arguments.device
     return {
         "commit": base_commit(recipe),
         "started_in": str(Path.cwd()),  # where relative paths of the recipe start
         "mix": [
-            {
-                "task": group.task,
-                "sources": group.num_sources,
-                "rows": group.num_rows,
-                "weight": group.weight,
-                "share": float(share),
-            }
-            for group, share in zip(groups, shares, strict=True)
+            {"task": one.task, "sources": one.num_sources, "rows": one.num_rows, "weight": one.weight, "share": share}
+            for one, share in zip(groups, shares.tolist(), strict=True)
         ],
         "steps": arguments.max_steps,
         "ranks": arguments.world_size,
@@ -53,7 +47,7 @@ def run_record(
 
 
 def base_commit(recipe: Recipe) -> str | None:
-    """The commit of a base that comes from the Hub; its cache has a folder for each."""
+    """The commit of a base from the Hub, whose cache has a folder for each."""
     if Path(recipe.model).is_dir():
         return None
     return checkpoint_file(recipe.model, "model_index.json", revision=recipe.revision).parent.name

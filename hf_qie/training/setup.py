@@ -163,11 +163,9 @@ def plan_mixture(
     recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments
 ) -> tuple[Draws, dict[str, Any]]:
     """Every draw of the run, and its run record; logs how often each group is drawn."""
-    batch = global_batch_size(arguments)
+    batch, micro_batch = global_batch_size(arguments), arguments.per_device_train_batch_size
     same_shape = resolve_same_shape(
-        recipe.mix.same_shape,
-        global_batch_size=batch,
-        per_device_train_batch_size=arguments.per_device_train_batch_size,
+        recipe.mix.same_shape, global_batch_size=batch, per_device_train_batch_size=micro_batch
     )
     groups = read_groups(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix)
     shares = group_shares(groups, recipe.mix)
@@ -206,7 +204,6 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     arguments, parameters, every = trainer.args, list(trainer.model.parameters()), trainer.recipe.sampling.every
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     vae = "loaded by rank 0, for images" if every else "not loaded"
-    vae = "loaded, as sets have no latents" if trainer.encoder else vae
     logger.info(
         "training %s of %s parameters in %s, computing in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
         "%d steps, %s; encoder: not loaded, VAE: %s",
@@ -220,7 +217,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
         arguments.gradient_accumulation_steps,
         arguments.max_steps,
         f"resuming from {checkpoint}" if checkpoint else "from the first",
-        vae,
+        "loaded, as sets have no latents" if trainer.encoder else vae,
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-SMALLEST_SIGMA = 1e-3  # below it 1 / sigma^2 would let single rows outweigh whole steps
+SMALLEST_SIGMA = 1e-3  # below it the weight 1 / sigma^2 of a single row would exceed that of a step
 
 
 def velocity_mse(prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor) -> Tensor:

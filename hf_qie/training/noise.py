@@ -1,4 +1,4 @@
-"""Flow matching: how noisy a row is made, with which noise, and what its draw number decides.
+"""Flow matching: the noise levels and the noise of rows, each a function of the draw number or of the held-out row.
 
 Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise only).
 """

@@ -1,4 +1,4 @@
-"""What a step makes small: the loss of each row of a batch, under the noise that belongs to the row.
+"""The training objective: the loss of each row of a batch, at the noise of its draw or its held-out row.
 
 Letters: B rows, S target tokens.
 """
@@ -23,22 +23,15 @@ class Objective:
         self.scheduler_config, self.global_batch_size = scheduler_config, global_batch_size
 
     def of_draws(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses `[B]` and the velocities `[B, S, 64]` that the model saw; the draw number decides on all noise."""
-        shape = batch["target_latents"].shape[1:]
-        noise = noise_for(batch["draw"], shape, seed=self.seed)
-        sigma = sigmas_for(
-            batch["draw"],
-            loss=self.loss,
-            seed=self.seed,
-            global_batch_size=self.global_batch_size,
-            mu=self._mu(batch),
-        )
+        """Losses `[B]` and predicted velocities `[B, S, 64]`; the draw numbers seed the noise."""
+        draws, of_step = batch["draw"], self.global_batch_size
+        noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
+        sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=self._mu(batch))
         return self._losses(model, batch, noise, sigma)
 
     def of_held_out(self, model: nn.Module, batch: Batch, fractions: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses `[B]` and noise levels `[B]` of held-out rows, whose `fractions[B]` are u; the same at every call."""
-        shape = batch["target_latents"].shape[1:]
-        noise = noise_for(batch["row"], shape, seed=self.seed, purpose="eval noise")
+        """Losses `[B]` and noise levels `[B]` of held-out rows with u = `fractions[B]`; the same at every call."""
+        noise = noise_for(batch["row"], batch["target_latents"].shape[1:], seed=self.seed, purpose="eval noise")
         sigma = shifted(fractions, self._mu(batch))
         losses, _ = self._losses(model, batch, noise, sigma)
         return losses, sigma.to(losses.device)

@@ -5,8 +5,7 @@ Letters: B rows, S target tokens.
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -84,7 +83,8 @@ class ImageGrid(TrainerCallback):
         started, args = time.monotonic(), self.trainer.args
         turns = -(-len(self.numbers) // args.world_size)
         places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
-        with generators_kept(args.device), evaluating(self.trainer.model):
+        self.trainer.model.eval()  # Trainer sets it to train in each step
+        with generators_kept(args.device):
             found = dict(gather_object([(place, self._latents(self.numbers[place])) for place in places]))
         if self.trainer.is_world_process_zero():
             folder = self.folder / f"step-{step:06d}"
@@ -154,17 +154,6 @@ def spread(held_out: HeldOut, count: int) -> list[int]:
     """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
     by_task = [[n for n, place in enumerate(held_out.places) if place[0] == task] for task in held_out.tasks]
     return [number for number in chain(*zip_longest(*by_task)) if number is not None][:count]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and afterwards as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def denoise(

@@ -222,12 +222,12 @@ class EditTrainer(Trainer):
         nothing is sharded these are also the weights to resume from, and keep their dtype; else they are bfloat16 if
         training computes in it.
         """
-        folder, sharded = output_dir or self.args.output_dir, self.args.fsdp
+        folder, sharded = output_dir or self.args.output_dir, self.args.fsdp and self.args.fsdp_plugin_args
         if _internal_call:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint of an earlier start
             self.accelerator.wait_for_everyone()
-            if sharded and self.recipe.trainable.lora is None and "SHARDED" in sharded_state(self.args):
+            if sharded and not self.recipe.trainable.lora and "SHARDED" in sharded["state_dict_type"]:
                 return
         to_resume_from = _internal_call and not sharded
         dtype = torch.bfloat16 if self.args.mixed_precision == "bf16" and not to_resume_from else None
@@ -245,8 +245,3 @@ class EditTrainer(Trainer):
             raise InputError(f"{best}: the best checkpoint is incomplete: {reason}; export another one of its folder")
         self._load_from_checkpoint(best)
         logger.info("%s is the best checkpoint (%s %g): its weights are saved", best, metric, self.state.best_metric)
-
-
-def sharded_state(args: TrainingArguments) -> str:
-    """FSDP's `state_dict_type`."""
-    return args.fsdp_plugin_args["state_dict_type"]

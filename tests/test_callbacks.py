@@ -270,7 +270,7 @@ def test_two_ranks_sharded_or_not_make_the_pictures_of_one_and_train_as_without(
 
 
 def test_pictures_without_held_out_rows_are_refused(recipe):
-    with pytest.raises(InputError, match=r"sampling\.every: no task holds out rows to make pictures of; set tasks"):
+    with pytest.raises(InputError, match=r"sampling\.every: no task holds out rows to evaluate on; set tasks"):
         load_recipe(recipe, ["tasks.edit.eval_rows=0", "tasks.text_to_image.eval_rows=0"])
 
 

@@ -24,7 +24,8 @@ CHINESE_FONTS = (
     *("PingFang.ttc", "Hiragino Sans GB.ttc", "STHeiti Medium.ttc", "Arial Unicode.ttf"),  # macOS
     *("msyh.ttc", "simhei.ttf", "simsun.ttc"),  # Windows
 )
-NO_GLYPH = "\U000ffffe"  # never a character, so that a font draws its box for a missing one
+CJK = r"\u2e80-\uffef"  # Chinese, Japanese and Korean characters and their punctuation
+CHINESE = re.compile(f"[{CJK}]")
 
 
 def loss_chart(log_history: Iterable[Mapping[str, Any]]) -> "Figure":
@@ -158,49 +159,27 @@ def _draw_card(card: Card, width: int, box_px: int) -> Image.Image:
 
 
 def _write(image: Image.Image, corner: tuple[int, int], text: str, *, color: str = INK, size: int = TEXT_PX) -> None:
-    ImageDraw.Draw(image).text(corner, text, fill=color, font=_load_font(_best_font(text), size))
+    if (font := _font(bool(CHINESE.search(text)), size)) is None:
+        text, font = CHINESE.sub("?", text), _font(False, size)
+    ImageDraw.Draw(image).text(corner, text, fill=color, font=font)
 
 
 def _lines(text: str, width: int, *, max_lines: int = MAX_LINES) -> list[str]:
-    """At most `max_lines` lines of `width` pixels, broken between words and between Chinese characters.
-
-    Characters that no font has are question marks; a text of which they are the most is left out.
-    """
-    name = _best_font(text)
-    legible = "".join(char if _has_glyph(name, char) else "?" for char in text)
-    missing = sum(not _has_glyph(name, char) for char in text)
-    if missing and 2 * missing >= len("".join(text.split())):
-        legible = "(no font here has these characters: install Noto Sans CJK)"
-    font, lines = _load_font(name, TEXT_PX), [""]
-    for piece in re.findall(r"[^\s\u2e80-\uffef]{1,24}|\s+|[\u2e80-\uffef][，。、；：？！）》」』”’]*", legible):
+    """At most `max_lines` lines of `width` pixels, broken between words and between Chinese characters."""
+    if (font := _font(bool(CHINESE.search(text)), TEXT_PX)) is None:
+        return _lines("(no font here has these characters: install Noto Sans CJK)", width, max_lines=max_lines)
+    lines = [""]
+    for piece in re.findall(rf"[^\s{CJK}]{{1,24}}|\s+|[{CJK}][，。、；：？！）》」』”’]*", text):
         if font.getlength(lines[-1] + piece.rstrip()) > width:
             lines.append("")
         lines[-1] += " " * bool(lines[-1]) if piece.isspace() else piece
     return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], f"{lines[max_lines - 1][:-4].rstrip()} ..."]
 
 
-def _best_font(text: str) -> str | None:
-    """The first of the installed fonts that lacks fewest characters of `text`; None is Pillow's own."""
-    return min(_installed_fonts(), key=lambda name: sum(not _has_glyph(name, char) for char in set(text)))
-
-
 @functools.cache
-def _installed_fonts() -> list[str | None]:
-    found: list[str | None] = [None]
-    for name in CHINESE_FONTS:
+def _font(chinese: bool, size: int) -> ImageFont.FreeTypeFont | None:
+    """Pillow's own font, or the first installed one that has Chinese characters; None where there is none."""
+    for name in CHINESE_FONTS if chinese else ():
         with contextlib.suppress(OSError):
-            _load_font(name, TEXT_PX)
-            found.append(name)
-    return found
-
-
-@functools.cache
-def _load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
-    """A font by its file name, looked for where the system keeps fonts; raises OSError where it is not."""
-    return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
-
-
-@functools.cache
-def _has_glyph(name: str | None, char: str) -> bool:
-    font = _load_font(name, TEXT_PX)
-    return char.isspace() or bytes(font.getmask(char)) != bytes(font.getmask(NO_GLYPH))
+            return ImageFont.truetype(name, size)  # looked for where the system keeps fonts
+    return None if chinese else ImageFont.load_default(size)

@@ -51,6 +51,9 @@ KINDS = {
     "text_to_image": QwenImagePipeline,
     "learner": QwenImageEditPlusPipeline,  # learns in minutes: few image tokens, plain weights in its transformer
 }
+# of the released Qwen-Image checkpoints
+SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
+SCHEDULER |= {"base_image_seq_len": 256, "max_image_seq_len": 8192}
 # of each causal 3-D convolution the slice that a single image meets, as float16; latents_mean and latents_std
 VAE_FILE = Path(__file__).with_name("tiny_vae.safetensors")
 VAE_CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
@@ -136,12 +139,10 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
         "intermediate_size": 128,
         "num_heads": 4,
         "out_hidden_size": 96,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "tokens_per_second": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],  # windows first, then all: the 7B model has seven of the first to each of these
+        "fullatt_block_indexes": [
+            1
+        ],  # windows of 112 px first, then all: the 7B model has seven of the first to each of these
     }
     named = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
     named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
@@ -185,21 +186,6 @@ def tiny_vae() -> AutoencoderKLQwenImage:
     return vae
 
 
-def _scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """With the settings of the released Qwen-Image checkpoints."""
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=1.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=0.9,
-        base_image_seq_len=256,
-        max_image_seq_len=8192,
-        shift_terminal=0.02,
-        time_shift_type="exponential",
-    )
-
-
 def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> Path:
     """Write a checkpoint of one of `KINDS` in diffusers layout, all random but vocabulary and VAE; return `folder`.
 
@@ -209,7 +195,7 @@ def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> 
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
         parts = {
-            "scheduler": _scheduler(),
+            "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
             "vae": tiny_vae(),
             "text_encoder": _text_encoder(tokenizer),
             "tokenizer": tokenizer,

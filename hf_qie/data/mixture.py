@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, interleave_datasets
 
 from hf_qie.config.recipe import Mix
-from hf_qie.data.schema import INVERSE
+from hf_qie.data.schema import INVERSE, grids_in
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 
@@ -54,7 +53,7 @@ def read_groups(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: 
                 "lower its eval_rows, give it more rows, or set its weight to 0"
             )
         num_sources = _column(sets[task], "num_sources").to_numpy()
-        targets, sources = (_grids(_column(sets[task], name)) for name in ("target_grid", "source_grids"))
+        targets, sources = (grids_in(_column(sets[task], name)) for name in ("target_grid", "source_grids"))
         first_source = np.cumsum(num_sources, dtype=np.int64) - num_sources
         for count in np.unique(num_sources):
             rows = np.flatnonzero(num_sources == count)
@@ -82,7 +81,7 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
     for name, side in ((f"{INVERSE}target_grid", slice(0, 2)), (f"{INVERSE}source_grids", slice(2, 4))):
         if inverted.any() and name in data.column_names:
             column = _column(data, name).take(pa.array(rows[inverted]))
-            inverse_shapes[column.is_valid().to_numpy(), side] = _grids(column)
+            inverse_shapes[column.is_valid().to_numpy(), side] = grids_in(column)
     num_inverses = len(inverse_shapes)
     chance = np.concatenate([np.where(inverted, 1 - inverse_share, 1.0), np.full(num_inverses, inverse_share)])
     inverse = np.repeat([False, True], [len(rows), num_inverses])
@@ -98,13 +97,6 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
 
 def _column(data: Dataset, name: str) -> pa.ChunkedArray:
     return data.select_columns([name]).with_format("arrow")[:][name]
-
-
-def _grids(column: pa.ChunkedArray) -> np.ndarray:
-    """All grids of a column of grids or of lists of grids, null rows left out: int64 [grids, 2]."""
-    while pa.types.is_nested(column.type):
-        column = pc.list_flatten(column)
-    return column.to_numpy().astype(np.int64).reshape(-1, 2)
 
 
 def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Features, List, Value
 
 from hf_qie.config.recipe import Columns
@@ -37,7 +38,7 @@ class Column:
     meaning: str  # on the dataset card
     type: Any = None  # feature of datasets; embeddings and latents are matrices as wide as the checkpoint has them
     of: str = ""  # the image column that it is computed from
-    inverse: str = NEVER
+    inverse: str = NEVER  # without a column of its own an inverse has the forward row's
     key: str = ""  # of an image column: its key in `columns` of the recipe, and its name in the rows of a task
     compute: Callable[[list, tuple[int, int]], Any] | None = None  # of images as read and the target's grid
 
@@ -145,6 +146,13 @@ def feature_of(column: Column, width: int, latent_width: int) -> Any:
 def matrix(width: int) -> List:
     """The feature of a `[L, width]` float16 matrix with any L."""
     return List(List(Value("float16"), length=width))
+
+
+def grids_in(column: pa.ChunkedArray) -> np.ndarray:
+    """All grids of a column of grids or of lists of grids, null rows left out: int64 [grids, 2]."""
+    while pa.types.is_nested(column.type):
+        column = pc.list_flatten(column)
+    return column.fill_null(0).to_numpy().astype(np.int64).reshape(-1, 2)
 
 
 def to_table(rows: Sequence[Mapping[str, Any]], features: Features) -> pa.Table:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features
 
-from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, feature_of, matrix_width
+from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, feature_of, grids_in, matrix_width
 from hf_qie.errors import InputError
 
 MOST_SIDE = 4096  # tokens of a grid's side: no transformer places more
@@ -68,11 +68,8 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
         there = there & (_lengths(table, f"{prefix}target_grid") >= 0)
     areas = {}
     for column in columns_of("grid"):
-        name, sides = prefix + column.name, table.column(prefix + column.name)
+        name, sides = prefix + column.name, grids_in(table.column(prefix + column.name))
         yield from _found(name, there & (_lengths(table, name) < (0 if column.many else 2)), "is null")
-        while pa.types.is_nested(sides.type):
-            sides = pc.list_flatten(sides)
-        sides = sides.fill_null(0).to_numpy().astype(np.int64).reshape(-1, 2)
         if sides.size and not 1 <= sides.min() <= sides.max() <= MOST_SIDE:
             yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, wanted 1 to {MOST_SIDE:,}"
         sums, counts = np.append(0, sides.prod(axis=1).cumsum()), np.maximum(_lengths(table, name), 0)

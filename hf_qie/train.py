@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.config.launch import fsdp_settings, refuse_launcher
+from hf_qie.config.launch import fsdp_settings, num_started, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.config.training_args import check_packages
 from hf_qie.runtime.cli import run_script
@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
 
 def run(recipe: Recipe) -> "EditTrainer":
     """Open the sets and train on them; no other launch uses the output folder meanwhile."""
-    from hf_qie.config.launch import num_started
     from hf_qie.runtime.lock import held
     from hf_qie.training.sets import open_sets
 

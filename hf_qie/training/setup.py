@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_started
+from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.mixture import (
@@ -47,14 +47,13 @@ COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def join_ranks(recipe: Recipe) -> None:
-    """Under a launcher of several processes, wait until they form one process group; raises InputError where not."""
-    if num_started(os.environ) > 1:
-        training = recipe.training
-        if training.get("use_cpu") and "ddp_timeout" in training:  # TrainingArguments does not pass it on to gloo
-            timeout = timedelta(seconds=training["ddp_timeout"])
-            PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timeout)
-        training_arguments(recipe, num_rows=0)
-        check_ranks(os.environ)
+    """Form the process group of a launch of several processes; raises InputError where they do not find each other."""
+    training = recipe.training
+    if training.get("use_cpu") and "ddp_timeout" in training:  # TrainingArguments does not pass it on to gloo
+        timeout = timedelta(seconds=training["ddp_timeout"])
+        PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timeout)
+    training_arguments(recipe, num_rows=0)
+    check_ranks(os.environ)
 
 
 def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrainer, Path | None]:

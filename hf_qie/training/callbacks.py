@@ -78,6 +78,7 @@ class StackTraces(TrainerCallback):
     def __init__(self, ddp_timeout_s: float):
         self.patience_s = PATIENCE * ddp_timeout_s
         faulthandler.enable()
+        self._restart()
 
     def _restart(self, *_: Any, **__: Any) -> None:
         faulthandler.dump_traceback_later(self.patience_s)

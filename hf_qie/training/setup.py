@@ -31,6 +31,7 @@ from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
+from hf_qie.training.callbacks import StackTraces
 from hf_qie.training.checkpoints import step_of
 from hf_qie.training.cost import footprint
 from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
@@ -52,8 +53,9 @@ def join_ranks(recipe: Recipe) -> None:
     if training.get("use_cpu") and "ddp_timeout" in training:  # TrainingArguments does not pass it on to gloo
         timeout = timedelta(seconds=training["ddp_timeout"])
         PartialState(cpu=True, backend=training.get("ddp_backend"), timeout=timeout)
-    training_arguments(recipe, num_rows=0)
+    arguments = training_arguments(recipe, num_rows=0)
     check_ranks(os.environ)
+    StackTraces(arguments.ddp_timeout)  # while sets and model are opened
 
 
 def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrainer, Path | None]:

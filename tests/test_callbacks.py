@@ -19,16 +19,17 @@ from small_recipes import columns_of, extract_edits
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image, resize, to_pixels
 from hf_qie.errors import InputError
+from hf_qie.hub.sampler import Sampler
+from hf_qie.models.base import PromptEmbeddings
 from hf_qie.models.checkpoint import read_config
-from hf_qie.models.qwen_image.text_encoder import PromptStates
+from hf_qie.models.qwen_image import transformer
+from hf_qie.models.qwen_image.pipeline import text_to_image
+from hf_qie.models.qwen_image.transformer import denoise, predict
 from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
 from hf_qie.plots import GAP_PX
-from hf_qie.sampling import Sampler
 from hf_qie.train import train
-from hf_qie.training import image_grid as callbacks
 from hf_qie.training.evaluation import HeldOut, held_out_part
-from hf_qie.training.image_grid import BOX_PX, GridRow, denoise, draw_grid, spread
-from hf_qie.training.model import predict
+from hf_qie.training.image_grid import BOX_PX, GridRow, draw_grid, spread
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 
@@ -88,17 +89,17 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     recipe = load_recipe(extracted)
     sampler = Sampler(recipe, checkpoint="base")
     images = [read_image(photos / "images" / f"source_{i:02d}.jpg") for i in (1, 2)[:num_sources]]
-    states, size = sampler.states("Make it red.", images), sampler.size(images)
-    seen, pipeline = [], sampler.pipeline if images else sampler.text_to_image
+    embeddings, size = sampler.embed("Make it red.", images), sampler.size(images)
+    seen, pipeline = [], sampler.pipeline if images else text_to_image(sampler.pipeline)
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
-    picture = sampler.picture(states, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
+    picture = sampler.generate(embeddings, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
     sizes = [area_size(image.size, sampler.source_area_px) for image in images]
     vae = LatentEncoder(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
     latents = [vae([to_pixels(resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
     batches = []
-    for text in states.texts:
-        embeds = torch.cat([states.image, text])[None]
+    for text in embeddings.texts:
+        embeds = torch.cat([embeddings.image, text])[None]
         sources = torch.cat([torch.zeros(0, 64), *latents])[None]
         batch = {"prompt_embeds": embeds, "prompt_mask": torch.ones(embeds.shape[:2]).bool()}
         batches.append(batch | {"source_latents": sources, "grids": [grid_of(size), *map(grid_of, sizes)]})
@@ -138,11 +139,13 @@ def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, 
         row = sets[task][-1]
         place = next(n for n, (name, _) in enumerate(held_out.places) if name == task)
         matrices = (row[f"text_embeds_{name}"] for name in (held_out[place]["caption"], "drop"))
-        states = PromptStates(image=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices])
+        embeddings = PromptEmbeddings(
+            image=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices]
+        )
         images = [read_image(Path(path)) for path in row["source_image"]]
         height, width = row["target_grid"]
         size = (16 * width, 16 * height)
-        theirs = sampler.picture(states, images, seed=recipe.seed, num_inference_steps=2, size=size)
+        theirs = sampler.generate(embeddings, images, seed=recipe.seed, num_inference_steps=2, size=size)
         with Image.open(drawn / "pictures" / f"step-{step:06d}" / f"{task}-{row['row']}.png") as picture:
             levels = np.abs(np.asarray(picture, int) - np.asarray(theirs, int))
         assert levels.mean() < 0.5  # stored source latents are rounded to float16
@@ -193,7 +196,7 @@ def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tmp_path
         torch.rand(3), np.random.random(3), random.random()
         return predict(*args)
 
-    monkeypatch.setattr(callbacks, "predict", greedy)
+    monkeypatch.setattr(transformer, "predict", greedy)
     without = run(recipe, "sampling.every=0", f"training.output_dir={tmp_path / 'without'}")
     trainer = run(recipe)
     assert steps_of(trainer) == steps_of(without)

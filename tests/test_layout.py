@@ -10,11 +10,11 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors plots runtime.rules runtime.yaml_io runtime.files runtime.cli runtime.device runtime.ranks runtime.lock "
-    "runtime.alive runtime.hub_errors "
+    "runtime.alive "
     "config.installed config.training_args config.overrides config.recipe config.launch "
-    "models.checkpoint models.base models.qwen_image.prompts "
-    "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.lora_files "
-    "models.qwen_image.family "
+    "runtime.hub_errors models.checkpoint models.lora_files models.base models.qwen_image.prompts "
+    "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.transformer "
+    "models.qwen_image.pipeline models.qwen_image.family "
     "data.seeding data.schema data.fetch data.text_files data.tables data.readers "
     "data.captions data.samples data.images "
     "data.provenance data.validation data.embedding_sets hub.dataset_card hub.redact "
@@ -26,7 +26,7 @@ LAYERS = (
     "training.model training.objective training.image_grid training.checkpoints "
     "training.resume training.dcp_reader training.callbacks training.trainer training.run_record "
     "training.sets training.setup train hub.trained_run "
-    "hub.export_formats hub.model_card export sampling extraction.stats extraction.contact_sheet "
+    "hub.export_formats hub.model_card export hub.sampler sampling extraction.stats extraction.contact_sheet "
     "extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()
 

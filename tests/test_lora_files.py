@@ -10,11 +10,12 @@ from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_qie import sampling
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.lora_files import read_lora
-from hf_qie.training.model import LORA_FILE, adapters, build_model, save_weights
+from hf_qie.hub.sampler import load_lora
+from hf_qie.models.lora_files import LORA_FILE, read_lora
+from hf_qie.models.qwen_image.family import EDIT_PLUS
+from hf_qie.training.model import adapters, build_model, save_weights
 
 RANK = 4
 LORA = Lora(rank=RANK, alpha=RANK, target_modules="all-linear")
@@ -101,7 +102,7 @@ def test_a_run_starts_from_every_tensor_of_a_file_in_any_layout(trained, tiny, t
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampling_takes_every_tensor_of_a_file_in_any_layout(trained, pipeline, tmp_path, layout):
-    sampling.load_lora(pipeline, write_layout(trained, layout, tmp_path))
+    load_lora(pipeline, write_layout(trained, layout, tmp_path), EDIT_PLUS)
     named = dict(pipeline.transformer.named_parameters())
     loaded = {key.replace(".default_0.", "."): tensor for key, tensor in named.items() if ".lora_" in key}
     pipeline.unload_lora_weights()
@@ -117,8 +118,8 @@ FOREIGN = {  # keys beside those of a LoRA, or in their place, and what is said 
     f"diffusion_model.{LAYER}.lokr_w1": "is a LoKr: 1 of its 69 keys",
     f"lycoris_{LAYER.replace('.', '_')}.hada_w1_a": "is a LoHa: 1 of its 69 keys",
     f"diffusion_model.{LAYER}.diff": "is a file of whole differences: 1 of its 69 keys",
-    f"transformer.{LAYER}.lora_B.bias": "is no LoRA: 1 of its 69 keys would be left out: transformer.transformer_bl",
-    "transformer.norm_out.weight": "is no LoRA: 1 of its 69 keys would be left out: transformer.norm_out.weight; want",
+    f"transformer.{LAYER}.lora_B.bias": "is not a LoRA: 1 of its 69 keys would be left out: transformer.transformer",
+    "transformer.norm_out.weight": "is not a LoRA: 1 of its 69 keys would be left out: transformer.norm_out.weight",
 }
 
 
@@ -130,7 +131,7 @@ def test_keys_that_a_loader_would_leave_out_are_refused_by_name(trained, tiny, p
         build_model(recipe(tiny(), init_from=str(path)))
     assert f"trainable.lora: {path} {FOREIGN[key]}" in str(error.value)
     with pytest.raises(InputError) as error:
-        sampling.load_lora(pipeline, path)
+        load_lora(pipeline, path, EDIT_PLUS)
     assert f"--checkpoint: {path} {FOREIGN[key]}" in str(error.value)
 
 
@@ -140,7 +141,7 @@ def test_half_an_adapter_is_refused(trained, tmp_path):
         tensors = {LAYOUTS[layout](key): tensor for key, tensor in trained.items() if key != one}
         save_file(tensors, tmp_path / "lora.safetensors")
         with pytest.raises(InputError, match="half of an adapter is missing"):
-            read_lora(tmp_path / "lora.safetensors", where="here")
+            read_lora(tmp_path / "lora.safetensors", where="here", convert=EDIT_PLUS.convert_lora)
 
 
 def test_a_text_encoders_part_is_refused(trained, tiny, pipeline, tmp_path):
@@ -150,7 +151,7 @@ def test_a_text_encoders_part_is_refused(trained, tiny, pipeline, tmp_path):
     with pytest.raises(InputError, match=r"2 tensors differ, the first is transformer\.text_encoder"):
         build_model(recipe(tiny(), init_from=str(tmp_path / "lora.safetensors")))
     with pytest.raises(InputError, match=r"of its 70 tensors diffusers has loaded 68|does not load as a LoRA"):
-        sampling.load_lora(pipeline, tmp_path / "lora.safetensors")
+        load_lora(pipeline, tmp_path / "lora.safetensors", EDIT_PLUS)
 
 
 def test_pefts_alpha_is_that_of_its_config_and_without_one_nobody_guesses(trained, tiny, tmp_path):
@@ -163,5 +164,5 @@ def test_pefts_alpha_is_that_of_its_config_and_without_one_nobody_guesses(traine
     with pytest.raises(InputError, match=r"was trained with use_rslora, which trainable\.lora does not have"):
         build_model(recipe(tiny(), init_from=str(path)))
     config.unlink()
-    with pytest.raises(InputError, match=r"has peft's layout, whose alpha stands beside it in adapter_config\.json"):
+    with pytest.raises(InputError, match=r"has peft's layout, which keeps alpha in adapter_config\.json beside it"):
         build_model(recipe(tiny(), init_from=str(path)))

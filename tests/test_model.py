@@ -14,16 +14,15 @@ from torch import nn
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.data.collate import Batch
 from hf_qie.errors import InputError
+from hf_qie.models.lora_files import LORA_FILE
+from hf_qie.models.qwen_image.transformer import LORA_PRESETS, predict
 from hf_qie.training.model import (
-    LORA_FILE,
-    PRESETS,
     adapters,
     build_model,
     enable_activation_checkpointing,
     lora_targets,
     low_lr_parameters,
     parameters,
-    predict,
     save_weights,
 )
 
@@ -116,8 +115,8 @@ def test_a_padded_batch_predicts_what_its_rows_do_alone(tiny):
 def test_the_preset_all_linear_is_every_linear_layer(tiny):
     transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
     every = sorted(name for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
-    assert lora_targets(transformer, "all-linear") == every
-    assert {preset: len(lora_targets(transformer, preset)) for preset in PRESETS} == {
+    assert lora_targets(transformer, "all-linear", LORA_PRESETS) == every
+    assert {preset: len(lora_targets(transformer, preset, LORA_PRESETS)) for preset in LORA_PRESETS} == {
         "attention": 16,  # 8 in each of 2 blocks
         "attention+mlp": 24,
         "all-linear": 34,
@@ -126,17 +125,20 @@ def test_the_preset_all_linear_is_every_linear_layer(tiny):
 
 def test_a_list_of_names_takes_whole_parts_of_names(tiny):
     transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
-    assert lora_targets(transformer, ("transformer_blocks.1.attn.to_q", "img_in")) == [
+    assert lora_targets(transformer, ("transformer_blocks.1.attn.to_q", "img_in"), LORA_PRESETS) == [
         "img_in",
         "transformer_blocks.1.attn.to_q",
     ]
-    assert lora_targets(transformer, ("to_q",)) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 1)]
+    assert lora_targets(transformer, ("to_q",), LORA_PRESETS) == [f"transformer_blocks.{i}.attn.to_q" for i in (0, 1)]
 
 
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        ({"lora": Lora(target_modules=("to_q", "_k"))}, "trainable.lora.target_modules: '_k' is the end of no linear"),
+        (
+            {"lora": Lora(target_modules=("to_q", "_k"))},
+            "trainable.lora.target_modules: '_k' is not the end of any",
+        ),
         ({"modules": ("img_mlp", "transformer_block")}, "trainable.modules: 'transformer_block' matches no parameter"),
         ({"low_lr_modules": ("mlp",)}, "trainable.low_lr_modules: 'mlp' matches no parameter that could train"),
         (
@@ -153,7 +155,7 @@ def test_a_name_that_matches_nothing_is_refused_by_name(tiny, trainable, message
 
 
 def test_a_checkpoint_that_is_not_there_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="model: cannot load the transformer"):
+    with pytest.raises(InputError, match=r"model_index\.json does not exist"):
         build_model(recipe(tmp_path))
 
 
@@ -203,6 +205,7 @@ def test_adapters_start_the_same_in_every_process_and_by_the_seed(tiny):
 def test_an_empty_model_is_the_loaded_one_but_for_its_values(tiny, tmp_path, lora):
     """Built without weights on the disk, in memory of its own."""
     shutil.copytree(tiny() / "transformer", tmp_path / "transformer", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copy(tiny() / "model_index.json", tmp_path)
     empty = build_model(recipe(tmp_path, lora=lora), mixed_precision="bf16", empty=True)
     loaded = build_model(recipe(tiny(), lora=lora), mixed_precision="bf16")
 
@@ -319,7 +322,7 @@ def test_a_run_starts_from_the_weights_of_a_lora(tiny, tmp_path, prefix):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 8}, "is no LoRA of rank 8"),
+        ({"rank": 8}, "is not a LoRA of rank 8"),
         ({"target_modules": "attention"}, "36 tensors differ"),
         ({"alpha": 4.0}, "has alpha 8, the recipe 4; set trainable.lora.alpha: 8"),
         ({"init_from": "nowhere"}, "nowhere does not load as a LoRA"),

@@ -1,6 +1,6 @@
 """Sampling gives what the official pipeline gives once its encoder gets 3-D positions, with what was trained in it.
 
-Latents to 1e-4: prompt states differ by 1e-6 in float32, as one pass serves two captions, and guidance multiplies it.
+Latents to 1e-4: prompt embeddings differ by 1e-6 in float32, as one pass serves two captions; guidance multiplies it.
 """
 
 import asyncio
@@ -31,9 +31,10 @@ from small_recipes import weightless
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import area_size, read_image
 from hf_qie.errors import InputError
-from hf_qie.extraction.verify import hand_token_types_through
-from hf_qie.models.qwen_image.text_encoder import PromptStates
-from hf_qie.sampling import Sampler, main, sources_at
+from hf_qie.hub.sampler import Sampler
+from hf_qie.models.base import PromptEmbeddings
+from hf_qie.models.qwen_image.pipeline import hand_token_types_through, sources_at
+from hf_qie.sampling import main
 from hf_qie.train import train
 from hf_qie.training.model import LORA_FILE
 from hf_qie.training.sets import open_sets
@@ -173,11 +174,11 @@ def test_it_takes_the_pipelines_own_steps_and_its_guidance(tiny, recipe_of):
 
 def test_without_guidance_the_negative_prompt_counts_for_nothing(tiny, recipe_of):
     sampler = Sampler(recipe_of(tiny("text_to_image")), checkpoint="base")
-    states = sampler.states(INSTRUCTION, [])
-    other = replace(states, texts=[states.texts[0], states.texts[0] + 1])
+    embeddings = sampler.embed(INSTRUCTION, [])
+    other = replace(embeddings, texts=[embeddings.texts[0], embeddings.texts[0] + 1])
     plain, same, guided = (
-        sampler.picture(given, [], **QUICK, true_cfg_scale=scale).tobytes()
-        for given, scale in ((states, 1.0), (other, 1.0), (states, 4.0))
+        sampler.generate(given, [], **QUICK, true_cfg_scale=scale).tobytes()
+        for given, scale in ((embeddings, 1.0), (other, 1.0), (embeddings, 4.0))
     )
     assert plain == same != guided
 
@@ -266,14 +267,14 @@ def test_a_sampler_may_be_called_from_a_notebook(tiny, recipe_of):
     assert asyncio.run(cell()).size == (64, 64)
 
 
-def test_states_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
+def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
     recipe = recipe_of(tiny(), SMALL_SOURCES)
     sampler = Sampler(recipe, checkpoint="base")
     images = sampler.read(pictures[:1])
-    states = sampler.states(INSTRUCTION, images)
-    stored = PromptStates(image=states.image.clone(), texts=[text.clone() for text in states.texts])
+    embeddings = sampler.embed(INSTRUCTION, images)
+    stored = PromptEmbeddings(image=embeddings.image.clone(), texts=[text.clone() for text in embeddings.texts])
     other = Sampler(recipe, checkpoint="base")
-    assert other.picture(stored, images, **QUICK).tobytes() == sampler(INSTRUCTION, images=images, **QUICK).tobytes()
+    assert other.generate(stored, images, **QUICK).tobytes() == sampler(INSTRUCTION, images=images, **QUICK).tobytes()
     assert "encoder" not in vars(other)
 
 
@@ -283,7 +284,7 @@ def test_states_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
 @pytest.mark.parametrize(
     ("kind", "instruction", "num_images", "message"),
     [
-        ("edit_plus", "  ", 1, "--instruction: is blank; say what the picture should become"),
+        ("edit_plus", "  ", 1, "--instruction: is blank; describe the edit"),
         (
             "edit_plus",
             "<|image_pad|>",
@@ -347,7 +348,7 @@ def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(
     with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
         sampler(INSTRUCTION, images=pictures[:1], **options)
     with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
-        sampler.picture(None, [], **options)
+        sampler.generate(None, [], **options)
 
 
 def test_the_script_tells_of_one_step_before_a_model_loads(tiny, recipe_of, tmp_path):

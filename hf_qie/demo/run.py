@@ -82,7 +82,7 @@ def sampled(recipe: Recipe, edits: Sequence[Edit], *, trained: bool) -> list[Ima
     """The edits as the model makes them, before or after training."""
     from tqdm import tqdm
 
-    from hf_qie.sampling import BASE, Sampler
+    from hf_qie.hub.sampler import BASE, Sampler
 
     sampler = Sampler(recipe, checkpoint=None if trained else BASE)
     sampler.pipeline.set_progress_bar_config(disable=True)  # one bar for all

@@ -1,6 +1,6 @@
 """A finished set against the official pipeline: some of its rows encoded again, one caption at a time.
 
-Nothing here shares a pass, a batch or a formula with extraction; only reading a picture is the same.
+Nothing here shares a pass, a batch or a formula with extraction; only reading an image is the same.
 """
 
 import functools
@@ -10,11 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
-from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
-from PIL import Image
 from torch import Tensor
 
 from hf_qie.config.recipe import Recipe
@@ -34,7 +30,6 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.preprocess import Pictures, Plan, read_pictures, ways
 from hf_qie.extraction.stats import aligned
 from hf_qie.models.base import Family
-from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
 from hf_qie.runtime.device import computes_bfloat16, own_device
 from hf_qie.runtime.files import check_digests
 
@@ -59,64 +54,6 @@ class Difference(NamedTuple):
     relative: float  # length of the difference by length of the pipeline's column
 
 
-class Official:
-    """The checkpoint's own pipeline, without its transformer."""
-
-    def __init__(self, model: str, family: Family, *, revision: str | None, dtype: torch.dtype, device: torch.device):
-        loaded = getattr(diffusers, family.pipeline).from_pretrained(
-            model, revision=revision, transformer=None, dtype=dtype, use_safetensors=True
-        )
-        names = ("scheduler", "vae", "text_encoder", "tokenizer")
-        parts = {name: getattr(loaded.to(device), name) for name in names} | {"transformer": None}
-        self.family = family
-        self.text_to_image = QwenImagePipeline(**parts)
-        # a text-to-image checkpoint has no pipeline that encodes pictures, but the same VAE
-        self.edit = loaded if family.edit else QwenImageEditPlusPipeline(**parts, processor=None)
-        if family.edit:
-            hand_token_types_through(self.edit)
-
-    @torch.no_grad()
-    def states(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:
-        """States `[L, D]` of one caption over pictures of any size."""
-        if not sources:
-            return self.text_to_image._get_qwen_prompt_embeds(caption)[0][0]
-        seen = [
-            self.edit.image_processor.resize(image, *self.size(image, self.family.vlm_area_px)) for image in sources
-        ]
-        return self.edit._get_qwen_prompt_embeds(caption, seen[0] if self.family.max_sources == 1 else seen)[0][0]
-
-    @torch.no_grad()
-    def latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Packed latents `[S, 64]` of a picture of any size, seen at `size`, (height, width) in pixels."""
-        height, width = size
-        pixels = self.edit.image_processor.preprocess(image, height, width)[:, :, None]
-        latents = self.edit._encode_vae_image(pixels.to(self.edit.device, self.edit.vae.dtype), generator=None)[
-            :, :, 0
-        ]
-        return self.edit._pack_latents(latents, *latents.shape)[0]
-
-    def size(self, image: Image.Image, area_px: int) -> tuple[int, int]:
-        """(height, width) in pixels to which the pipeline resizes a picture."""
-        width, height = calculate_dimensions(area_px, image.width / image.height)
-        return height, width
-
-
-def hand_token_types_through(pipeline: Any) -> None:
-    """Hand the processor's `mm_token_type_ids` to the encoder: diffusers 0.42 loses them, and with them 3-D positions.
-
-    https://github.com/huggingface/diffusers/issues/14194
-    """
-    processor, forward, types = pipeline.processor, pipeline.text_encoder.forward, {}
-
-    def process(*args: Any, **kwargs: Any) -> Any:
-        outputs = processor(*args, **kwargs)
-        types["mm_token_type_ids"] = outputs["mm_token_type_ids"].to(pipeline.device)
-        return outputs
-
-    pipeline.processor = process
-    pipeline.text_encoder.forward = lambda **kwargs: forward(**types | kwargs)
-
-
 def verify_sets(
     recipe: Recipe, family: Family, plans: Mapping[str, Plan], *, num_rows: int
 ) -> Iterator[tuple[str, list[str]]]:
@@ -129,7 +66,9 @@ def verify_sets(
     if not finished:
         raise InputError(f"{recipe.extract.output_dir}: no finished embedding set; run hf_qie/extract.py first")
     device, model, revision = own_device(), recipe.model, recipe.revision
-    official = functools.cache(lambda dtype: Official(model, family, revision=revision, dtype=dtype, device=device))
+    official = functools.cache(
+        lambda dtype: family.load_official(model, revision=revision, dtype=dtype, device=device)
+    )
     checkpoint = checkpoint_compat(model, revision=revision, family=family)
     for name in finished:
         folder, provenance = sets[name], read_provenance(sets[name])
@@ -152,9 +91,7 @@ def verify_sets(
         )
 
 
-def verify_set(
-    plan: Plan, folder: Path, official: Official, *, num_rows: int, seed: int
-) -> tuple[int, list[Difference]]:
+def verify_set(plan: Plan, folder: Path, official: Any, *, num_rows: int, seed: int) -> tuple[int, list[Difference]]:
     """Encode random rows of the set in `folder` again; how many, and how far each column of each is off.
 
     Raises InputError where the set was made from other images, or one cannot be read any more.
@@ -175,7 +112,7 @@ def verify_set(
 
 
 def official_columns(
-    row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Official
+    row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Any
 ) -> Iterator[tuple[str, Tensor]]:
     """Every column of vectors or grids of a row, by the pipeline; `stored` says where images end and text starts."""
     try:
@@ -191,15 +128,15 @@ def official_columns(
         texts |= {"drop": plan.extract.drop_caption}
         cut = len(stored[f"{prefix}image_embeds"])
         for name, text in texts.items():
-            embeds = official.states(text, shown[SOURCES])
+            embeds = official.embeddings(text, shown[SOURCES])
             yield f"{prefix}text_embeds_{name}", embeds[cut:]
         yield f"{prefix}image_embeds", embeds[:cut]
-        target = official.size(shown[TARGET][0], plan.target_area_px)
+        target = official.sides(shown[TARGET][0], plan.target_area_px)
         sized = {name: [(image, target) for image in some] for name, some in shown.items()}
-        sized[SOURCES] = [(image, official.size(image, plan.source_area_px)) for image in shown[SOURCES]]
+        sized[SOURCES] = [(image, official.sides(image, plan.source_area_px)) for image in shown[SOURCES]]
         for column in plan.stored("grid", prefix):
-            sides = [torch.tensor(size) // PIXELS_PER_TOKEN for _, size in sized[column.of]]
-            yield prefix + column.name, torch.cat([torch.empty(0), *sides])
+            grids = [official.grid(sides) for _, sides in sized[column.of]]
+            yield prefix + column.name, torch.cat([torch.empty(0), *grids])
         for column in plan.stored("latents", prefix) if plan.extract.latents else ():
             latents = [official.latents(*one).float().cpu() for one in sized[column.of]]
             yield prefix + column.name, torch.cat(latents) if latents else torch.empty(0)

@@ -8,12 +8,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_qie.errors import InputError
 from hf_qie.models.checkpoint import read_config
@@ -84,7 +85,7 @@ class Family(ABC):
     """One generation of models: its facts, and what its pipeline does to prompts, images and latents."""
 
     pipeline: str  # name of its class in diffusers
-    transformer: str  # the same
+    transformer_class: str  # the same
     max_sources: int | None  # None: any number; 0: text-to-image alone
     vlm_area_px: int  # what the prompt encoder sees of a source
     vae_area_px: int  # what the VAE sees of a source
@@ -92,6 +93,7 @@ class Family(ABC):
     pixels_per_token: int  # a side of the image behind one latent token
     latent_width: int  # C
     unsupported: tuple[str, ...]  # flags of a transformer's config that we do not train
+    lora_presets: Mapping[str, Sequence[str]]  # ends of names of linear layers, by `trainable.lora.target_modules`
     card_name: str  # in cards
     card_tags: tuple[str, ...]
 
@@ -162,6 +164,65 @@ class Family(ABC):
     @abstractmethod
     def load_encoder(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
         """Callable: prompts -> their PromptEmbeddings; `.width` is D, `.device` where it lies."""
+
+    # --- the transformer ---
+
+    @abstractmethod
+    def widths(self, transformer_config: Mapping[str, Any]) -> tuple[int, int]:
+        """Widths of the latents and of the embeddings that a transformer of that config takes."""
+
+    @abstractmethod
+    def load_transformer(self, model: str, *, revision: str | None, dtype: torch.dtype, empty: bool = False) -> Any:
+        """On the CPU; an `empty` one is its shapes on the meta device. Raises InputError where it cannot be loaded."""
+
+    @abstractmethod
+    def without_gradient(self, transformer: nn.Module) -> Sequence[str]:
+        """Parts of names of the parameters that no gradient reaches; left to train, they would stall DDP."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity `[B, S, C]` in `noised[B, S, C]` at `sigma[B]`; `batch` is data/collate.py's."""
+
+    @abstractmethod
+    def shift_mu(self, num_target_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
+        """The shift of the scheduler at that size."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        negative: Mapping[str, Any],
+        *,
+        scheduler_config: Mapping[str, Any],
+        num_inference_steps: int,
+        true_cfg_scale: float,
+        seed: int,
+    ) -> Tensor:
+        """Latents `[1, S, C]` that the pipeline would make of a batch of one row, `negative` with no instruction."""
+
+    @abstractmethod
+    def convert_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Diffusers' keys for those of ComfyUI (`diffusion_model.`) and kohya (`lora_unet_`), alpha multiplied in."""
+
+    # --- the official pipeline ---
+
+    @abstractmethod
+    def load_pipeline(self, model: str, *, revision: str | None, transformer: Path | None, dtype: torch.dtype) -> Any:
+        """Without its prompt encoder; `transformer`: the folder of another one than the model's."""
+
+    @abstractmethod
+    def generate(
+        self, pipeline: Any, embeddings: PromptEmbeddings, images: Sequence[Image.Image], **options: Any
+    ) -> Image.Image:
+        """What the pipeline makes of `images` by embeddings of the instruction and of the negative prompt.
+
+        `options`: size, source_area_px, true_cfg_scale, generator and, if not its own number, num_inference_steps.
+        """
+
+    @abstractmethod
+    def load_official(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+        """With no code of ours: `.embeddings(caption, sources)`, `.sides(image, area_px)`, `.latents`, `.grid`."""
 
     # --- what a set depends on ---
 

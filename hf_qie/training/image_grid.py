@@ -5,28 +5,23 @@ Letters: B rows, S target tokens.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hf_qie.data.collate import Batch, collate
+from hf_qie.data.collate import collate
 from hf_qie.data.online_latents import load_vae
-from hf_qie.models.qwen_image.vae import pack_latents
 from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.training.evaluation import HeldOut, generators_kept
-from hf_qie.training.model import predict
-from hf_qie.training.noise import shift_mu
 
 logger = get_logger(__name__)
 
@@ -105,7 +100,7 @@ class ImageGrid(TrainerCallback):
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draw": number}
         prompt = trainer.on_device({key: collate([without])[key] for key in ("prompt_embeds", "prompt_mask")})
         with trainer.compute_loss_context_manager():
-            latents = denoise(
+            latents = trainer.objective.family.denoise(
                 trainer.model,
                 batch,
                 batch | prompt,
@@ -154,39 +149,6 @@ def spread(held_out: HeldOut, count: int) -> list[int]:
     """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
     by_task = [[n for n, place in enumerate(held_out.places) if place[0] == task] for task in held_out.tasks]
     return [number for number in chain(*zip_longest(*by_task)) if number is not None][:count]
-
-
-def denoise(
-    model: nn.Module,
-    batch: Batch,
-    negative: Batch,
-    *,
-    scheduler_config: Mapping[str, Any],
-    num_inference_steps: int,
-    true_cfg_scale: float,
-    seed: int,
-) -> Tensor:
-    """Latents `[1, S, 64]` that the pipelines would make of a batch of one row, from the noise of a CPU's `seed`.
-
-    `negative` is `batch` with the negative prompt. The pipelines themselves take no latents of sources, nor a sharded
-    model (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:764-858).
-    """
-    height, width = batch["grids"][0]
-    device, channels = batch["prompt_embeds"].device, batch["source_latents"].shape[-1] // 4
-    noise = torch.randn((1, channels, 2 * height, 2 * width), generator=torch.Generator().manual_seed(seed))
-    latents = pack_latents(noise).to(device)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-    scheduler.set_timesteps(sigmas=sigmas, mu=shift_mu(height * width, scheduler_config), device=device)
-    for timestep in scheduler.timesteps:
-        sigma = timestep[None] / 1000
-        velocity = predict(model, batch, latents, sigma).float()
-        if true_cfg_scale > 1:
-            without = predict(model, negative, latents, sigma).float()
-            guided = without + true_cfg_scale * (velocity - without)
-            velocity = guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents
 
 
 def draw_grid(rows: Sequence[GridRow], steps: Sequence[int], folder: Path) -> Image.Image:

@@ -14,29 +14,16 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.seeding import draw_rng
-from hf_qie.models.qwen_image.vae import PIXELS_PER_TOKEN
+from hf_qie.models.base import Family, read_family
 from hf_qie.training.losses import WEIGHTINGS
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 
 
-def shift_mu(num_target_tokens: int, scheduler_config: Mapping) -> float:
-    """The scheduler's own mu at `num_target_tokens`; a scheduler without dynamic shifting has log(shift) everywhere.
-
-    diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, calculate_shift, and
-    schedulers/scheduling_flow_match_euler_discrete.py, time_shift.
-    """
-    config = scheduler_config
-    if not config["use_dynamic_shifting"]:
-        return math.log(config["shift"])
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    return config["base_shift"] + slope * (num_target_tokens - config["base_image_seq_len"])
-
-
-def mu_of(loss: Loss, num_target_tokens: int, scheduler_config: Mapping) -> float | None:
+def mu_of(loss: Loss, num_target_tokens: int, family: Family, scheduler_config: Mapping[str, Any]) -> float | None:
     """The shift of sigma that `loss.shift` asks for at that size; None for none."""
     if loss.shift == "auto":
-        return shift_mu(num_target_tokens, scheduler_config)
+        return family.shift_mu(num_target_tokens, scheduler_config)
     return None if loss.shift == "none" else loss.shift
 
 
@@ -117,13 +104,14 @@ def noise_levels(
     at which the pipeline calls the model, from high to low, and a `title`.
     """
     loss, num_steps = recipe.loss, recipe.sampling.num_inference_steps
-    num_tokens = (recipe.extract.image_sample_size // PIXELS_PER_TOKEN) ** 2
-    mu = mu_of(loss, num_tokens, scheduler_config)
+    family = read_family(recipe.model, revision=recipe.revision)
+    num_tokens = math.prod(family.grid_of(family.fit((1, 1), recipe.extract.image_sample_size**2)))
+    mu = mu_of(loss, num_tokens, family, scheduler_config)
     sigma = sigmas_for(range(num_draws), loss=loss, seed=recipe.seed, global_batch_size=100, mu=mu)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
     # diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750-770
     steps = np.linspace(1.0, 1 / num_steps, num_steps)
-    scheduler.set_timesteps(sigmas=steps, mu=shift_mu(num_tokens, scheduler_config))
+    scheduler.set_timesteps(sigmas=steps, mu=family.shift_mu(num_tokens, scheduler_config))
     how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
     return {
         "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / num_draws,

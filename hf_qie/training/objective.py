@@ -1,6 +1,6 @@
 """The training objective: the loss of each row of a batch, at the noise of its draw or its held-out row.
 
-Letters: B rows, S target tokens.
+Letters: B rows, S target tokens, C width of a latent.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import Batch
+from hf_qie.models.base import read_family
 from hf_qie.training.losses import WEIGHTINGS, velocity_mse
-from hf_qie.training.model import predict
 from hf_qie.training.noise import add_noise, mu_of, noise_for, shifted, sigmas_for
 
 
@@ -20,10 +20,11 @@ class Objective:
 
     def __init__(self, recipe: Recipe, scheduler_config: Mapping[str, Any], *, global_batch_size: int):
         self.loss, self.seed = recipe.loss, recipe.seed
+        self.family = read_family(recipe.model, revision=recipe.revision)
         self.scheduler_config, self.global_batch_size = scheduler_config, global_batch_size
 
     def of_draws(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses `[B]` and predicted velocities `[B, S, 64]`; the draw numbers seed the noise."""
+        """Losses `[B]` and predicted velocities `[B, S, C]`; the draw numbers seed the noise."""
         draws, of_step = batch["draw"], self.global_batch_size
         noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
         sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=self._mu(batch))
@@ -37,10 +38,10 @@ class Objective:
         return losses, sigma.to(losses.device)
 
     def _mu(self, batch: Batch) -> float | None:
-        return mu_of(self.loss, batch["target_latents"].shape[1], self.scheduler_config)
+        return mu_of(self.loss, batch["target_latents"].shape[1], self.family, self.scheduler_config)
 
     def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         latents = batch["target_latents"].float()
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
-        prediction = predict(model, batch, add_noise(latents, noise, sigma), sigma)
+        prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
         return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma)), prediction

@@ -1,14 +1,24 @@
 """Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus behind the protocol of `models/base.py`."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, Size
 from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
+from hf_qie.models.qwen_image.transformer import (
+    LORA_PRESETS,
+    denoise,
+    load_transformer,
+    predict,
+    shift_mu,
+    without_gradient,
+)
+from hf_qie.models.qwen_image.vae import LatentEncoder
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
@@ -40,19 +50,16 @@ class QwenImage(Family):
 
     edit: Template | None  # None: the checkpoint takes no sources
     text_to_image: Template = TEXT_TO_IMAGE_TEMPLATE
-    transformer: str = "QwenImageTransformer2DModel"
+    transformer_class: str = "QwenImageTransformer2DModel"
     side_multiple_px: int = 32
     pixels_per_token: int = 16  # 8 by the VAE, 2 by packing
     latent_width: int = 64
     unsupported: tuple[str, ...] = ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds")
+    lora_presets: Mapping[str, Sequence[str]] = field(default_factory=lambda: LORA_PRESETS)
     card_name: str = "Qwen-Image-Edit"
     card_tags: tuple[str, ...] = ("qwen-image-edit",)
 
-    def load_vae(self, model: str, **where: Any) -> Any:
-        """See `Family`."""
-        from hf_qie.models.qwen_image.vae import LatentEncoder
-
-        return LatentEncoder(model, **where)
+    load_vae = LatentEncoder
 
     # --- prompts ---
 
@@ -100,6 +107,39 @@ class QwenImage(Family):
         from hf_qie.models.qwen_image.text_encoder import Encoder
 
         return Encoder(model, **where)
+
+    # --- the transformer ---
+
+    load_transformer = staticmethod(load_transformer)
+    without_gradient = staticmethod(without_gradient)
+    predict = staticmethod(predict)
+    shift_mu = staticmethod(shift_mu)
+    denoise = staticmethod(denoise)
+    convert_lora = staticmethod(QwenImageLoraLoaderMixin.lora_state_dict)
+
+    def widths(self, transformer_config: Mapping[str, Any]) -> tuple[int, int]:
+        """See `Family`."""
+        return transformer_config["in_channels"], transformer_config["joint_attention_dim"]
+
+    # --- the official pipeline ---
+
+    def load_pipeline(self, model: str, **options: Any) -> Any:
+        """See `Family`."""
+        from hf_qie.models.qwen_image.pipeline import load_pipeline
+
+        return load_pipeline(self, model, **options)
+
+    def generate(self, pipeline: Any, *inputs: Any, **options: Any) -> Image.Image:
+        """See `Family`."""
+        from hf_qie.models.qwen_image.pipeline import generate
+
+        return generate(self, pipeline, *inputs, **options)
+
+    def load_official(self, model: str, **where: Any) -> Any:
+        """See `Family`."""
+        from hf_qie.models.qwen_image.pipeline import Official
+
+        return Official(self, model, **where)
 
     # --- what a set depends on ---
 

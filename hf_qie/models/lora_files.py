@@ -1,0 +1,138 @@
+"""LoRA files: written as diffusers does, read in any layout in use; keys that a loader would skip are errors."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_qie.errors import InputError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
+PREFIX = "transformer."  # of diffusers' keys
+PEFT_CONFIG = "adapter_config.json"
+PEFT = "base_model.model."
+# Before a layer's name: of peft, of peft around a pipeline's part, of ComfyUI, of diffusers and OneTrainer
+PREFIXES = (f"{PEFT}transformer.", PEFT, "model.diffusion_model.", "diffusion_model.", PREFIX)
+FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
+ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight|.+\.alpha")
+DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")
+OTHER_KINDS = {  # by a part of their keys
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"lokr_": "LoKr",
+    r"hada_": "LoHa",
+    r"oft_": "OFT",
+    r"ia3_": "IA3",
+    r"\.diff(_b)?$": "file of whole differences",
+}
+UNEVEN = ("use_rslora", "alpha_pattern")  # where metadata says so, alpha / rank is not the factor of every layer
+Tensors = dict[str, Tensor]
+
+
+def write_lora(folder: str | Path, layers: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """`<folder>/pytorch_lora_weights.safetensors` of `<layer>.lora_A.weight` and `lora_B`, with rank and alpha."""
+    LoraBaseMixin.write_lora_layers(
+        state_dict={PREFIX + name: tensor for name, tensor in layers.items()},
+        save_directory=str(folder),
+        is_main_process=True,
+        weight_name=LORA_FILE,
+        save_function=None,
+        safe_serialization=True,
+        lora_adapter_metadata={PREFIX + key: value for key, value in settings.items()},
+    )
+
+
+def read_lora(
+    source: str | Path, *, where: str, convert: Callable[[Tensors], Tensors]
+) -> tuple[Tensors, dict[str, Any] | None]:
+    """The tensors of a file, a folder with one, or a Hub id, as `transformer.<layer>.lora_A.weight` and `lora_B`.
+
+    Beside them the metadata as diffusers has it; None: alpha is the rank. An alpha of each layer is multiplied in.
+    `convert` takes ComfyUI's and kohya's keys to diffusers'. Raises InputError, which begins with `where`, for a file
+    that holds anything else, naming it.
+    """
+    try:
+        with safe_open(_find(str(source)), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is not a dict
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+    except (OSError, SafetensorError, ValueError, HFValidationError) as error:
+        raise InputError(f"{where} does not load as a LoRA: {error}") from error
+    _check_keys(tensors, where)
+    if all(DIFFUSERS.fullmatch(key) for key in tensors):
+        return tensors, metadata
+    num_adapters = sum(not key.endswith(".alpha") for key in tensors)
+    if num_adapters < len(tensors):
+        metadata = None
+    elif any(key.startswith(PEFT) for key in tensors):
+        metadata = _peft_metadata(Path(source), tensors, where)
+    try:
+        converted = convert({_named(key): tensor for key, tensor in tensors.items()})
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{where}: half of an adapter is missing: {error}") from error
+    if len(converted) != num_adapters:
+        raise InputError(f"{where}: of its {num_adapters} tensors diffusers takes {len(converted)}; take another file")
+    return converted, metadata
+
+
+def _find(source: str) -> str:
+    """The file that `source` names: its own, diffusers' in a folder or repository, or the one that is there."""
+    path = Path(source)
+    if path.is_file():
+        return source
+    names = [file.name for file in path.iterdir()] if path.is_dir() else list_repo_files(source)
+    names = [name for name in names if name.endswith(".safetensors")]
+    name = LORA_FILE if LORA_FILE in names else names[0] if len(names) == 1 else None
+    if name is None:
+        raise ValueError(f"expected {LORA_FILE} or one .safetensors file, found {sorted(names)}; name the file")
+    return str(path / name) if path.is_dir() else hf_hub_download(source, name)
+
+
+def _check_keys(tensors: Tensors, where: str) -> None:
+    """Every key is one half of an adapter, or its alpha."""
+    for part, kind in OTHER_KINDS.items():
+        if of_kind := [key for key in tensors if re.search(part, key)]:
+            raise InputError(
+                f"{where} is a {kind}: {len(of_kind)} of its {len(tensors)} keys, as {of_kind[0]}, do not belong to a "
+                "plain LoRA and would be left out; merge it into the checkpoint with the tool that made it, and name "
+                "that as model"
+            )
+    foreign = sorted(key for key in tensors if not ADAPTER.fullmatch(key))
+    if foreign or not tensors:
+        some = f": {', '.join(foreign[:3])}" if foreign else ""
+        raise InputError(
+            f"{where} is not a LoRA: {len(foreign)} of its {len(tensors)} keys would be left out{some}; wanted those "
+            "of lora_A and lora_B, or lora_down and lora_up"
+        )
+
+
+def _named(key: str) -> str:
+    """The key with a prefix that diffusers converts, whatever its own."""
+    for prefix in FLAT:
+        if key.startswith(prefix):
+            return f"lora_unet_{key.removeprefix(prefix)}"
+    bare = next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
+    return f"diffusion_model.{bare.replace('.default.', '.')}"
+
+
+def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]:
+    """Rank and alpha, which peft writes into a file of their own."""
+    path = (source if source.is_dir() else source.parent) / PEFT_CONFIG
+    try:
+        if not source.exists():  # a Hub id
+            path = Path(hf_hub_download(str(source), PEFT_CONFIG))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = config["r"], config["lora_alpha"]
+        uneven = [key for key in UNEVEN if config.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{where} has peft's layout, which keeps alpha in {PEFT_CONFIG} beside it; {path} cannot be read: {error}"
+        ) from error
+    layers = sorted({_named(key).removeprefix("diffusion_model.").partition(".lora_")[0] for key in tensors})
+    metadata = {"r": rank, "lora_alpha": alpha, "target_modules": layers} | {key: config[key] for key in uneven}
+    return {PREFIX + key: value for key, value in metadata.items()}

@@ -43,6 +43,6 @@ def check_steps(num_inference_steps: int, recipe: Recipe, at: str) -> None:
     scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
     if num_inference_steps < 2 and scheduler.get("shift_terminal"):
         raise InputError(
-            f"{at}: got {num_inference_steps}, wanted at least 2: the scheduler of {recipe.model} has a "
+            f"{at}: got {num_inference_steps}, expected at least 2: the scheduler of {recipe.model} has a "
             "shift_terminal, and so no schedule of one step"
         )

@@ -239,7 +239,7 @@ def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
 
 def test_one_step_of_sampling_is_refused_where_the_scheduler_has_none(odd):
     with pytest.raises(
-        InputError, match=r"^sampling.num_inference_steps: got 1, wanted at least 2: the scheduler of "
+        InputError, match=r"^sampling.num_inference_steps: got 1, expected at least 2: the scheduler of "
     ):
         check.main([str(odd), "sampling.num_inference_steps=1"])
 

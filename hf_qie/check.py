@@ -29,7 +29,7 @@ from hf_qie.runtime.cli import Options, run_script, wanted
 from hf_qie.runtime.rules import Count
 
 if TYPE_CHECKING:
-    from hf_qie.extraction.preprocess import Plan
+    from hf_qie.extraction.plan import Plan
     from hf_qie.models.base import Family
 
 FIRST_LOOK = "first-look"  # no task can have this name
@@ -73,14 +73,13 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 
     from hf_qie.extraction.contact_sheet import contact_sheet
     from hf_qie.extraction.estimate import check_space, encoder_width
-    from hf_qie.extraction.reuse import keeps_some
+    from hf_qie.extraction.reuse import is_remade
     from hf_qie.extraction.stats import report, survey
     from hf_qie.models.checkpoint import read_config
-    from hf_qie.models.qwen_image.text_encoder import load_processor
     from hf_qie.plots import noise_chart
     from hf_qie.training.noise import noise_levels
 
-    processor = load_processor(recipe.model, family=family, revision=recipe.revision)
+    processor = family.load_processor(recipe.model, revision=recipe.revision)
     width = encoder_width(recipe.model, revision=recipe.revision)
     per_device = training_arguments()["per_device_train_batch_size"][1]
     batch_rows = recipe.mix.same_shape or recipe.training.get("per_device_train_batch_size", per_device)
@@ -102,7 +101,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     noise_chart(**noise_levels(recipe, scheduler)).savefig(chart)
     show(f"{chart}: the noise levels of training, and the steps of sampling")
     try:
-        remade = [name for name, plan in plans.items() if keeps_some(output_dir / name, plan.rows)]
+        remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]
         show(check_space(num_bytes, output_dir, remade=remade))
     except InputError as error:
         problems.append(str(error))

@@ -11,6 +11,7 @@ Started again, it goes on where it stopped.
 Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else).
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.extract import TOO_MANY_BAD, check_disk, push, start
 from hf_qie.runtime.cli import Options, run_script, to_path
+from hf_qie.runtime.ranks import world_size
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from hf_qie.extraction.firered import Foreign
-    from hf_qie.extraction.manifest import Account
+    from hf_qie.extraction.manifest import Counts
 
 WINDOW_ROWS = 16  # held before they are written: a row has megabytes
 
@@ -47,10 +48,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--empty_text: no file {arguments.empty_text}")
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         sources = open_tasks(recipe, Path(folder), empty_text=arguments.empty_text)
-    code = convert(recipe, sources)
-    if recipe.extract.push_to_hub:
-        push(recipe, list(sources), code)
-    return code
+    return convert(recipe, sources)
 
 
 def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict[str, "Foreign"]:
@@ -74,23 +72,22 @@ def open_tasks(recipe: Recipe, folder: Path, *, empty_text: Path | None) -> dict
 
 def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
     """Write the sets of all tasks; returns the exit code."""
-    from accelerate.logging import get_logger
-
     from hf_qie.data.provenance import read_provenance
-    from hf_qie.data.samples import most_bad
-    from hf_qie.hub.publish import open_repo
+    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, has_too_many_bad
+    from hf_qie.hub.publish import open_repo, push_unless_bad
 
-    if start().num_processes > 1:
+    if world_size() > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     if recipe.extract.push_to_hub:
         open_repo(recipe.extract)  # finds out before the work whether the sets can be published
     plans = {name: foreign.plan for name, foreign in sources.items()}
     check_disk(recipe, next(iter(plans.values())).family, plans)
-    logger, code = get_logger("hf_qie.convert"), 0
+    logger, code = logging.getLogger("hf_qie.convert"), 0
+    folders = {name: Path(recipe.extract.output_dir, name) for name in sources}
     for name, foreign in sources.items():
-        started, folder = time.monotonic(), Path(recipe.extract.output_dir, name)
-        if not make_set(foreign, folder, recipe):
-            logger.info("%s: chunks are left to other launches; the one that does the last ends the set", name)
+        started, folder = time.monotonic(), folders[name]
+        if not make_set(foreign, recipe):
+            logger.info("%s: chunks are left to other launches; the one that writes the last finishes the set", name)
             continue
         counts = read_provenance(folder)["record"]["counts"]
         logger.info(
@@ -102,38 +99,38 @@ def convert(recipe: Recipe, sources: Mapping[str, "Foreign"]) -> int:
             (time.monotonic() - started) / 60,
             folder,
         )
-        if counts["bad"] > most_bad(recipe.extract, counts["rows_in"]):
-            logger.error("%s: more bad rows than extract.max_bad_share allows", name)
+        if has_too_many_bad(recipe, folder, tell=True):
             code = TOO_MANY_BAD
+    if recipe.extract.push_to_hub and are_finished(folders.values()):
+        push_unless_bad(recipe, code)
     return code
 
 
-def make_set(foreign: "Foreign", folder: Path, recipe: Recipe) -> bool:
-    """Make one set; whether it is whole now."""
+def make_set(foreign: "Foreign", recipe: Recipe) -> bool:
+    """Make one set; whether it is complete now."""
     from tqdm import tqdm
 
-    from hf_qie.data.provenance import PROVENANCE
     from hf_qie.extraction.firered import dtype_in
-    from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, request_of
+    from hf_qie.extraction.set_writer import SetWriter, request_of
 
     plan = foreign.plan
     recipe = recipe.model_copy(update={"extract": plan.extract})
-    request = request_of(plan, compat_of(), recipe, dtype=dtype_in(foreign))
-    open_folder(folder, request, recipe=recipe)
-    if (folder / PROVENANCE).exists():
+    set_writer = SetWriter(plan, request_of(plan, compat_of(), recipe, dtype=dtype_in(foreign)), recipe=recipe)
+    set_writer.open()
+    if set_writer.is_finished:
         return True
     with (
         ThreadPoolExecutor(plan.extract.num_workers, "reader") as readers,
         tqdm(desc=plan.task.name, unit="row", total=len(foreign.table)) as bar,
     ):
-        for path, rows in claim_chunks(plan, folder, recipe):
-            write_chunk(foreign, path, rows, recipe=recipe, readers=readers)
+        for path, rows, lock in set_writer.claims():
+            try:
+                write_chunk(foreign, path, rows, part=set_writer.part(path), readers=readers)
+            finally:
+                lock.release()
             bar.update(len(rows))
-    if not is_done(plan, folder):
-        return False
-    features = plan.features(foreign.width)
-    finish(plan, folder, recipe=recipe, request=request, features=features, record=record_of(foreign, recipe))
-    return True
+    set_writer.finish(plan.features(foreign.width), record_of(foreign, recipe))
+    return set_writer.is_finished
 
 
 def compat_of() -> dict[str, Any]:
@@ -165,35 +162,33 @@ def record_of(foreign: "Foreign", recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write_chunk(foreign: "Foreign", path: Path, rows: range, *, recipe: Recipe, readers: "Executor") -> None:
-    """Write rows into the Arrow file `path`, which appears when it is whole and its account is on disk."""
+def write_chunk(foreign: "Foreign", path: Path, rows: range, *, part: Path, readers: "Executor") -> None:
+    """Write rows into the file `part`, which becomes `path` once it is complete and its manifest is on disk."""
     from datasets.arrow_writer import ArrowWriter
 
     from hf_qie.data.schema import to_table
-    from hf_qie.extraction.manifest import Account, keep_chunk
-    from hf_qie.extraction.set_writer import writing
+    from hf_qie.extraction.manifest import Counts, complete_chunk
 
-    features, account = foreign.plan.features(foreign.width), Account(rows_in=len(rows))
-    aside = writing(path.parent, recipe) / path.name
-    with ArrowWriter(features=features, path=str(aside)) as writer:
+    features, counts = foreign.plan.features(foreign.width), Counts(rows_in=len(rows))
+    with ArrowWriter(features=features, path=str(part)) as writer:
         for first in range(rows.start, rows.stop, WINDOW_ROWS):
             window = foreign.plan.rows.table.select(range(first, min(first + WINDOW_ROWS, rows.stop)))
             good = list(
-                filter(None, map(partial(keep, foreign, account), window, readers.map(foreign.columns, window)))
+                filter(None, map(partial(keep, foreign, counts), window, readers.map(foreign.columns, window)))
             )
             if good:
                 writer.write_table(to_table(good, features))
         writer.finalize()
-    keep_chunk(aside, path, account, data=foreign.plan.rows.digest)
+    complete_chunk(part, path, counts)
 
 
-def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:
+def keep(foreign: "Foreign", counts: "Counts", row: Mapping[str, Any], columns: Any) -> dict[str, Any] | None:
     """The columns of a good row; a bad one is listed, or stops the run where the recipe says so."""
     from hf_qie.data.samples import BadRow
 
     if not isinstance(columns, BadRow):
-        account.rows_out += 1
-        account.rows_without_caption += not any(row["texts"][name] for name in foreign.plan.task.columns.captions)
+        counts.rows_out += 1
+        counts.rows_without_caption += not any(row["texts"][name] for name in foreign.plan.task.columns.captions)
         return columns
     if foreign.plan.extract.on_bad_row == "fail":
         raise InputError(
@@ -201,7 +196,7 @@ def keep(foreign: "Foreign", account: "Account", row: Mapping[str, Any], columns
             "such rows and go on"
         ) from columns
     bad = {"row": row["row"], "column": columns.column, "path": columns.path, "reason": columns.reason}
-    account.bad.append(bad)
+    counts.bad.append(bad)
     return None
 
 

@@ -20,10 +20,7 @@ from hf_qie.extraction.preprocess import Prepared
 PRELOADED = [
     "launches",
     "hf_qie.hub.publish",
-    "hf_qie.extraction.set_writer",
-    "hf_qie.extraction.estimate",
-    "hf_qie.models.qwen_image.text_encoder",
-    "tqdm",
+    "hf_qie.extraction.run",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Which prompts and pictures run together: what rows share, and how much of the batches is padding."""
+"""Which prompts and images run together: what rows share, and how much of the batches is padding."""
 
 import json
 import random
@@ -17,10 +17,11 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 from hf_qie.data.images import area_size, read_image, resize
 from hf_qie.extraction.batching import like_length, same_size, shared_passes
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES
+from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
+from hf_qie.models.base import Prompt, PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS_TEMPLATE
-from hf_qie.models.qwen_image.prompts import Prompt, make_prompt
-from hf_qie.models.qwen_image.text_encoder import PromptStates
+from hf_qie.models.qwen_image.prompts import make_prompt
 
 BATCH_SIZE = 4  # the recipe's default
 NUM_INSTRUCTIONS = 1542
@@ -76,8 +77,12 @@ def instructions(photos) -> list[dict[str, str]]:
 
 def direction(prompt: Prompt, source: str, num_captions: int = len(CAPTIONS)) -> Direction:
     """One row's way from `source` to its target."""
-    picture = (("", source), (64, 64))
-    return Direction(prefix="", captions=CAPTIONS[:num_captions], prompt=prompt, sources=[picture], target=TARGET)
+    images = shown((("", source), (64, 64)))
+    return Direction(prefix="", captions=CAPTIONS[:num_captions], prompt=prompt, images=images)
+
+
+def shown(*sources: SizedFile) -> dict[str, list[SizedFile]]:
+    return {"source_image": list(sources), "target_image": [TARGET]}
 
 
 def prepared(*directions: Direction) -> Prepared:
@@ -120,7 +125,7 @@ def test_under_a_tenth_of_the_batches_is_padding(rows, inverse):
 
 
 def small(source: int, *captions: list[int]) -> Direction:
-    """A way from the picture `source` with `captions` of one token or more; the drop caption is token 0."""
+    """A way from the image `source` with `captions` of one token or more; the drop caption is token 0."""
     branches = [*captions, [0]]
     prompt = Prompt(shared=[source] * 5, branches=branches, drop=1, split=4, vision={})
     return direction(prompt, str(source), num_captions=len(captions))
@@ -138,12 +143,12 @@ def test_a_pass_takes_no_more_rows_than_a_batch():
     assert [len(one.directions) for one in shared_passes(rows, batch_size=2)] == [2, 2, 1]
 
 
-def test_the_same_pictures_in_another_order_are_other_sources():
+def test_the_same_images_in_another_order_are_other_sources():
     one, other = small(7, [1]), small(7, [2])
     second = (("", "second.png"), (64, 64))
     rows = [
-        prepared(replace(one, sources=[*one.sources, second])),
-        prepared(replace(other, sources=[second, *other.sources])),
+        prepared(replace(one, images=shown(*one.images["source_image"], second))),
+        prepared(replace(other, images=shown(second, *other.images["source_image"]))),
     ]
     assert len(shared_passes(rows, batch_size=4)) == 2
 
@@ -155,8 +160,8 @@ def test_inverses_share_a_pass_where_rows_have_the_same_target():
     ]
 
 
-def test_rows_without_pictures_share_nothing():
-    rows = [prepared(replace(small(7, [10 + i]), sources=[])) for i in range(3)]
+def test_rows_without_images_share_nothing():
+    rows = [prepared(replace(small(7, [10 + i]), images=shown())) for i in range(3)]
     assert [len(one.directions) for one in shared_passes(rows, batch_size=4)] == [1, 1, 1]
 
 
@@ -164,9 +169,14 @@ def test_each_row_gets_the_states_of_its_own_captions_and_of_the_drop_caption():
     ways = [small(7, [10], [11]), small(7), small(7, [12])]
     (one,) = shared_passes([prepared(way) for way in ways], batch_size=4)
     texts = [torch.tensor([float(branch[0])]) for branch in one.prompt.branches]
-    split = list(one.split(PromptStates(image=torch.empty(0), texts=texts)))
-    assert [way for way, _ in split] == ways
-    assert [[float(text) for text in texts] for _, texts in split] == [[10, 11, 0], [0], [12, 0]]
+    columns = one.columns(PromptEmbeddings(image=torch.empty(0), texts=texts))
+    found = [{name: float(value[0]) for name, value in columns[id(way)].items() if len(value)} for way in ways]
+    drop = {"text_embeds_drop": 0}
+    assert found == [
+        drop | {"text_embeds_instruction": 10, "text_embeds_instruction_cn": 11},
+        drop,
+        drop | {"text_embeds_instruction": 12},
+    ]
 
 
 # --- batches
@@ -185,9 +195,9 @@ def test_every_row_is_in_one_batch_and_none_is_over_full(batch_size):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_pictures_of_one_size_share_a_pass_each_once_and_in_their_order():
-    pictures = [(("", f"{i % 9}.png"), (64, 64 + 32 * (i % 3))) for i in range(20)]
-    batches = same_size(pictures, batch_size=2)
+def test_images_of_one_size_share_a_pass_each_once_and_in_their_order():
+    images = [(("", f"{i % 9}.png"), (64, 64 + 32 * (i % 3))) for i in range(20)]
+    batches = same_size(images, batch_size=2)
     assert [file for batch in batches for (_, file), _ in batch] == [f"{i}.png" for i in (0, 3, 6, 1, 4, 7, 2, 5, 8)]
     assert [len(batch) for batch in batches] == [2, 1] * 3
     assert all(len({size for _, size in batch}) == 1 for batch in batches)

@@ -26,18 +26,19 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.data.provenance import FORMAT_VERSION, read_provenance
 from hf_qie.data.samples import BadRow
-from hf_qie.extract import load_models, write_chunks
 from hf_qie.extraction import chunk_writer as chunks
-from hf_qie.extraction import preprocess as prepare
+from hf_qie.extraction import plan as extraction_plan
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, Models
-from hf_qie.extraction.plan import make_plan
-from hf_qie.extraction.preprocess import Plan, Prepared
-from hf_qie.extraction.set_writer import claim_chunks, finish, is_done, open_folder, record_of
+from hf_qie.extraction.plan import Plan, make_plan
+from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
+from hf_qie.extraction.run import load_models, record_of, write_chunks
+from hf_qie.extraction.set_writer import SetWriter
 from hf_qie.models.base import Family, read_family
 from hf_qie.models.qwen_image.prompts import Prompt
 
 CAPTIONS = ("instruction", "instruction_cn")
-REQUEST = {"compat": {"format": FORMAT_VERSION}}  # what else a set is made from plays no part here
+# what else a set is made from plays no part here
+REQUEST = {"compat": {"format": FORMAT_VERSION}, "data": "rows", "identity": "content", "dtype": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +47,25 @@ class Job:
 
     recipe: Recipe
     plan: Plan
-    folder: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.writer.folder
+
+    @property
+    def writer(self) -> SetWriter:
+        return SetWriter(self.plan, REQUEST, recipe=self.recipe)
 
     def open(self) -> None:
-        open_folder(self.folder, REQUEST, recipe=self.recipe)
+        self.writer.open()
 
     def write(self, models: Models) -> None:
-        write_chunks(self.plan, models, self.folder, recipe=self.recipe, rank=1)  # rank 0 would draw a bar
+        write_chunks(self.writer, lambda: models, self.plan.features(models.encoder.width))
 
     def finish(self, models: Models) -> bool:
-        """Whether this launch finds all chunks done."""
-        if done := is_done(self.plan, self.folder):
-            made = {"features": self.plan.features(models.encoder.width), "record": record_of(self.recipe, models)}
-            finish(self.plan, self.folder, recipe=self.recipe, request=REQUEST, **made)
-        return done
+        """Whether the set is complete, by this launch or another."""
+        self.writer.finish(self.plan.features(models.encoder.width), record_of(self.writer, torch.device("cpu")))
+        return self.writer.is_finished
 
     def run(self, models: Models) -> dict[str, bytes]:
         self.open()
@@ -98,7 +104,7 @@ def job(tmp_path, tiny, edits, family):
         folder = tmp_path / f"rows-{name}-{time.monotonic_ns()}"
         folder.mkdir()
         plan = make_plan(recipe, recipe.tasks["task"], family, folder)
-        return Job(recipe=recipe, plan=plan, folder=home / "sets" / "task")
+        return Job(recipe=recipe, plan=plan)
 
     return make
 
@@ -135,7 +141,7 @@ def watch_reads(monkeypatch, around) -> None:
         with around(file):
             return read_image(file)
 
-    monkeypatch.setattr(prepare, "read_image", watched)
+    monkeypatch.setattr(extraction_plan, "read_image", watched)
 
 
 # --- reading and encoding overlap
@@ -219,7 +225,7 @@ def test_rows_under_way_are_those_of_its_windows_across_chunks_too(job, many, mo
             most.append(alive["rows"])
 
     def watched(*args, **settings) -> Prepared:
-        row = prepare.prepare(*args, **settings)
+        row = prepare(*args, **settings)
         change(1)
         weakref.finalize(row, change, -1)
         return row
@@ -346,18 +352,18 @@ def test_no_image_is_held_after_the_last_row_that_uses_it_though_one_before_it_i
     rows = [given[0] | {"source_image": names[:2], "target_image": names[2]}] * 2
     rows.append(given[0] | {"source_image": [name for i, name in enumerate(names) if i != broken]})
     plan = job(rows).plan
-    pictures, bad = prepare.Pictures(plan.rows.table, plan), []
+    cache, bad = ImageCache(plan.rows.table, plan), []
     for row in plan.rows.table:
         try:
-            prepare.read_pictures(row, pictures, plan.task.columns)
+            cache.read(row)
         except BadRow as error:
             bad.append(error.path)
     assert bad == [str(tmp_path / "broken.png")] * 2
-    assert not pictures.images
-    assert not +pictures.rows_left
+    assert not cache.images
+    assert not +cache.rows_left
 
 
-def test_padding_is_accounted_as_the_language_model_is_given_it(job, edits, models):
+def test_padding_is_counted_as_the_language_model_is_given_it(job, edits, models):
     given = []
     hook = models.encoder.model.language_model.register_forward_hook(
         lambda *args: given.append(args[-1].last_hidden_state[..., 0].numel())
@@ -439,13 +445,26 @@ def test_a_slow_rank_does_not_hold_up_the_chunks_of_others_and_each_is_done_once
     assert len(encoded["slow"]) <= 3 * 8 < len(encoded["fast"])  # in halves it had been 36
 
 
-def test_claims_of_a_killed_launch_bind_nobody(job, many):
+def test_a_chunk_is_claimed_by_one_process_until_that_lets_go_of_it(job, many):
     run = job(many[:8], batch_size=1, chunk_rows=4)
     run.open()
-    assert len(list(claim_chunks(run.plan, run.folder, run.recipe))) == 2
-    assert list(claim_chunks(run.plan, run.folder, run.recipe)) == []
+    claims = list(run.writer.claims())
+    assert len(claims) == 2
+    run.open()  # a second launch
+    assert list(run.writer.claims()) == []
+    claims[1][2].release()
+    assert [path for path, *_ in run.writer.claims()] == [claims[1][0]]
+
+
+def test_ranks_begin_with_chunks_apart_from_each_other(job, many, monkeypatch):
+    run = job(many[:16], batch_size=1, chunk_rows=4)
     run.open()
-    assert len(list(claim_chunks(run.plan, run.folder, run.recipe))) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, first in (("0", 0), ("1", 2)):
+        monkeypatch.setenv("RANK", rank)
+        _, rows, lock = next(run.writer.claims())
+        assert rows.start == 4 * first
+        lock.release()
 
 
 def parts(job, rows: list[dict], name: str, number: int) -> list[Job]:
@@ -465,7 +484,7 @@ def test_launches_of_an_array_one_after_the_other_leave_what_one_launch_leaves_a
     assert len(content(first.folder)) == 3  # of six
     assert last.run(models) == expected
     assert load_from_disk(last.folder)["row"][:] == list(range(len(rows)))
-    assert not (last.folder / "unfinished").exists()
+    assert not (last.folder / "staging").exists()
 
 
 def test_launches_that_start_and_end_at_once_leave_what_one_launch_leaves(job, edits, models):
@@ -489,7 +508,7 @@ def test_launches_that_start_and_end_at_once_leave_what_one_launch_leaves(job, e
         assert ended == [True] * 3
         assert content(launches[0].folder) == expected
         assert len(load_from_disk(launches[0].folder)) == len(rows)
-        assert not (launches[0].folder / "unfinished").exists()
+        assert not (launches[0].folder / "staging").exists()
 
 
 def test_a_set_that_is_overwritten_is_never_half_of_the_old_one(job, many, models, monkeypatch):
@@ -498,14 +517,10 @@ def test_a_set_that_is_overwritten_is_never_half_of_the_old_one(job, many, model
     class Killed(Exception):
         pass
 
-    rmtree = shutil.rmtree
-
     def killed(folder, **settings):
         """Ends before its work is done, as a launch that is killed does."""
-        if Path(folder).exists():
-            next(Path(folder).glob("*.arrow")).unlink()
-            raise Killed
-        rmtree(folder, **settings)
+        next(Path(folder).glob("*.arrow")).unlink()
+        raise Killed
 
     changed = job(many[4:8], chunk_rows=4, overwrite=True)
     monkeypatch.setitem(REQUEST, "data", "changed")

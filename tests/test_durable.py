@@ -18,7 +18,7 @@ from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.chunk_writer import ChunkWriter
-from hf_qie.extraction.manifest import account_path
+from hf_qie.extraction.manifest import manifest_path
 from hf_qie.runtime.files import (
     check_digests,
     check_sizes,
@@ -113,7 +113,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
 
 
-@pytest.mark.parametrize("damage", [cut, "account"])
+@pytest.mark.parametrize("damage", [cut, "manifest"])
 def test_a_damaged_chunk_of_a_launch_before_is_named_and_written_again(recipe, tmp_path, damage, monkeypatch, caplog):
     assert extract.main([str(recipe)]) == 0
     folder = tmp_path / "sets" / "task"
@@ -131,8 +131,8 @@ def test_a_damaged_chunk_of_a_launch_before_is_named_and_written_again(recipe, t
         patch.setattr(ChunkWriter, "write", killed_at_the_third)
         extract.main([str(recipe), f"extract.output_dir={again}"])
     victim = chunks[1]
-    if damage == "account":
-        flip(account_path(victim), place=0)
+    if damage == "manifest":
+        flip(manifest_path(victim), place=0)
     else:
         damage(victim)
     chunks.clear()
@@ -143,7 +143,7 @@ def test_a_damaged_chunk_of_a_launch_before_is_named_and_written_again(recipe, t
 
     monkeypatch.setattr(ChunkWriter, "write", counted)
     assert extract.main([str(recipe), f"extract.output_dir={again}"]) == 0
-    assert f"{victim} " in caplog.text
+    assert f"{victim}: " in caplog.text
     assert "; it is written again" in caplog.text
     assert len(chunks) == 3  # of four, as one was whole
     assert content(again / "task") == whole

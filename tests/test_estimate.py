@@ -9,7 +9,7 @@ from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, w
 
 from hf_qie.data.images import BadImage, header_size, read_image
 from hf_qie.extraction.estimate import SAMPLE_ROWS, encoder_width, estimate_bytes, outlooks
-from hf_qie.extraction.preprocess import Pictures, prepare
+from hf_qie.extraction.preprocess import ImageCache, prepare
 from hf_qie.extraction.stats import survey
 
 
@@ -89,7 +89,7 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
     for plan in plans.values():
         given = list(plan.rows.table)
         for row, look in zip(given, outlooks(given, plan, processor, width=WIDTH), strict=True):
-            prepared = prepare(row, Pictures([row], plan), plan=plan, processor=processor)
+            prepared = prepare(row, ImageCache([row], plan), plan=plan, processor=processor)
             num_embeds = {}
             for direction in prepared.directions:
                 prompt = direction.prompt

@@ -102,7 +102,7 @@ def test_a_provenance_that_lists_files_elsewhere_has_none_of_them_read(tmp_path,
         open_sets(recipe)
 
 
-WITHOUT_REQUEST = [("unfinished/request.json", text) for text in ("[", "[]", "{}", '{"compat": 1}')]
+WITHOUT_REQUEST = [("staging/request.json", text) for text in ("[", "[]", "{}", '{"compat": 1}')]
 WITHOUT_REQUEST.append((PROVENANCE, json.dumps({"compat": {"format": 1}, "record": {"model": "m"}})))
 
 

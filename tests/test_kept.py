@@ -1,4 +1,4 @@
-"""Data or images that changed: what is the same is kept, all else is extracted again, and never are both mixed."""
+"""Data or images that changed: rows that are the same are reused, all others extracted again, and both never mixed."""
 
 import json
 import logging
@@ -14,26 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Value, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from small_recipes import write_recipe
 
-from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.provenance import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
-from hf_qie.extract import load_models, main
-from hf_qie.extraction import set_writer as unfinished
+from hf_qie.extract import main
+from hf_qie.extraction import run as extraction
 from hf_qie.extraction.chunk_writer import ChunkWriter, Models
-from hf_qie.extraction.manifest import Account, damage, keep_chunk
-from hf_qie.extraction.plan import make_plan
-from hf_qie.extraction.reuse import digests_of, find_kept
-from hf_qie.extraction.set_writer import finish, open_folder, writing
+from hf_qie.extraction.manifest import Counts, complete_chunk
+from hf_qie.extraction.reuse import digests_of
+from hf_qie.extraction.set_writer import SetWriter
 from hf_qie.models.base import read_family
 from hf_qie.runtime.device import compute_dtype
-from hf_qie.runtime.lock import held_by_launch, in_turn, lock_of
 
 ROWS = 7
 SETTINGS = {"batch_size": 1, "chunk_rows": 3, "max_bad_share": 1.0}  # alone in its batch, a row has the same bits
@@ -43,17 +39,11 @@ class Killed(Exception):
     """What ends a launch where a test wants it to."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny) -> Models:
     recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), tiny(), {"task": Path("none.jsonl")}))
     device = torch.device("cpu")
-    return load_models(
+    return extraction.load_models(
         recipe, read_family(recipe.model), dtype=compute_dtype(recipe.extract.dtype, device), device=device
     )
 
@@ -77,7 +67,6 @@ class Task:
         return write_recipe(self.home, self.model, {"task": self.rows}, extract=settings)
 
     def run(self, *overrides: str, name: str = "sets") -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
         self.encoded.clear()
         return main([str(self.recipe(name)), *overrides])
 
@@ -86,8 +75,8 @@ class Task:
         return self.home / "sets" / "task"
 
     @property
-    def kept(self) -> int:
-        return read_provenance(self.folder)["record"]["counts"]["rows_kept"]
+    def reused(self) -> int:
+        return read_provenance(self.folder)["record"]["counts"]["rows_reused"]
 
     def check(self, *overrides: str) -> None:
         """The set is what a first extraction of the same data leaves, byte for byte."""
@@ -122,7 +111,7 @@ def task(tmp_path, tiny, models, monkeypatch) -> Task:
         return encode_prompts(self, rows, *rest)
 
     monkeypatch.setattr(ChunkWriter, "encode_prompts", noted)
-    monkeypatch.setattr(extract, "load_models", lambda *_, **__: models)
+    monkeypatch.setattr(extraction, "load_models", lambda *_, **__: models)
     assert made.run() == 0
     return made
 
@@ -156,7 +145,7 @@ def test_only_rows_that_changed_pass_the_models_and_the_set_is_that_of_a_first_e
     assert task.run() == 0
     assert sorted(task.encoded) == (redone or [])
     assert (load_from_disk(task.folder)._fingerprint == before) == (redone is None)  # training compares it
-    assert not (task.folder / "unfinished").exists()
+    assert not (task.folder / "staging").exists()
     task.check()
 
 
@@ -175,7 +164,7 @@ def test_bad_rows_are_tried_again_and_listed_anew(task):
     (task.home / "3.png").write_bytes(whole[:50])
     task.rows[0]["instruction"] = "<|image_pad|>"
     task.run()
-    assert task.kept == ROWS - 2
+    assert task.reused == ROWS - 2
     (task.home / "3.png").write_bytes(whole)
     task.run()
     assert task.encoded == [3]
@@ -184,7 +173,7 @@ def test_bad_rows_are_tried_again_and_listed_anew(task):
     task.check()
 
 
-def test_what_is_kept_and_what_is_not_is_said_once_and_a_set_that_is_left_alone_says_since_when(task, caplog):
+def test_what_is_reused_and_what_is_not_is_said_once_and_so_is_a_set_that_is_left_alone(task, caplog):
     caplog.set_level(logging.INFO, logger="hf_qie")
     task.paint(4, seed=90)
     task.rows.pop(0)
@@ -192,12 +181,11 @@ def test_what_is_kept_and_what_is_not_is_said_once_and_a_set_that_is_left_alone_
     size = sum(path.stat().st_size for path in task.folder.glob("*.arrow"))
     told = int(re.search(r"about ([\d,]+) bytes to write", caplog.text)[1].replace(",", ""))
     assert size / 2 < told < 2 * size  # the old one stays until the new one is whole
-    assert caplog.text.count("task: its data or images changed: 5 rows kept, 1 new or changed, 1 removed") == 1
-    assert "6 rows in, 6 out (5 of them kept), 0 bad; " in caplog.text
+    assert caplog.text.count("task: its data or images changed: 5 rows reused, 1 new or changed") == 1
+    assert "6 rows in, 6 out (5 of them reused), 0 bad; " in caplog.text
     caplog.clear()
     task.run()
-    assert "task: finished before, nothing to do; delete " in caplog.text
-    assert "of the same data and images: 6 rows in, 6 out, 0 bad" in caplog.text
+    assert "task: finished before: 6 rows in, 6 out, 0 bad; delete " in caplog.text
     assert "tokens run" not in caplog.text
 
 
@@ -224,48 +212,34 @@ def test_a_set_from_before_rows_had_digests_is_left_alone_while_its_data_are_the
     (task.folder / "row_digests.npy").unlink()
     (task.folder / PROVENANCE).write_text(json.dumps(provenance))
     task.run()
-    assert " of the same data: " in caplog.text  # not of their images, which it does not know
+    assert "task: finished before: " in caplog.text
     task.rows.pop()
     with pytest.raises(InputError, match="was made with another data; give another"):
         task.run()
 
 
-def test_a_launch_that_is_killed_at_any_move_loses_nothing(task, monkeypatch):
-    """Of a finished set; and each time also of the unfinished one that the kill before has left."""
-    replace, moves = Path.replace, 0
-    while True:
-        task.paint(0, seed=100 + moves)
-        done = [0]
-
-        def move(path, target, done=done, last=moves):
-            if done[0] == last:
-                raise Killed
-            done[0] += 1
-            return replace(path, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", move)
-            try:
-                task.run()
-                break
-            except Killed:
-                moves += 1
-        if moves % 3 == 0:
-            task.paint(1, seed=200 + moves)  # edited again before the next launch
-        task.run()
-        assert task.encoded == ([0, 1] if moves % 3 == 0 else [0])
-    assert moves > 5
+def test_a_launch_that_is_killed_as_it_sets_a_set_aside_loses_nothing(task, monkeypatch):
+    task.paint(0, seed=90)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SetWriter, "_clean", lambda *_: (_ for _ in ()).throw(Killed))
+        task.run()  # the set has its other name, and nothing says yet what is to be made of it
+    assert not task.folder.exists()
+    task.run()
+    assert task.encoded == [0]
     task.check()
 
 
-def test_no_row_is_kept_that_was_made_with_other_settings(task, monkeypatch):
+def test_no_row_is_reused_that_was_made_with_other_settings(task, monkeypatch):
     task.paint(0, seed=90)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(unfinished, "write_digests", lambda *_, **__: (_ for _ in ()).throw(Killed))
-        task.run()  # killed when all is set aside, and nothing says yet what is to be made of it
-    task.run("extract.image_sample_size=96")
+        patch.setattr(extraction, "write_chunks", lambda *_: (_ for _ in ()).throw(Killed))
+        task.run()
+    changed = "extract.image_sample_size=96", "extract.overwrite=true"
+    with pytest.raises(InputError, match="was made with another image_sample_size; "):
+        task.run(changed[0])
+    task.run(*changed)
     assert task.encoded == [*range(ROWS)]
-    task.check("extract.image_sample_size=96")
+    task.check(changed[0])
 
 
 def test_data_that_are_changed_back_while_a_set_is_made_anew_find_all_rows_again(task, monkeypatch):
@@ -315,9 +289,9 @@ def test_a_longer_list_of_captions_leaves_the_other_rows_as_they_are(task):
 def test_rows_of_a_file_that_is_damaged_are_extracted_again(task, monkeypatch, caplog):
     task.paint(0, seed=90)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(extract, "write_chunks", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        patch.setattr(extraction, "write_chunks", lambda *_, **__: (_ for _ in ()).throw(Killed))
         task.run()
-    (victim,) = (task.folder / "unfinished").glob("before-0/data-00001-*")
+    (victim,) = task.home.glob("sets/.task-previous-0/data-00001-*")
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     victim.write_bytes(damaged)
@@ -327,24 +301,21 @@ def test_rows_of_a_file_that_is_damaged_are_extracted_again(task, monkeypatch, c
     task.check()
 
 
-def test_an_image_that_is_edited_before_it_is_read_is_read_again_by_the_next_launch(task, tmp_path):
+def test_an_image_that_is_edited_before_it_is_read_is_read_again_by_the_next_launch(task, monkeypatch):
     shutil.rmtree(task.folder)
-    recipe = load_recipe(task.recipe())
-    family = read_family(recipe.model)
-    plan = make_plan(recipe, recipe.tasks["task"], family, tmp_path)
-    task.paint(2, seed=90)  # between the first pass and the reading
-    extract.extract(recipe, family, {"task": plan})
+    open_sets = extraction.open_sets
+
+    def edited(*rest):
+        opened = open_sets(*rest)
+        task.paint(2, seed=90)  # between the first pass and the reading
+        return opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "open_sets", edited)
+        task.run()
     task.run()
     assert task.encoded == [2]
     task.check()
-
-
-def test_a_chunk_of_other_data_is_not_used(tmp_path):
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "aside").write_text("chunk")
-    keep_chunk(tmp_path / "aside", tmp_path / "chunk.arrow", Account(), data="old")
-    assert damage(tmp_path / "chunk.arrow", data="old") is None
-    assert "of data that have changed since" in damage(tmp_path / "chunk.arrow", data="new")
 
 
 # --- several launches on one set, by its files alone
@@ -352,119 +323,86 @@ def test_a_chunk_of_other_data_is_not_used(tmp_path):
 FEATURES = Features({"row": Value("int64"), "target_image": Value("string")})
 
 
-class Data:
-    """Rows that are told by their names, as the opening of a set takes them."""
+class Set(SetWriter):
+    """A set of rows that are told by their names, one a chunk."""
 
-    def __init__(self, names: str):
+    def __init__(self, home: Path, names: str):
         self.names = names.split()
-        self.table = Dataset(pa.table({"digest": pa.array([name.encode().ljust(16) for name in self.names])}))
-        self.request = {"compat": {"format": 1}, "data": names, "identity": names}
+        table = Dataset(pa.table({"digest": pa.array([name.encode().ljust(16) for name in self.names])}))
+        plan = SimpleNamespace(rows=SimpleNamespace(table=table), task=SimpleNamespace(name="task"))
+        extract = SimpleNamespace(output_dir=home, shard=None, overwrite=False, dtype="auto", chunk_rows=1)
+        request = {"compat": {"format": 1}, "data": names, "identity": names}
+        super().__init__(plan, request, recipe=SimpleNamespace(extract=extract))
+
+    def start(self) -> None:
+        self.open(digests_of(self.plan.rows.table))
+
+    def add_chunk(self) -> None:
+        path, rows, lock = next(self.claims())
+        with ArrowWriter(features=FEATURES, path=str(self.part(path))) as writer:
+            writer.write_table(pa.table({"row": list(rows), "target_image": ["x"]}, schema=FEATURES.arrow_schema))
+            writer.finalize()
+        complete_chunk(self.part(path), path, Counts(rows_in=1, rows_out=1))
+        lock.release()
+
+    def finished(self) -> "Set":
+        self.folder.mkdir()
+        np.save(self.folder / "row_digests.npy", digests_of(self.plan.rows.table))
+        (self.folder / "data-00000-of-00001.arrow").write_bytes(b"rows")
+        record = {"model": "m", "request": self.request}
+        (self.folder / PROVENANCE).write_text(json.dumps({"compat": self.request["compat"], "record": record}))
+        return self
 
 
-def shard(i: int, n: int = 2) -> SimpleNamespace:
-    return SimpleNamespace(extract=SimpleNamespace(shard=(i, n), overwrite=False, dtype="auto"))
-
-
-def start(folder: Path, data: Data, recipe: SimpleNamespace) -> None:
-    open_folder(folder, data.request, recipe=recipe, digests=digests_of(data.table))
-
-
-def add_chunk(folder: Path, data: Data, rows: range, recipe: SimpleNamespace) -> None:
-    aside = writing(folder, recipe) / "chunk"
-    names = [data.names[row] for row in rows]
-    with ArrowWriter(features=FEATURES, path=str(aside)) as writer:
-        writer.write_table(pa.table({"row": list(rows), "target_image": names}, schema=FEATURES.arrow_schema))
-        writer.finalize()
-    keep_chunk(
-        aside,
-        folder / "data-00000-of-00002.arrow",
-        Account(rows_in=len(rows), rows_out=len(rows)),
-        data=data.request["data"],
-    )
-
-
-def finished_set(folder: Path, data: Data) -> None:
-    folder.mkdir()
-    np.save(folder / "row_digests.npy", digests_of(data.table))
-    (folder / "data-00000-of-00001.arrow").write_bytes(b"rows")
-    record = {"model": "m", "request": data.request}
-    (folder / PROVENANCE).write_text(json.dumps({"compat": data.request["compat"], "record": record}))
-
-
-def test_a_chunk_that_a_launch_wrote_of_other_data_is_not_kept_under_the_rows_of_these(tmp_path):
-    folder, one, two, three = tmp_path / "task", Data("a b c d"), Data("new a b c"), Data("new a b X")
-    start(folder, one, shard(0))
-    start(folder, two, shard(1))
-    add_chunk(folder, one, range(2), shard(0))  # the first launch goes on
-    start(folder, three, shard(0))
-    PartialState(cpu=True)  # for what it says
-    kept = find_kept(folder, three.table, FEATURES, task="task")
-    assert [row for row in range(4) if kept.has(row)] == []
-
-
-def test_a_launch_that_is_killed_as_it_cleans_up_leaves_a_whole_set(tmp_path, monkeypatch):
-    folder, data = tmp_path / "task", Data("a b")
-    finished_set(folder, data)
-    shutil.copytree(folder, tmp_path / "before-0")
-    shutil.move(tmp_path / "before-0", folder / "unfinished" / "before-0")
-    before, rmtree = content(folder), shutil.rmtree
-
-    def killed(place, **settings):
-        if Path(place).exists():
-            next(Path(place).rglob(PROVENANCE)).unlink()
-            raise Killed
-        rmtree(place, **settings)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shutil, "rmtree", killed)
-        start(folder, data, shard(0))
-    start(folder, data, shard(0))
-    assert (folder / PROVENANCE).exists()
-    assert content(folder) == {name: bytes_ for name, bytes_ in before.items() if not name.startswith("unfinished")}
+def test_a_launch_finds_out_that_another_one_has_begun_its_set_anew(tmp_path):
+    one, two = Set(tmp_path, "a b c"), Set(tmp_path, "new a b")
+    one.start()
+    one.add_chunk()
+    two.start()
+    for other in (one.add_chunk, lambda: next(one.claims())):
+        with pytest.raises(InputError, match="task: another launch began it anew, from other data"):
+            other()
+    assert not one.finish(FEATURES, {})
+    two.add_chunk()
 
 
 def test_a_finished_set_that_is_being_made_anew_is_not_given_up_for_data_without_its_rows(tmp_path):
-    folder = tmp_path / "task"
-    finished_set(folder, Data("a b"))
-    start(folder, Data("a c"), shard(0))
-    before = content(folder)
+    Set(tmp_path, "a b").finished()
+    Set(tmp_path, "a c").start()
+    before = content(tmp_path)
     with pytest.raises(InputError, match=r"another data \(the data changed in all of its 2 rows\); give"):
-        start(folder, Data("x y"), shard(0))
-    assert content(folder) == before
-    start(folder, Data("b z"), shard(0))  # of the set that is set aside
+        Set(tmp_path, "x y").start()
+    assert content(tmp_path) == before
+    Set(tmp_path, "b z").start()  # reuses a row of the previous one
 
 
-def test_a_set_is_not_begun_anew_under_the_hands_of_a_shard_that_is_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_qie.runtime.lock.WAIT_S", 0.01)
-    folder, one, two = tmp_path / "task", Data("a b"), Data("a c")
-    with held_by_launch({folder: lock_of(folder, "0-of-2")}, remedy=""):
-        start(folder, one, shard(0))
-        before = content(folder)
-        with pytest.raises(InputError, match=rf"in use by process {os.getpid()} on .* data or images .* have changed"):
-            start(folder, two, shard(1))
-        assert content(folder) == before
-    os.utime(folder / "unfinished" / "writing-0-of-2", (0, 0))
-    with held_by_launch({folder: lock_of(folder, "0-of-2")}, remedy=""):  # started again, of the new data too
-        start(folder, two, shard(1))
-    assert json.loads((folder / "unfinished" / "request.json").read_text()) == two.request
+def test_a_set_is_not_begun_anew_while_a_chunk_of_it_is_written(tmp_path):
+    one, two = Set(tmp_path, "a b"), Set(tmp_path, "a c")
+    one.start()
+    _, _, lock = next(one.claims())
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=rf"task: in use by process {os.getpid()} on "):
+        two.start()
+    assert content(tmp_path) == before
+    lock.release()
+    two.start()
+    assert json.loads((two.folder / "staging" / "request.json").read_text()) == two.request
 
 
-def test_a_launch_that_ends_a_set_after_another_leaves_it_as_it_is(tmp_path):
-    folder, data = tmp_path / "task", Data("a")
-    finished_set(folder, data)
-    before = content(folder)
-    plan = SimpleNamespace(rows=SimpleNamespace(table=[1], digest="a"), extract=SimpleNamespace(chunk_rows=1))
-    finish(plan, folder, recipe=shard(1), request={}, features=FEATURES, record={})
-    assert content(folder) == before
+def test_a_set_that_another_launch_has_finished_is_left_as_it_is(tmp_path):
+    one = Set(tmp_path, "a").finished()
+    before = content(tmp_path)
+    assert not one.finish(FEATURES, {})
+    assert content(tmp_path) == before
 
 
-def test_a_set_is_opened_and_ended_by_one_launch_at_a_time(tmp_path):
-    folder, data = tmp_path / "task", Data("a")
-    with in_turn(folder):
-        other = threading.Thread(target=start, args=(folder, data, shard(1)))
+def test_a_set_is_opened_by_one_launch_at_a_time(tmp_path):
+    one = Set(tmp_path, "a")
+    with one.in_turn():
+        other = threading.Thread(target=one.start)
         other.start()
         other.join(0.2)
-        assert other.is_alive() and not folder.exists()
+        assert other.is_alive() and not one.folder.exists()
     other.join()
-    assert (folder / "unfinished" / "request.json").exists()
-    assert list(tmp_path.iterdir()) == [folder]
+    assert (one.folder / "staging" / "request.json").exists()
+    assert list(tmp_path.iterdir()) == [one.folder]

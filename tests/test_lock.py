@@ -3,9 +3,9 @@
 import errno
 import fcntl
 import json
-import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +16,7 @@ from datasets import load_from_disk
 from launches import Launch
 from small_recipes import write_recipe
 
-from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.extract import signs_folder
 from hf_qie.runtime.lock import held
 
 HOLD = """
@@ -51,12 +49,14 @@ def refusal(lock: Path) -> str:
 
 def test_a_second_launch_is_told_who_holds_the_folder_and_a_killed_one_holds_it_no_more(tmp_path, other):
     lock = tmp_path / "run" / ".lock"
-    told = rf".*run: in use by process {other.pid} on \S+ since 20[-0-9: ]+; wait until it has ended, or go elsewhere"
+    told = (
+        rf".*run: in use by process {other.pid} on \S+ since 20[-0-9: ]+, which holds {lock}; wait .*, or go elsewhere"
+    )
     assert re.fullmatch(told, refusal(lock))
     other.kill()
     other.wait()
     with held(lock.parent, remedy="go elsewhere"):
-        assert json.loads(Path(f"{lock}.json").read_text())["process"] == os.getpid()
+        assert lock.read_text().split() == [str(os.getpid()), socket.gethostname()]
     assert list(lock.parent.iterdir()) == []
 
 
@@ -66,48 +66,36 @@ def test_what_fails_gives_the_folder_back(tmp_path):
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_path, monkeypatch, caplog, number):
+def test_where_a_file_system_has_no_locks_a_file_is_one_and_that_is_said(tmp_path, monkeypatch):
     def no_flock(*_):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    lock = tmp_path / ".lock"
-    with held(lock.parent, remedy="go elsewhere"):
-        assert f"{lock}.soft: the file system has no locks" in caplog.text
-        assert re.search(f"in use by process {os.getpid()} .*; if it was killed, delete {lock}.soft$", refusal(lock))
+    with pytest.warns(UserWarning, match="falling back to SoftFileLock"), held(tmp_path, remedy="go elsewhere"):
+        assert f"in use by process {os.getpid()} on {socket.gethostname()} since 20" in refusal(tmp_path / ".lock")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_another_machine_did_not_give_back_is_taken_with_a_warning(tmp_path, caplog):
-    holder = {"process": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
-    Path(tmp_path, ".lock.json").write_text(json.dumps(holder))
-    with caplog.at_level(logging.WARNING), held(tmp_path, remedy=""):
+def test_ranks_but_the_first_hold_nothing(tmp_path, other, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with held(tmp_path / "run", remedy=""):
         pass
-    assert "was in use by process 1 on elsewhere since 2026-01-01 00:00:00, which was killed, or" in caplog.text
 
 
-def test_launches_that_share_an_output_folder_keep_their_signs_of_life_apart(tmp_path):
-    one, other = (load_recipe(write_recipe(tmp_path, tmp_path, {task: []})) for task in ("one", "other"))
-    shards = [load_recipe(other.path, [f"extract.shard=[{i},2]"]) for i in (0, 1)]
-    assert len({signs_folder(recipe) for recipe in (one, other, *shards)}) == 4
-
-
-def test_an_extraction_that_is_at_work_is_not_begun_again_but_shared_by_shards(tmp_path, tiny, edits):
-    rows = [json.loads(line) for line in (edits / "edit.jsonl").read_text(encoding="utf-8").splitlines()][:6]
+def test_launches_share_the_chunks_of_a_set_and_other_data_wait_until_none_is_under_way(tmp_path, tiny, edits):
+    rows = [json.loads(line) for line in (edits / "edit.jsonl").read_text(encoding="utf-8").splitlines()][:8]
     rows = [row | {name: str(edits / row[name]) for name in ("source_image", "target_image")} for row in rows]
     recipe = write_recipe(tmp_path, tiny(), {"task": rows}, extract={"batch_size": 1, "chunk_rows": 2})
-    first = Launch(recipe, "extract.shard=[0,2]", notes=tmp_path / "first", stops=(3, None))
+    first = Launch(recipe, notes=tmp_path / "first", stops=(3, None))
     while not (tmp_path / "first.stopped").exists():
         assert first.alive(), (tmp_path / "first.log").read_text()
         time.sleep(0.1)
-    assert Launch(recipe, "extract.shard=[0,2]", notes=tmp_path / "again").join(60) == [1]
-    said = (tmp_path / "again.log").read_text()
-    assert f"sets/task: in use by process {first.ranks[0].pid} on " in said
-    assert "extract.shard" in said
-    assert not (tmp_path / "again").exists(), "it encodes no row"
-    assert Launch(recipe, "extract.shard=[1,2]", notes=tmp_path / "other").join(60) == [0]
+    assert Launch(recipe, notes=tmp_path / "second").join(60) == [0]  # leaves the chunk that is under way
+    assert len((tmp_path / "second").read_text().split()) == 2
+    changed = "extract.overwrite=true", "extract.image_sample_size=96"
+    assert Launch(recipe, *changed, notes=tmp_path / "other").join(60) == [1]
+    assert f"sets/task: in use by process {first.ranks[0].pid} on " in (tmp_path / "other.log").read_text()
     assert first.kill()
-    assert Launch(recipe, "extract.shard=[0,2]", notes=tmp_path / "last").join(60) == [0]
+    assert Launch(recipe, notes=tmp_path / "last").join(60) == [0]
     assert len(load_from_disk(tmp_path / "sets" / "task")) == len(rows)
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["task"]

@@ -19,7 +19,8 @@ from hf_qie.config.recipe import Task, as_dict, load_recipe, save_recipe
 from hf_qie.data.images import BadImage, header_size, read_image
 from hf_qie.data.samples import read_rows
 from hf_qie.errors import InputError
-from hf_qie.extract import TOO_MANY_BAD, main
+from hf_qie.extract import main
+from hf_qie.extraction.run import TOO_MANY_BAD
 from hf_qie.runtime.yaml_io import read_yaml
 
 

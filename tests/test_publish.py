@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.extract import TOO_MANY_BAD
-from hf_qie.extract import push as push_unless_bad
+from hf_qie.extraction.run import TOO_MANY_BAD
 from hf_qie.hub.dataset_card import BEGIN, END
+from hf_qie.hub.publish import push_unless_bad
 from hf_qie.hub.redact import public, public_path
 
 TASKS = ("edit", "combine", "text_to_image")
@@ -306,8 +306,8 @@ def test_a_card_that_somebody_changed_meanwhile_is_not_overwritten(work, loopbac
 
 def test_nothing_is_pushed_where_too_many_rows_are_bad(work, caplog):
     PartialState(cpu=True)
-    push_unless_bad(load_recipe(work), ["edit"], TOO_MANY_BAD)  # a push would fail: tests are offline
-    assert "nothing is pushed; mend the bad rows, or raise extract.max_bad_share" in caplog.text
+    push_unless_bad(load_recipe(work), TOO_MANY_BAD)  # a push would fail: tests are offline
+    assert "nothing is pushed; fix the bad rows, or raise extract.max_bad_share" in caplog.text
 
 
 def test_another_set_under_the_same_name_is_refused_unless_it_is_to_be_replaced(work, loopback_hub):

@@ -26,7 +26,7 @@ from hf_qie.data.readers import open_data
 from hf_qie.data.samples import read_rows
 from hf_qie.data.tables import Embedded
 from hf_qie.errors import InputError
-from hf_qie.extract import TOO_MANY_BAD
+from hf_qie.extraction.run import TOO_MANY_BAD
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 TEXT = "text_embeds_"

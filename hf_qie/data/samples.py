@@ -9,7 +9,7 @@ import stat
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,14 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
         writer.finalize()
     check_columns(task, reader.seen)
     reader.refuse(extract)
-    table, columns = by_column(Dataset.from_file(str(path)), task)
     known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest(), "identity": identity.hexdigest()}
+    return open_rows(task, path, stored=stored, **known)
+
+
+def open_rows(task: Task, path: Path, *, stored: Table | None, **known: Any) -> Rows:
+    """The rows whose table `read_rows` has written to `path`; `known`: the other fields of `Rows`."""
+    table, columns = by_column(Dataset.from_file(str(path)), task)
     return Rows(table=table, columns=columns, stored=stored, **known)
-
-
-def open_rows(task: Task, rows: Rows) -> Rows:
-    """The rows of `task` as another process has read them, with what is stored in the data opened here."""
-    return replace(rows, stored=open_data(task, None)[1])
 
 
 def most_bad(extract: Extract, num_rows: int) -> float:

@@ -1,15 +1,20 @@
-"""Which prompts and pictures run together: rows with the same sources share a pass, passes of like length a batch."""
+"""What runs together: rows with the same sources share a pass, passes of like length and images of one size a batch.
+
+And what the models made of it, as columns of a set.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from torch import Tensor
+import numpy as np
+import torch
 
-from hf_qie.extraction.preprocess import Direction, Picture, Prepared
-from hf_qie.models.qwen_image.prompts import Prompt
-from hf_qie.models.qwen_image.text_encoder import PromptStates
+from hf_qie.data.schema import SOURCES, Column
+from hf_qie.extraction.plan import SizedFile
+from hf_qie.extraction.preprocess import Direction, Prepared
+from hf_qie.models.base import Prompt, PromptEmbeddings, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,30 +24,33 @@ class Pass:
     prompt: Prompt
     directions: list[Direction]
 
-    def split(self, states: PromptStates) -> Iterator[tuple[Direction, list[Tensor]]]:
-        """Each direction with the states of its captions, the drop caption last."""
-        *texts, drop = states.texts
-        for direction in self.directions:
-            yield direction, [*(texts.pop(0) for _ in direction.captions), drop]
+    def columns(self, made: PromptEmbeddings) -> dict[int, dict[str, np.ndarray]]:
+        """The columns of embeddings of each direction, by its identity."""
+        image, (*texts, drop) = to_float16(made.image), map(to_float16, made.texts)
+        columns = {}
+        for one in self.directions:
+            found = {f"text_embeds_{caption}": texts.pop(0) for caption in one.captions}
+            found |= {"image_embeds": image, "text_embeds_drop": drop}
+            columns[id(one)] = {one.prefix + name: value for name, value in found.items()}
+        return columns
 
 
 def shared_passes(rows: Sequence[Prepared], *, batch_size: int) -> list[Pass]:
-    """Passes for all directions of `rows`, of at most `batch_size` rows: many instructions on one photo run it once.
+    """Passes for all directions of `rows`, of at most `batch_size` rows: many captions on one photo run it once.
 
     Prompts over the same sources differ in their branches alone; the last branch of each is the drop caption.
     """
     passes = []
     inverses = [direction for row in rows for direction in row.directions[1:]]
     for directions in ([row.directions[0] for row in rows], inverses):
-        for sources, alike in groupby(directions, key=lambda direction: [file for file, _ in direction.sources]):
+        for sources, alike in groupby(directions, key=lambda one: [file for file, _ in one.images[SOURCES]]):
             run = list(alike)
-            step = batch_size if sources else 1  # without pictures there is next to nothing to share
-            passes += [merge(run[start : start + step]) for start in range(0, len(run), step)]
+            step = batch_size if sources else 1  # without images there is next to nothing to share
+            passes += [_merged(run[start : start + step]) for start in range(0, len(run), step)]
     return passes
 
 
-def merge(directions: list[Direction]) -> Pass:
-    """One pass for directions over the same sources."""
+def _merged(directions: list[Direction]) -> Pass:
     first = directions[0].prompt
     branches = [branch for direction in directions for branch in direction.prompt.branches[:-1]]
     return Pass(prompt=replace(first, branches=[*branches, first.branches[-1]]), directions=directions)
@@ -61,9 +69,28 @@ def like_length(passes: Sequence[Pass], *, batch_size: int) -> list[list[Pass]]:
     return batches
 
 
-def same_size(pictures: Sequence[Picture], *, batch_size: int) -> list[list[Picture]]:
-    """Batches of at most `batch_size` pictures of one size, each picture once, in their order."""
-    by_size: dict[tuple[int, int], list[Picture]] = defaultdict(list)
-    for picture in dict.fromkeys(pictures):
-        by_size[picture[1]].append(picture)
+def same_size(images: Sequence[SizedFile], *, batch_size: int) -> list[list[SizedFile]]:
+    """Batches of at most `batch_size` images of one size, each image once, in their order."""
+    by_size: dict[Size, list[SizedFile]] = defaultdict(list)
+    for image in dict.fromkeys(images):
+        by_size[image[1]].append(image)
     return [alike[i : i + batch_size] for alike in by_size.values() for i in range(0, len(alike), batch_size)]
+
+
+def latent_columns(
+    direction: Direction, latents: Mapping[SizedFile, np.ndarray], columns: Sequence[Column], *, width: int
+) -> dict[str, np.ndarray]:
+    """The columns of latents `[S, width]` of one direction; those of several images one after the other."""
+    none = np.empty((0, width), np.float16)
+    parts = {column.name: [latents[image] for image in direction.images[column.of]] for column in columns}
+    return {direction.prefix + name: np.concatenate(some) if some else none for name, some in parts.items()}
+
+
+def to_float16(values: torch.Tensor) -> np.ndarray:
+    """As stored: exact for bfloat16 from 2^-17 to 65504, at most 2^-25 off below."""
+    return values.to(torch.float16).cpu().numpy()
+
+
+def fits_float16(values: np.ndarray) -> bool:
+    """False where a value is beyond float16, or not finite in the first place."""
+    return bool(np.isfinite(values).all())

@@ -3,7 +3,6 @@
 Swapped sources and targets are the most frequent mistake in edit pairs, and no number shows it.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from hf_qie.data.samples import BadRow
 from hf_qie.data.schema import TARGET, columns_of
 from hf_qie.data.seeding import draw_rng
-from hf_qie.extraction.preprocess import Plan, read_file, read_picture
+from hf_qie.extraction.plan import Plan, as_bad_row
 from hf_qie.plots import Card, fit, labelled_sheet
 
 NUM_ROWS = 6  # on a sheet
@@ -63,7 +62,8 @@ def _card(row: Mapping[str, Any], plan: Plan, *, num_given: int) -> Card:
 
 def _box(label: str, path: str, row: Mapping[str, Any], plan: Plan) -> tuple[str, Image.Image | str]:
     try:
-        image = read_picture((row["root"], path), column=label, read=functools.partial(read_file, plan=plan))
+        with as_bad_row(label, path):
+            image = plan.read((row["root"], path))
     except BadRow as error:
         return label, f"{path}: {error.reason}"
     return f"{label}: {image.width} x {image.height}", fit(image, BOX_PX)

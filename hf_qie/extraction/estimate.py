@@ -18,19 +18,9 @@ from hf_qie.data.fetch import BadUrl, is_url
 from hf_qie.data.images import BadImage, header_size
 from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
-from hf_qie.data.schema import LATENT_CHANNELS, SOURCES, TARGET, columns_of, matrix_width
+from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
-from hf_qie.extraction.preprocess import (
-    File,
-    Plan,
-    check_length,
-    files_of,
-    grids_of,
-    image_files,
-    open_picture,
-    sizes_of,
-    ways,
-)
+from hf_qie.extraction.plan import File, Plan, files_of, image_files
 from hf_qie.models.base import BadPrompt, PromptLengths, read_family
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
@@ -74,7 +64,7 @@ def outlooks(
     prompts = [
         ([headers[file].size for file in images[SOURCES]], list(_captions(row, captions, plan).values()))
         for row in good
-        for _, images, captions in ways(row, plan)
+        for _, images, captions in plan.ways(row)
     ]
     lengths = iter(plan.family.prompt_lengths(processor, prompts))
     return [reason or _outlook(row, headers, plan, lengths, width) for row, reason in zip(rows, bad, strict=True)]
@@ -85,7 +75,7 @@ def _header(file: File, *, plan: Plan, fetch: bool) -> Header | BadImage | BadUr
     if is_url(file[1]) and not fetch:
         return Header(size=(1, 1), file=None, content=file[1])
     try:
-        opened = open_picture(file, plan=plan)
+        opened = plan.open(file)
         size = header_size(opened)
     except (BadImage, BadUrl) as error:
         return error
@@ -116,14 +106,14 @@ def _outlook(
 ) -> Outlook | BadRow:
     """What a row becomes, in the steps of `prepare`; takes the lengths of its prompts from `lengths`."""
     num_tokens, num_embeds, grid_columns, num_latents = {}, {}, {}, 0
-    for (prefix, images, names), length in [(way, next(lengths)) for way in ways(row, plan)]:
+    for (prefix, images, names), length in [(way, next(lengths)) for way in plan.ways(row)]:
         captions = list(_captions(row, names, plan))
         if isinstance(length, BadPrompt):
             return BadRow(str(length), column=captions[length.place])
         num_tokens |= dict(zip(captions, length.captions, strict=True))
-        grids = grids_of(sizes_of(images, headers, plan))
+        grids = plan.grids(plan.sizes(images, headers))
         try:
-            check_length({name: length.image + num_tokens[name] + length.suffix for name in captions}, grids)
+            plan.check_length({name: length.image + num_tokens[name] + length.suffix for name in captions}, grids)
         except BadRow as error:
             return error
         num_embeds[f"{prefix}image_embeds"] = length.image
@@ -132,7 +122,9 @@ def _outlook(
             grid_columns[prefix + column.name] = grids[column.of] if column.many else grids[column.of][0]
         areas = {name: sum(height * width for height, width in some) for name, some in grids.items()}
         if plan.extract.latents:
-            num_latents += LATENT_CHANNELS * sum(areas[column.of] for column in plan.stored("latents", prefix))
+            num_latents += plan.family.latent_width * sum(
+                areas[column.of] for column in plan.stored("latents", prefix)
+            )
         # values are taken for one vector a token of the target
         num_latents += sum(areas[TARGET] * (matrix_width(one.type) or 0) for one in plan.stored("values", prefix))
     del num_tokens["drop"]

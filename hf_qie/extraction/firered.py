@@ -27,18 +27,9 @@ from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES
 from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
-from hf_qie.extraction.chunk_writer import fits_float16, to_float16
-from hf_qie.extraction.preprocess import (
-    Pictures,
-    Plan,
-    check_length,
-    grids_of,
-    read_pictures,
-    shape_columns,
-    sizes_of,
-    ways,
-    words_of,
-)
+from hf_qie.extraction.batching import fits_float16, to_float16
+from hf_qie.extraction.plan import Plan
+from hf_qie.extraction.preprocess import ImageCache, text_columns
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
@@ -76,19 +67,20 @@ class Foreign:
         for column, path in images_of(row, names):
             if is_url(path):
                 raise BadRow("a URL; training without latents reads pictures from files", column=column, path=path)
-        images = read_pictures(row, Pictures([row], self.plan), names)
-        columns = words_of(row, names)
-        for prefix, shown, captions in ways(row, self.plan):
+        images = ImageCache([row], self.plan).read(row)
+        columns = text_columns(row, self.plan)
+        for prefix, shown, captions in self.plan.ways(row):
             way = "_inv" if prefix else ""
             if prefix and not any(files[f"{TENSOR}{kind}{way}"] for kind in KINDS):
                 continue  # their --disable_inverse
-            sized = sizes_of(shown, images, self.plan)
+            sized = self.plan.sizes(shown, images)
             keys = {caption: key_of(caption, way) for caption in captions if row["texts"][caption]}
             keys["drop"] = f"{TENSOR}droptext{way}"
             states = {text: self.states(key, files, alone=not shown[SOURCES]) for text, key in keys.items()}
-            check_length({keys[text]: len(value) for text, value in states.items()}, grids_of(sized))
+            num_embeds = {keys[text]: len(value) for text, value in states.items()}
+            self.plan.check_length(num_embeds, self.plan.grids(sized))
             columns |= self.state_columns(prefix, states, keys, files, num_sources=len(shown[SOURCES]))
-            columns |= shape_columns(prefix, sized, images, self.plan)
+            columns |= self.plan.shape_columns(prefix, sized, images)
         return columns
 
     def state_columns(

@@ -1,21 +1,139 @@
-"""The plans of a recipe's tasks, made before any model is loaded: of several ranks the first one reads the data."""
+"""The extraction plan of a task: its rows, and all that decides what they become."""
 
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from datasets import Features
+from PIL import Image
 
-from hf_qie.config.recipe import Recipe, Task
-from hf_qie.data.samples import Rows, open_rows, read_rows
+from hf_qie.config.recipe import Extract, Recipe, Task
+from hf_qie.data.fetch import BadUrl, fetch, is_url
+from hf_qie.data.images import BadImage, read_image
+from hf_qie.data.samples import BadRow, Rows, has_inverse, read_rows
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, set_features
 from hf_qie.errors import InputError
-from hf_qie.extraction.preprocess import Plan
-from hf_qie.models.base import Family
-from hf_qie.runtime.alive import at_any_length
-from hf_qie.runtime.cli import Told
+from hf_qie.models.base import Family, Grid, Size
+
+File = tuple[str, str]  # folder that relative paths start from, and path, URL or name of an image as given
+SizedFile = tuple[File, Size]  # and the size that the VAE sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that decides what the rows of a task become."""
+
+    task: Task
+    family: Family
+    extract: Extract
+    rows: Rows
+
+    @property
+    def target_area_px(self) -> int:
+        """Area of a target, by `image_sample_size`."""
+        return self.extract.image_sample_size**2
+
+    @property
+    def source_area_px(self) -> int:
+        """Area of a source, by `source_sample_size`; raises InputError where the family allows no other."""
+        return self.family.source_area_px(self.extract.source_sample_size)
+
+    @property
+    def inverse_captions(self) -> tuple[str, ...]:
+        """Inverse captions that become columns of the set: those of the recipe, if any row has an inverse."""
+        return self.task.columns.inverse_captions if self.extract.inverse and self.rows.has_inverse else ()
+
+    @property
+    def inverse_latents(self) -> bool:
+        """True where an inverse needs latents of its own, as sources and targets differ in area."""
+        return self.source_area_px != self.target_area_px
+
+    def stored(self, kind: str, prefix: str) -> list[Column]:
+        """The columns of a kind that the set stores of a direction, by the prefix of its columns."""
+        return [one for one in columns_of(kind) if one.is_stored(prefix, other_area=self.inverse_latents)]
+
+    def features(self, width: int) -> Features:
+        """Columns of the set for an encoder of that `width`."""
+        return set_features(
+            width=width,
+            latent_width=self.family.latent_width,
+            captions=self.task.columns.captions,
+            inverse_captions=self.inverse_captions,
+            inverse_latents=self.inverse_latents,
+        )
+
+    def ways(self, row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[File]], tuple[str, ...]]]:
+        """Prefix of columns, images by column, and caption columns of each direction in which a row goes."""
+        files = image_files(row)
+        found = [("", files, self.task.columns.captions)]
+        if self.extract.inverse and has_inverse(row, self.task):
+            swapped = files | {SOURCES: files[TARGET], TARGET: files[SOURCES]}
+            found.append((INVERSE, swapped, self.task.columns.inverse_captions))
+        return found
+
+    def sizes(self, files: Mapping[str, list[File]], images: Mapping[File, Any]) -> dict[str, list[SizedFile]]:
+        """The images of a direction with the sizes that the VAE sees: all but sources have the target's."""
+        target = self.family.fit(images[files[TARGET][0]].size, self.target_area_px)
+        sized = {name: [(file, target) for file in some] for name, some in files.items()}
+        area = self.source_area_px
+        return sized | {SOURCES: [(file, self.family.fit(images[file].size, area)) for file in files[SOURCES]]}
+
+    def grids(self, sized: Mapping[str, list[SizedFile]]) -> dict[str, list[Grid]]:
+        """Latent grids of the images of a direction, by image column."""
+        return {name: [self.family.grid_of(size) for _, size in some] for name, some in sized.items()}
+
+    def check_length(self, num_embeds: Mapping[str, int], grids: Mapping[str, Sequence[Grid]]) -> None:
+        """Raise BadRow where the embeddings of a caption, by column, images included, are more than can be placed."""
+        most = self.family.most_tokens(grids[SOURCES], grids[TARGET][0])
+        for caption, number in num_embeds.items():
+            if number > most:
+                raise BadRow(f"{number} tokens of images and text, at most {most} can be placed", column=caption)
+
+    def shape_columns(
+        self, prefix: str, sized: Mapping[str, list[SizedFile]], images: Mapping[File, Image.Image]
+    ) -> dict[str, Any]:
+        """The columns of a direction that need its images, but no model."""
+        grids, columns = self.grids(sized), {}
+        for column in self.stored("grid", prefix):
+            columns[prefix + column.name] = grids[column.of] if column.many else grids[column.of][0]
+        for column in self.stored("values", prefix):
+            shown = [images[file] for file, _ in sized[column.of]]
+            columns[prefix + column.name] = column.compute(shown, grids[TARGET][0])
+        return columns
+
+    def open(self, file: File) -> Path | BytesIO:
+        """The file of an image, or its bytes where it comes by a URL or lies in the data itself; raises BadUrl."""
+        root, path = file
+        if is_url(path):
+            return BytesIO(fetch(path, allow_private=self.extract.allow_private_urls))
+        stored = self.rows.stored and self.rows.stored.read(path)
+        return Path(root, path) if stored is None else BytesIO(stored)
+
+    def read(self, file: File) -> Image.Image:
+        """An image; raises BadImage or BadUrl."""
+        return read_image(self.open(file))
+
+
+def image_files(row: Mapping[str, Any]) -> dict[str, list[File]]:
+    """The images of a row by image column."""
+    return {image.name: [(row["root"], path) for path in image.paths(row)] for image in columns_of("image")}
+
+
+def files_of(row: Mapping[str, Any]) -> list[File]:
+    """The images of a row, in the order of the columns."""
+    return [file for files in image_files(row).values() for file in files]
+
+
+@contextmanager
+def as_bad_row(column: str, path: str) -> Iterator[None]:
+    """Raise BadRow with the column and path of an image that cannot be used."""
+    try:
+        yield
+    except (BadImage, BadUrl) as error:
+        raise BadRow(str(error), column=column, path=path) from error
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:
@@ -27,7 +145,10 @@ def own_tasks(recipe: Recipe) -> dict[str, Task]:
 
 
 def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refuse: bool = False) -> Plan:
-    """Read the data of a task; with `refuse`, too many bad rows are an error. Raises InputError."""
+    """Read the data of a task, whose table goes to `folder`; with `refuse`, too many bad rows are an error.
+
+    Raises InputError.
+    """
     limits = recipe.extract if refuse else None
     return plan_of(
         recipe, task, family, read_rows(task, folder=folder, max_sources=family.max_sources, extract=limits)
@@ -36,46 +157,5 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
-    area_px = family.source_area_px(recipe.extract.source_sample_size)
     task = task.model_copy(update={"columns": rows.columns})
-    return Plan(task=task, family=family, extract=recipe.extract, rows=rows, source_area_px=area_px)
-
-
-def rows_folder(recipe: Recipe, tasks: Iterable[str]) -> Path:
-    """Where the first of several ranks, on whatever machine, leaves the rows for the others of this launch."""
-    i, n = recipe.extract.shard or (0, 1)
-    first = next(iter(tasks))  # no other launch holds its set
-    return Path(recipe.extract.output_dir, f"rows-{first}-{i}-of-{n}")  # no task can have this name
-
-
-def read_plans(recipe: Recipe, tasks: Mapping[str, Task], family: Family, state: PartialState) -> dict[str, Plan]:
-    """Every task's plan. The first rank reads the data and looks at its files, the others open the rows it found.
-
-    Raises InputError, in all ranks, for what the first one finds wrong.
-    """
-
-    def read(folder: Path) -> dict[str, Plan]:
-        return {name: make_plan(recipe, task, family, folder, refuse=True) for name, task in tasks.items()}
-
-    if state.num_processes == 1:
-        with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
-            return read(Path(folder))  # the rows stay mapped without a name: a killed run leaves none behind
-    folder, plans, failure = rows_folder(recipe, tasks), {}, None
-    with at_any_length("the reading of data by the first rank"):
-        if state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of a launch that was killed
-            try:
-                folder.mkdir(parents=True)
-                plans = read(folder)
-            except (InputError, OSError) as error:
-                failure = error
-        rows = {name: replace(plan.rows, stored=None) for name, plan in plans.items()}
-        told = [str(failure) if failure else rows]
-        broadcast_object_list(told)
-    if failure:
-        raise failure
-    if isinstance(told[0], str):
-        raise Told(told[0])
-    return plans or {
-        name: plan_of(recipe, tasks[name], family, open_rows(tasks[name], told[0][name])) for name in tasks
-    }
+    return Plan(task=task, family=family, extract=recipe.extract, rows=rows)

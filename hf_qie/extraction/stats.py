@@ -19,7 +19,7 @@ from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow, most_bad
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, columns_of
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
-from hf_qie.extraction.preprocess import Plan
+from hf_qie.extraction.plan import Plan
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind in the report; all are in the file

@@ -27,7 +27,8 @@ from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.extraction.preprocess import Pictures, Plan, read_pictures, ways
+from hf_qie.extraction.plan import Plan
+from hf_qie.extraction.preprocess import ImageCache
 from hf_qie.extraction.stats import aligned
 from hf_qie.models.base import Family
 from hf_qie.runtime.device import computes_bfloat16, own_device
@@ -117,10 +118,10 @@ def official_columns(
     """Every column of vectors or grids of a row, by the pipeline; `stored` says where images end and text starts."""
     try:
         refuse_bad(row)
-        images = read_pictures(row, Pictures([row], plan), plan.task.columns)
+        images = ImageCache([row], plan).read(row)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
-    for prefix, files, captions in ways(row, plan):
+    for prefix, files, captions in plan.ways(row):
         if stored.get(f"{prefix}image_embeds") is None:
             continue
         shown = {name: [images[file] for file in some] for name, some in files.items()}

@@ -27,7 +27,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCa
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from hf_qie.config.recipe import Extract, Task
+from hf_qie.config.recipe import Extract, Recipe, Task
 from hf_qie.data.embedding_sets import open_set, published_shards
 from hf_qie.data.provenance import parse_provenance, read_provenance, request_differences
 from hf_qie.data.schema import matrix_width
@@ -104,6 +104,16 @@ def push_sets(folders: Mapping[str, Path], *, tasks: Mapping[str, Task], extract
         repo.upload(one)
     repo.describe(sets, license=extract.license)
     return f"{repo.api.endpoint}/datasets/{repo.name}"
+
+
+def push_unless_bad(recipe: Recipe, code: int) -> None:
+    """Publish the sets that extraction has finished, unless its exit `code` says that too many rows are bad."""
+    if code:
+        logger.error("extract.push_to_hub: nothing is pushed; fix the bad rows, or raise extract.max_bad_share")
+        return
+    names = [name for name, task in recipe.tasks.items() if task.embeddings is None]
+    folders = {name: Path(recipe.extract.output_dir, name) for name in names}
+    logger.info("pushed %s to %s", ", ".join(names), push_sets(folders, tasks=recipe.tasks, extract=recipe.extract))
 
 
 @dataclass(frozen=True, kw_only=True)

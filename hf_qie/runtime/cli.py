@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +22,6 @@ from hf_qie.runtime.yaml_io import read_yaml
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
-
-
-class Told(InputError):
-    """What the first rank found wrong for all of a launch, and says itself."""
 
 
 class Options(argparse.ArgumentParser):
@@ -78,18 +75,29 @@ def to_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"got {show(text)}: {error}") from None
 
 
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Let what this process logs through, whatever its rank."""
+    logger = logging.getLogger("hf_qie")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a script's `main` on the command line; an InputError, or a disk that does not take what is written, ends it
     with its message alone and exit status 1.
 
-    Without arguments, or with -h or --help, the script's docstring is printed. Where a launcher started several
-    processes on this machine, only the first one speaks, until they have each their own work.
+    Without arguments, or with -h or --help, the script's docstring is printed. Ranks other than 0 log warnings alone.
     """
     argv = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
     speaks = os.environ.get("LOCAL_RANK", rank) == "0"
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
-    logging.getLogger("hf_qie").setLevel(logging.INFO)
+    logging.getLogger("hf_qie").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     if not argv or not {"-h", "--help"}.isdisjoint(argv):
         if speaks:
             (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
@@ -104,11 +112,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
             Path(file).write_text(json.dumps({"message": words, "timestamp": int(time.time())}), encoding="utf-8")
         if any(name in os.environ for name in LAUNCHED):
             words += "\nThe error stands above; a traceback below is the launcher's."
-        torch = sys.modules.get("torch")
-        if speaks:
-            sys.stderr.write(f"{words}\n")
-        else:  # the launcher ends all ranks when one ends, and the first has to speak before
-            time.sleep(SPEAK_FIRST_S)
-            if torch and torch.distributed.is_initialized() and not isinstance(error, Told):
-                sys.stderr.write(f"rank {rank}: {words}\n")  # what this rank found, perhaps no other rank knows
+        if not speaks:
+            time.sleep(SPEAK_FIRST_S)  # the launcher ends all ranks when one ends: rank 0 may have the same to say
+            words = f"rank {rank}: {words}"
+        sys.stderr.write(f"{words}\n")
         sys.exit(1)

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from hf_qie.runtime.ranks import local_rank
+
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
@@ -16,8 +18,13 @@ EMULATED = (
 
 
 def own_device() -> torch.device:
-    """This process's accelerator, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """This process's accelerator, by LOCAL_RANK, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    index = local_rank() % torch.accelerator.device_count()  # a launcher may show each process its own alone
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -24,12 +24,12 @@ from synthetic_edits import synthetic_edits
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import to_pixels
 from hf_qie.demo.tiny import tiny_checkpoint
-from hf_qie.extract import load_models, write_chunks
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction.chunk_writer import Models
 from hf_qie.extraction.plan import make_plan
-from hf_qie.extraction.preprocess import Pictures, Prepared, prepare
-from hf_qie.extraction.set_writer import open_folder
+from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
+from hf_qie.extraction.run import load_models, write_chunks
+from hf_qie.extraction.set_writer import SetWriter
 from hf_qie.models.base import read_family
 
 ROWS, CHUNK_ROWS, BATCH, WORKERS = 512, 256, 4, 4
@@ -118,16 +118,17 @@ def measure(folder: Path) -> list[Figure]:
     models = load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
     clock = Clock()
     chunks.prepare = clock.prepare
-    open_folder(folder / "set", {"compat": {}}, recipe=recipe)
+    writer = SetWriter(plan, {"compat": {}, "data": ""}, recipe=recipe)
+    writer.open()
     started = time.perf_counter()
-    write_chunks(plan, slowed(models, clock), folder / "set", recipe=recipe, rank=1)
+    write_chunks(writer, lambda: slowed(models, clock), plan.features(models.encoder.width))
     ours = clock.busy_s / (time.perf_counter() - clock.first_at)
     fill_s = clock.first_at - started
     cost = clock.prepared_s / WORKERS / clock.busy_s
     assert 0.9 < cost < 1.1, f"preparing costs {cost:.2f} of encoding"
     clock, rows = Clock(), plan.rows.table.select(range(ROWS // 4))
-    pictures = Pictures(rows, plan)
-    ready = partial(clock.prepare, pictures=pictures, plan=plan, processor=models.processor)
+    cache = ImageCache(rows, plan)
+    ready = partial(clock.prepare, cache=cache, plan=plan, processor=models.processor)
     started = time.perf_counter()
     one_after_the_other(rows, ready, slowed(models, clock))
     usual = clock.busy_s / (time.perf_counter() - started)

@@ -1,0 +1,246 @@
+"""A launch of RUN 1: rank 0 reads the data and opens the sets, then every rank writes chunks until none is left.
+
+Ranks, and launches that share a set, share locks on its chunks and nothing else. Whoever writes the last chunk
+finishes the set.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+import datasets
+import torch
+from datasets import Features
+from tqdm import tqdm
+
+from hf_qie.config.recipe import Recipe, Task, as_dict
+from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenance
+from hf_qie.data.readers import open_data
+from hf_qie.data.samples import most_bad, open_rows
+from hf_qie.extraction.chunk_writer import ChunkWriter, Models
+from hf_qie.extraction.estimate import check_space, encoder_width, estimate_bytes
+from hf_qie.extraction.manifest import STAGING
+from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
+from hf_qie.extraction.reuse import digests_of, find_reuse, is_remade
+from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, turn_on
+from hf_qie.models.base import Family, read_family
+from hf_qie.runtime.cli import speaking
+from hf_qie.runtime.device import compute_dtype, own_device
+from hf_qie.runtime.files import move_durably
+from hf_qie.runtime.lock import in_turn
+from hf_qie.runtime.ranks import from_rank_0, rank
+
+THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
+TOO_MANY_BAD = 3  # exit code
+ROWS = "rows.arrow"  # in the staging folder of a set: the rows of its task, for every rank
+LIBRARIES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "pillow")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a process leaves."""
+
+    code: int  # exit code; not 0 only once all sets are finished, as a launcher ends all ranks when one fails
+    is_last: bool  # it finished the last set; where all were finished before, rank 0 did
+
+
+def extract(recipe: Recipe) -> Outcome:
+    """Do this process's part in the sets of a recipe."""
+    torch.set_num_threads(THREADS)
+    datasets.disable_progress_bars()
+    family, tasks, device = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe), own_device()
+    opened = from_rank_0(lambda: open_sets(recipe, tasks, family, device))
+    load = cache(lambda dtype: load_models(recipe, family, dtype=getattr(torch, dtype), device=device))
+    is_last = rank() == 0 and not opened
+    for name, known in opened.items():
+        if plan := open_plan(recipe, tasks[name], family, **known):
+            is_last = write_set(SetWriter(plan, known["request"], recipe=recipe), load, device) or is_last
+    folders = [Path(recipe.extract.output_dir, name) for name in tasks]
+    is_bad = are_finished(folders) and any(has_too_many_bad(recipe, folder) for folder in folders)
+    return Outcome(code=TOO_MANY_BAD if is_bad else 0, is_last=is_last)
+
+
+def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device: torch.device) -> dict[str, Any]:
+    """Read the data of all tasks and open their sets; returns what every rank needs of each that is not finished."""
+    with TemporaryDirectory(prefix="hf_qie-rows-") as name:
+        folder, opened = Path(name), {}
+        plans = {name: make_plan(recipe, task, family, folder, refuse=True) for name, task in tasks.items()}
+        check_disk(recipe, family, plans)
+        if (side := recipe.extract.source_sample_size) and side**2 != family.vae_area_px:
+            logger.warning(
+                "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the VAE %s pixels; "
+                "edits have to be sampled at the size they were trained at",
+                *(side, side, f"{family.vae_area_px:,}"),
+            )
+        compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
+        dtype = compute_dtype(recipe.extract.dtype, device)
+        for name, plan in plans.items():
+            writer = SetWriter(plan, request_of(plan, compat, recipe, dtype=dtype), recipe=recipe)
+            writer.open(digests_of(plan.rows.table))
+            if writer.is_finished:
+                counts = "{rows_in:,} rows in, {rows_out:,} out, {bad:,} bad".format_map(counts_of(writer.folder))
+                logger.info("%s: finished before: %s; delete %s to extract it again", name, counts, writer.folder)
+                has_too_many_bad(recipe, writer.folder, tell=True)
+                continue
+            table = writer.staging / ROWS
+            if not table.exists():  # by an earlier launch, of the same data
+                part = table.with_name(f"rows-{uuid4().hex}.part")
+                move_durably(Path(shutil.copyfile(folder / f"{name}.arrow", part)), table)
+            rows = {field: getattr(plan.rows, field) for field in ("has_inverse", "digest", "identity")}
+            opened[name] = {"request": writer.request, "rows": rows}
+    return opened
+
+
+def open_plan(
+    recipe: Recipe, task: Task, family: Family, *, request: Mapping[str, Any], rows: Mapping[str, Any]
+) -> Plan | None:
+    """The plan of a set that rank 0 has opened; None where others have finished it meanwhile."""
+    folder = Path(recipe.extract.output_dir, task.name)
+    with turn_on(folder):  # its rows are deleted when it is finished
+        check_request(folder, request)
+        if are_finished([folder]):
+            return None
+        stored = open_data(task, None)[1]
+        return plan_of(recipe, task, family, open_rows(task, folder / STAGING / ROWS, stored=stored, **rows))
+
+
+def check_disk(recipe: Recipe, family: Family, plans: Mapping[str, Plan]) -> None:
+    """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
+    output_dir = Path(recipe.extract.output_dir)
+    remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]
+    processor = family.load_processor(recipe.model, revision=recipe.revision)
+    width = encoder_width(recipe.model, revision=recipe.revision)
+    num_bytes = {name: estimate_bytes(plan, processor, width=width) for name, plan in plans.items()}
+    logger.info(check_space(num_bytes, output_dir, remade=remade))
+
+
+def load_models(recipe: Recipe, family: Family, *, dtype: torch.dtype, device: torch.device) -> Models:
+    """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
+    where = {"revision": recipe.revision, "dtype": dtype, "device": device}
+    return Models(
+        processor=family.load_processor(recipe.model, revision=recipe.revision),
+        encoder=family.load_encoder(recipe.model, **where),
+        latents=family.load_vae(recipe.model, **where) if recipe.extract.latents else None,
+    )
+
+
+def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.device) -> bool:
+    """Write chunks of a set until none is left, and finish it if no chunk is missing.
+
+    `load` gives the models in a dtype. Returns whether this process finished the last set of the recipe.
+    """
+    started, recipe, name = time.monotonic(), writer.recipe, writer.plan.task.name
+    features = writer.plan.features(encoder_width(recipe.model, revision=recipe.revision))
+    write_chunks(writer, lambda: load(writer.request["dtype"]), features)
+    with in_turn(Path(recipe.extract.output_dir, ".finish.lock")):  # of processes that finish two sets one is the last
+        is_done = writer.is_complete and writer.finish(features, record_of(writer, device))
+        if is_done:
+            is_last = are_finished(Path(recipe.extract.output_dir, task) for task in own_tasks(recipe))
+    if is_done:
+        with speaking():
+            logger.info(closing_line(name, writer.folder, minutes=(time.monotonic() - started) / 60))
+        has_too_many_bad(recipe, writer.folder, tell=True)
+        return is_last
+    if not writer.is_finished:
+        logger.info(
+            "%s: chunks are left to other processes, which have locks in %s; the one that writes the last finishes it",
+            *(name, writer.staging),
+        )
+    return False
+
+
+def write_chunks(writer: SetWriter, load: Callable[[], Models], features: Features) -> None:
+    """Write chunks that are not there yet until none is left; the bar of rank 0 shows what all ranks have done."""
+    claims, plan = writer.claims(), writer.plan
+    first = next(claims, None)
+    if first is None:
+        return
+    if reuse := find_reuse(writer.folder, plan.rows.table, features):
+        logger.info("%s: its data or images changed: %s", plan.task.name, reuse)
+    total, done = len(plan.rows.table), writer.rows_done()
+    with (
+        ExitStack() as locks,
+        tqdm(desc=plan.task.name, unit="row", total=total, initial=done, disable=rank() != 0) as bar,
+        ChunkWriter(plan, load(), progress=bar.update, reuse=reuse) as chunk_writer,
+    ):
+
+        def open_chunk(path, rows, lock):
+            locks.callback(lock.release)
+            return path, chunk_writer.open(rows), lock
+
+        opened = [open_chunk(*first)]
+        while opened:
+            path, chunk, lock = opened.pop()
+            chunk_writer.write(
+                path,
+                chunk,
+                part=writer.part(path),
+                near_end=lambda: opened.extend(open_chunk(*claim) for claim in islice(claims, 1)),
+            )
+            lock.release()
+            bar.update(writer.rows_done() - bar.n)
+
+
+def record_of(writer: SetWriter, device: torch.device) -> dict[str, Any]:
+    """What a set was made with, for the reader; never compared."""
+    from importlib.metadata import version
+
+    recipe = writer.recipe
+    processor = writer.plan.family.load_processor(recipe.model, revision=recipe.revision)
+    return {
+        "model": recipe.model,
+        "revision": recipe.revision,
+        "versions": {name: version(name) for name in LIBRARIES},
+        # there are two for images, slightly different
+        "processor": type(getattr(processor, "image_processor", processor)).__name__,
+        "dtype": writer.request["dtype"],
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "recipe": as_dict(recipe),
+    }
+
+
+def are_finished(folders: Iterable[Path]) -> bool:
+    """Whether all sets are complete."""
+    return all((folder / PROVENANCE).exists() for folder in folders)
+
+
+def counts_of(folder: Path) -> dict[str, Any]:
+    """The counts of a finished set."""
+    return read_provenance(folder)["record"]["counts"]
+
+
+def has_too_many_bad(recipe: Recipe, folder: Path, *, tell: bool = False) -> bool:
+    """Whether more rows of a finished set are bad than `extract.max_bad_share` allows."""
+    counts = counts_of(folder)
+    too_many = counts["bad"] > most_bad(recipe.extract, counts["rows_in"])
+    if too_many and tell:
+        logger.error("%s: more bad rows than extract.max_bad_share allows", folder.name)
+    return too_many
+
+
+def closing_line(name: str, folder: Path, *, minutes: float) -> str:
+    """One line on what became of the rows of a task, and what it cost."""
+    counts = counts_of(folder)
+    reused = f" ({counts['rows_reused']:,} of them reused)" if counts["rows_reused"] else ""
+    bad = f"{counts['bad']:,} bad" + (f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "")
+    empty = f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
+    share = counts["num_tokens"] / max(counts["num_tokens_apart"], 1)
+    padding = 1 - counts["num_tokens"] / max(counts["num_tokens_padded"], 1)
+    return (
+        f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out{reused}, {bad}{empty}; "
+        f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
+        f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
+        f"left in {folder}"
+    )

@@ -1,7 +1,9 @@
 """`training:`: TrainingArguments' own names, what we refuse of them, and the reasons."""
 
+import ast
 import importlib.util
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -10,6 +12,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
 
+from hf_qie.config import installed
 from hf_qie.config.installed import choices, missing_package, training_arguments
 from hf_qie.config.training_args import NO_EFFECT, REFUSED, check_packages, check_training
 from hf_qie.errors import InputError, Misfit
@@ -31,6 +34,54 @@ def test_training_arguments_take_the_section_as_it_is():
     section = read_yaml("{learning_rate: 1e-4, lr_scheduler_type: cosine, report_to: none, use_cpu: true}", "here")
     arguments = TrainingArguments(**check_training(section))
     assert (arguments.learning_rate, arguments.max_steps, arguments.remove_unused_columns) == (1e-4, 512, False)
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        ("Optional[int]", int | None),
+        ("Union[int, None]", int | None),
+        ("SomeEnum", int | None),
+        ("None | Literal['a']", int | None),
+        ("typing.Optional[int]", int | None),
+    ],
+)
+def test_an_annotation_of_a_later_release_is_read_or_the_library_itself_is_asked(monkeypatch, written, kind):
+    def changed(name: str) -> ast.Module:
+        (folder,) = importlib.util.find_spec("transformers").submodule_search_locations
+        text = Path(folder, name).read_text(encoding="utf-8")
+        line = "    torch_empty_cache_steps: int | None = field("
+        assert line in text
+        return ast.parse(text.replace(line, line.replace("int | None", written)))
+
+    known = training_arguments()
+    monkeypatch.setattr(installed, "_source", changed)
+    training_arguments.cache_clear()
+    try:
+        assert training_arguments().keys() == known.keys()
+        assert training_arguments()["torch_empty_cache_steps"][0] == kind
+        with pytest.raises(Misfit, match="expected an integer"):
+            check_training({"torch_empty_cache_steps": "3"})
+    finally:
+        training_arguments.cache_clear()
+
+
+def test_without_a_readable_source_the_library_itself_is_asked(monkeypatch):
+    known, names = training_arguments(), choices("optim")
+
+    def unreadable(name: str) -> ast.Module:
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(installed, "_source", unreadable)
+    for cached in (training_arguments, choices):
+        cached.cache_clear()
+    try:
+        found = training_arguments()
+        assert {key: kind for key, (kind, _) in found.items()} == {key: kind for key, (kind, _) in known.items()}
+        assert choices("optim") == names
+    finally:
+        for cached in (training_arguments, choices):
+            cached.cache_clear()
 
 
 # --- every field works, is refused, or means nothing ----------------------------------------------------------------

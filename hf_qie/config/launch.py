@@ -1,7 +1,7 @@
-"""What `accelerate launch` asks for by the environment, and what becomes of it beside the recipe.
+"""What `accelerate launch` sets in the environment, brought together with the recipe.
 
-Trainer takes FSDP's settings from `training.fsdp_config` alone, and accelerate its own from the environment: left to
-themselves, one overrides the other in silence. Here they become one.
+Trainer takes FSDP's settings from `training.fsdp_config` alone, and accelerate takes its own from the environment: one
+would override the other in silence.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,44 +10,42 @@ from typing import Any
 from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
 
-# What Trainer would do, or silently leave, without the recipe.
-REFUSED = {
+_REFUSED = {  # by the flag that asks for it
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
     "ACCELERATE_DYNAMO_BACKEND": "compiling the whole model",  # training.torch_compile compiles its blocks
 }
-# FSDP1's names for what FSDP2 calls reshard_after_forward. The others are other ways to shard.
-RESHARD = {"true": True, "full_shard": True, "1": True, "false": False, "shard_grad_op": False, "2": False}
+# FSDP1's names for what FSDP2 calls reshard_after_forward; the other strategies are refused.
+_RESHARD = {"true": True, "full_shard": True, "1": True, "false": False, "shard_grad_op": False, "2": False}
 
 
-def asks_for(value: str) -> bool:
-    """Whether a flag in the environment is set."""
-    return value.lower() not in ("no", "false", "0", "")
+def _is_on(flag: str) -> bool:
+    return flag.lower() not in ("no", "false", "0", "")
 
 
 # accelerate's variables by the keys that TrainingArguments has in fsdp_config
-FSDP_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+_FSDP_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "FSDP_VERSION": ("version", int),
     "FSDP_STATE_DICT_TYPE": ("state_dict_type", str.upper),
     "FSDP_AUTO_WRAP_POLICY": ("auto_wrap_policy", str.upper),
     "FSDP_TRANSFORMER_CLS_TO_WRAP": ("transformer_layer_cls_to_wrap", lambda names: names.split(",")),
     "FSDP_MIN_NUM_PARAMS": ("min_num_params", int),
-    "FSDP_OFFLOAD_PARAMS": ("cpu_offload", asks_for),
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("cpu_ram_efficient_loading", asks_for),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("activation_checkpointing", asks_for),
+    "FSDP_OFFLOAD_PARAMS": ("cpu_offload", _is_on),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("cpu_ram_efficient_loading", _is_on),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("activation_checkpointing", _is_on),
 }
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:
-    """Raise InputError where the launcher asks for what training would not do, or not as the recipe says."""
-    for flag, capability in REFUSED.items():
-        if asks_for(environment.get(flag, "no")):
+    """Raise InputError where the launcher asks for something that training does not support."""
+    for flag, capability in _REFUSED.items():
+        if _is_on(environment.get(flag, "no")):
             raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
 
 
 def num_started(environment: Mapping[str, str]) -> int:
-    """How many processes the launcher started; the names are those that accelerate looks for."""
+    """How many processes the launcher started, by the variables that accelerate looks for."""
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     return max(int(environment.get(name, "1")) for name in names)
 
@@ -69,19 +67,17 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, Any] | None:
     """`training.fsdp_config` in full: the recipe's keys, then the launcher's, then ours; None without FSDP.
 
-    Raises InputError where the two contradict each other, or where something would be without effect or wrong.
+    Raises InputError where they contradict each other, or a setting would have no effect.
     """
-    training, launched = recipe.training, asks_for(environment.get("ACCELERATE_USE_FSDP", "no"))
+    training, launched = recipe.training, _is_on(environment.get("ACCELERATE_USE_FSDP", "no"))
     named = {key.removeprefix("fsdp_"): value for key, value in training.get("fsdp_config", {}).items()}
     if launched and training.get("fsdp") is False:
         raise InputError("training.fsdp: false, but accelerate launch asks for FSDP; leave one of them out")
     if not launched and not training.get("fsdp"):
         if named:
-            raise InputError(
-                "training.fsdp_config: without effect; set training.fsdp: true, or launch with --use_fsdp"
-            )
+            raise InputError("training.fsdp_config: without effect; set training.fsdp: true, or launch --use_fsdp")
         return None
-    # one rank reads the checkpoint, or the memory of a machine would have to hold it once for each of its ranks
+    # only rank 0 reads the checkpoint; else the host would hold it once per rank
     settings = {"cpu_ram_efficient_loading": True} | (_launched(environment) if launched else {}) | named
     checkpointing = settings.get("activation_checkpointing", False)
     if checkpointing and (training.get("activation_checkpointing") or training.get("gradient_checkpointing")):
@@ -97,24 +93,24 @@ def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, A
 
 
 def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the launcher says, by the keys of fsdp_config."""
-    settings = {key: read(environment[name]) for name, (key, read) in FSDP_VARIABLES.items() if name in environment}
+    """The launcher's settings by the keys of fsdp_config."""
+    settings = {key: read(environment[name]) for name, (key, read) in _FSDP_VARIABLES.items() if name in environment}
     ways = [environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")]
     if settings.get("version", 1) == 1:
         ways.append(environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"))
     for way in ways:
-        if way.lower() not in RESHARD:
+        if way.lower() not in _RESHARD:
             raise InputError(
                 f"accelerate launch: FSDP's sharding strategy {way!r} is not available; use FULL_SHARD, or "
                 "SHARD_GRAD_OP, which keeps gathered weights from forward to backward"
             )
-    return settings | {"reshard_after_forward": all(RESHARD[way.lower()] for way in ways)}
+    return settings | {"reshard_after_forward": all(_RESHARD[way.lower()] for way in ways)}
 
 
 def fsdp_environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What accelerate reads from the environment before it sees any settings; read again, it gives the same settings.
+    """What accelerate reads from the environment before it sees any settings.
 
-    By these it gives the process group a backend for tensors on the CPU, which offloading and full state need.
+    It chooses by them whether the process group has a backend for CPU tensors, which offloading and full state need.
     """
     return {
         "ACCELERATE_USE_FSDP": "true",

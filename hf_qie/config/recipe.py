@@ -25,7 +25,6 @@ from hf_qie.runtime.rules import (
     PathName,
     Positive,
     Rule,
-    SchemaWithoutTitles,
     Section,
     Seed,
     Share,
@@ -41,9 +40,10 @@ from hf_qie.runtime.rules import (
 from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
 ModeScale = Annotated[float, Field(ge=-1, le=1.75), Rule("a number from -1 to 1.75")]  # where it is one to one
-_is_shard = lambda shard: len(shard) == 2 and 0 <= shard[0] < shard[1]  # noqa: E731
-Shard = Annotated[tuple[int, ...], Listed(one=False), Rule("[i, n] with 0 <= i < n", _is_shard)]
-ModuleNames = Annotated[tuple[Name, ...], Listed(one=False), Rule("a list of at least one name", len)]
+Shard = Annotated[
+    tuple[int, ...], Listed(), Rule("[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1])
+]
+ModuleNames = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
 HubName = Annotated[str, Rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
 TaskName = Annotated[str, Rule("a name of letters, digits and _ that does not start with a digit", _name_of_task)]
@@ -52,13 +52,18 @@ SET_COLUMNS = {"row", "source_image", "target_image", "num_sources", "image_embe
 SET_COLUMNS |= {"source_latents", "source_grids", "drop"}
 CaptionNames = Annotated[
     tuple[Name, ...],
-    Listed(),
+    Listed(one=True),
     Rule(
         f"a list of different column names, none of them {', '.join(sorted(SET_COLUMNS))}",
         lambda names: len(set(names)) == len(names) and SET_COLUMNS.isdisjoint(names),
     ),
 ]
-INVERSE_CAPTIONS = ("inverse_instruction", "inverse_instruction_cn")
+Paths = Annotated[tuple[PathName, ...], Listed(one=True)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _inverse_captions(given: dict[str, Any]) -> tuple[str, ...]:
+    return ("inverse_instruction", "inverse_instruction_cn")[: len(given["captions"])]
 
 
 class Columns(Section):
@@ -67,10 +72,7 @@ class Columns(Section):
     sources: Name | Names = Field("source_image", description="null, a path, a URL, an image, or a list of them")
     target: Name = "target_image"
     captions: CaptionNames = ("instruction", "instruction_cn")
-    inverse_captions: CaptionNames = Field(
-        default_factory=lambda given: INVERSE_CAPTIONS[: len(given["captions"])],
-        description="the i-th is the inverse of the i-th caption",
-    )
+    inverse_captions: CaptionNames = Field(default_factory=_inverse_captions, description="i-th: inverse of the i-th")
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -93,19 +95,14 @@ class Task(Section):
     """One dataset and its part in the mix."""
 
     name: SkipJsonSchema[str] = Field(exclude=True)
-    data: Annotated[tuple[PathName, ...], Listed()] = Field(
-        (),
-        description="files, globs, a folder of save_to_disk, or a Hub id; not needed where embeddings are given",
-    )
+    data: Paths = Field((), description="files, globs, a folder of save_to_disk, or a Hub id; none with embeddings")
     split: Name = "train"
     image_root: PathName | None = Field(None, description="relative image paths start here; null: the folder of data")
     weight: Weight = Field(1.0, description="relative; 0: extracted and evaluated, not trained")
     t2i: bool = Field(False, description="ignore sources: text-to-image")
     eval_rows: Whole = Field(0, description="hold out the last n rows of the set for evaluation")
     columns: Columns = Field(default_factory=Columns)
-    embeddings: PathName | None = Field(
-        None, description="a ready set: folder, org/name or org/name:config, with @revision"
-    )
+    embeddings: PathName | None = Field(None, description="a ready set: folder, org/name[:config][@revision]")
 
 
 class Extract(Section):
@@ -114,16 +111,12 @@ class Extract(Section):
     output_dir: PathName = "outputs/embeddings"
     batch_size: Count = Field(4, description="rows per forward pass of the prompt encoder")
     image_sample_size: Side = Field(512, description="px; the target covers the area of this square, sides are x 32")
-    source_sample_size: Side | None = Field(
-        None, description="px, the same for sources; null: what the family's pipeline feeds its VAE"
-    )
+    source_sample_size: Side | None = Field(None, description="px, the same for sources; null: as the pipeline has it")
     inverse: bool = Field(True, description="also target -> source, where a row has one source and an inverse caption")
     drop_caption: str = Field(" ", description="what caption dropout trains on: the official negative prompt")
     latents: bool = Field(True, description="store VAE latents; false: training encodes images itself")
     vae_batch_size: Count = Field(1, description="images per forward pass of the VAE")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="of the computation; stored as float16. auto: bfloat16 where the device supports it"
-    )
+    dtype: Dtype = Field("auto", description="of the computation; auto: bfloat16 where the device supports it")
     chunk_rows: Count = Field(256, description="rows that a crash can cost at most; ranks share out chunks")
     num_workers: Count = Field(4, description="threads that read and prepare images")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="skip: counted and listed in bad_rows.jsonl")
@@ -139,12 +132,8 @@ class Extract(Section):
 class Mix(Section):
     """How draws are shared out."""
 
-    source_count_weights: Table[Whole, Weight] | None = Field(
-        None, description="{number of sources: weight}; null: the tasks' weights decide"
-    )
-    same_shape: Count | None = Field(
-        None, description="rows of one shape drawn together; null: training.per_device_train_batch_size"
-    )
+    source_count_weights: Table[Whole, Weight] | None = Field(None, description="null: the tasks' weights decide")
+    same_shape: Count | None = Field(None, description="rows of a bucket; null: per_device_train_batch_size")
     caption_weights: Table[Name, Weight] | None = Field(None, description="null: equal over the captions a row has")
     caption_dropout: Share = Field(0.05, description="the chance that a draw trains on extract.drop_caption")
     inverse_share: Share = Field(0.0, description="the chance that a draw of a row with an inverse is its inverse")
@@ -158,9 +147,7 @@ class Loss(Section):
     logit_std: Positive = Field(1.0, description="of logit_normal")
     mode_scale: ModeScale = Field(1.29, description="of mode")
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    shift: Literal["auto", "none"] | float = Field(
-        "auto", description="auto: the scheduler's mu at the target's tokens; or a number: mu"
-    )
+    shift: Literal["auto", "none"] | float = Field("auto", description="auto: mu at the target's tokens; or mu itself")
 
 
 class Lora(Section):
@@ -178,7 +165,9 @@ class Trainable(Section):
 
     lora: Lora | None = Field(None, description="null: full fine-tuning of `modules`")
     modules: Names = Field((".",), description="parts of dotted names that train; . is all")
-    low_lr_modules: Annotated[tuple[Name, ...], Listed()] = Field((), description="these train at half the rate")
+    low_lr_modules: Annotated[tuple[Name, ...], Listed(one=True)] = Field(
+        (), description="these train at half the rate"
+    )
 
 
 class Sampling(Section):
@@ -192,12 +181,10 @@ class Sampling(Section):
 
 def _named(tasks: Any) -> Any:
     """Give each task its name."""
-    if not isinstance(tasks, dict):
-        return tasks
-    return {
-        name: _with(Task, task or {}, f"tasks.{name}", name=name) if isinstance(task, dict | None) else task
-        for name, task in tasks.items()
-    }
+    if isinstance(tasks, dict):
+        named = {k: _with(Task, v or {}, f"tasks.{k}", name=k) for k, v in tasks.items() if isinstance(v, dict | None)}
+        return tasks | named
+    return tasks
 
 
 class Recipe(Section):
@@ -281,7 +268,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, by which editors complete and check it."""
-    schema = Recipe.model_json_schema(schema_generator=SchemaWithoutTitles)
+    schema = Recipe.model_json_schema()
     schema["properties"]["training"] |= training_schema()
     return schema
 

@@ -7,18 +7,7 @@ from pydantic import TypeAdapter
 
 from hf_qie.config.installed import choices, missing_package, pairs, training_arguments
 from hf_qie.errors import InputError, Misfit
-from hf_qie.runtime.rules import (
-    Below1,
-    PathName,
-    Positive,
-    Rule,
-    SchemaWithoutTitles,
-    Section,
-    Weight,
-    show,
-    unknown,
-    validate,
-)
+from hf_qie.runtime.rules import Below1, PathName, Positive, Rule, Section, Weight, show, unknown, validate
 
 DEFAULTS = {
     "output_dir": "outputs/run",
@@ -28,7 +17,6 @@ DEFAULTS = {
     "remove_unused_columns": False,
     "logging_nan_inf_filter": False,
 }
-PATHS = {"output_dir"}
 MAX_STEPS = 512  # unless max_steps or num_train_epochs is given
 
 _RESUME = (
@@ -110,17 +98,13 @@ _STEPS = Annotated[float, Rule("a whole number of at least 1", lambda n: n >= 1 
 _LOG_LEVEL = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 # What a value has to be beyond its type in TrainingArguments
 _RULES = (
-    (
-        _STEPS,
-        "max_steps logging_steps save_steps eval_steps per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor "
-        "ddp_timeout",
-    ),
+    (_STEPS, "max_steps logging_steps save_steps eval_steps torch_empty_cache_steps ddp_timeout"),
+    (_STEPS, "gradient_accumulation_steps eval_accumulation_steps dataloader_prefetch_factor"),
+    (_STEPS, "per_device_train_batch_size per_device_eval_batch_size"),
     (Weight, "learning_rate warmup_steps weight_decay adam_epsilon max_grad_norm eval_delay dataloader_num_workers"),
     (Below1, "adam_beta1 adam_beta2"),
     (Positive, "num_train_epochs"),
     (_LOG_LEVEL, "log_level log_level_replica"),
-    (PathName, "output_dir"),
 )
 
 
@@ -158,7 +142,7 @@ def training_schema() -> dict[str, Any]:
         properties[key]["default"] = DEFAULTS.get(key, default)
     for key in ("optim", "lr_scheduler_type"):
         properties[key] = {"enum": choices(key), "default": properties[key]["default"]}
-    fsdp = _FsdpConfig.model_json_schema(schema_generator=SchemaWithoutTitles)["properties"]
+    fsdp = _FsdpConfig.model_json_schema()["properties"]
     properties["fsdp_config"] = {"properties": fsdp | {f"fsdp_{key}": value for key, value in fsdp.items()}}
     return {"properties": properties, "additionalProperties": False}
 
@@ -185,20 +169,15 @@ def check_training(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key not in known:
             raise Misfit(at, _unknown(key, known))
-        try:
-            validate(known[key][0] if value is not None else Any, value, at)
-        except Misfit as misfit:
-            hint = (
-                "; write the keys of the file here"
-                if isinstance(value, str) and dict in get_args(known[key][0])
-                else ""
-            )
-            raise Misfit(at, misfit.args[1] + hint) from None
+        if isinstance(value, str) and dict in get_args(known[key][0]):
+            raise Misfit(at, f"got {show(value)}, expected a mapping; write the keys of the file here")
+        if value is not None:
+            validate(known[key][0], value, at)
     training = DEFAULTS | {key: value for key, value in given.items() if value is not None}
     for rule, keys in _RULES:
         for key in training.keys() & keys.split():
-            checked = validate(rule, training[key], f"training.{key}")
-            training[key] = checked if key in PATHS else training[key]
+            validate(rule, training[key], f"training.{key}")
+    training["output_dir"] = validate(PathName, training["output_dir"], "training.output_dir")
     _check_steps(training)
     _check_names(training)
     _check_optimizer(training)

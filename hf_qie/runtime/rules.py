@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError, core_schema
 
 from hf_qie.errors import Misfit
@@ -53,7 +52,7 @@ class Rule:
 class Listed:
     """Annotation of a tuple: YAML gives a list, and with `one` a single string stands for a list of one."""
 
-    one: bool = True
+    one: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         return core_schema.no_info_before_validator_function(self._listed, handler(source))
@@ -92,16 +91,8 @@ Positive = Annotated[float, Field(gt=0), Rule("a number above 0")]
 Weight = Annotated[float, Field(ge=0), Rule("a number of at least 0")]
 Share = Annotated[float, Field(ge=0, le=1), Rule("a number from 0 to 1")]
 Below1 = Annotated[float, Field(ge=0, lt=1), Rule("a number from 0 to below 1")]
-Names = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
+Names = Annotated[tuple[Name, ...], Listed(one=True), Rule("a list of at least one name", len)]
 Table = Annotated[Mapping[K, V], AfterValidator(MappingProxyType)]  # read-only
-
-
-class SchemaWithoutTitles(GenerateJsonSchema):
-    """Titles would say each key's name again."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        """Never."""
-        return False
 
 
 class Section(BaseModel):

@@ -40,9 +40,8 @@ from hf_qie.runtime.rules import (
 from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
 ModeScale = Annotated[float, Field(ge=-1, le=1.75), Rule("a number from -1 to 1.75")]  # where it is one to one
-Shard = Annotated[
-    tuple[int, ...], Listed(), Rule("[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1])
-]
+_in_range = lambda shard: len(shard) == 2 and 0 <= shard[0] < shard[1]  # noqa: E731
+Shard = Annotated[tuple[int, ...], Listed(), Rule("[i, n] with 0 <= i < n", _in_range)]
 ModuleNames = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
 HubName = Annotated[str, Rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
@@ -165,9 +164,7 @@ class Trainable(Section):
 
     lora: Lora | None = Field(None, description="null: full fine-tuning of `modules`")
     modules: Names = Field((".",), description="parts of dotted names that train; . is all")
-    low_lr_modules: Annotated[tuple[Name, ...], Listed(one=True)] = Field(
-        (), description="these train at half the rate"
-    )
+    low_lr_modules: Annotated[tuple[Name, ...], Listed(one=True)] = Field((), description="train at half the rate")
 
 
 class Sampling(Section):

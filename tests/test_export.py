@@ -211,7 +211,7 @@ def test_of_an_interrupted_run_the_last_whole_checkpoint_is_taken(done, tmp_path
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
     assert any(not torch.equal(ours[key], tensor) for key, tensor in load_file(weights).items())
-    with pytest.raises(InputError, match=r"checkpoint-6: the checkpoint is not whole, its complete\.json cannot be"):
+    with pytest.raises(InputError, match=r"checkpoint-6: the checkpoint is incomplete, its complete\.json cannot be"):
         exported(run / "checkpoint-6", tmp_path / "six")
     assert not (tmp_path / "six").exists()
 
@@ -310,7 +310,7 @@ def test_values_of_a_checkpoint_are_those_of_what_trained_not_of_what_is_frozen(
 def test_a_lora_without_its_alpha_is_refused(done, tmp_path):
     run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
     save_file(load_file(run / LORA_FILE), run / LORA_FILE)
-    with pytest.raises(InputError, match=r"is no LoRA as train\.py leaves it"):
+    with pytest.raises(InputError, match=r"has no rank and alpha, which train\.py writes"):
         exported(run, tmp_path / "to")
 
 
@@ -445,7 +445,7 @@ def test_of_a_quantised_base_the_lora_is_exported_and_nothing_merged(done, tiny,
 
 def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
     lora, full = done / "lora" / "alone", done / "full" / "alone"
-    with pytest.raises(InputError, match=r"nowhere: no such folder; wanted training.output_dir of a run"):
+    with pytest.raises(InputError, match=r"nowhere: not found; expected training.output_dir of a run"):
         exported(tmp_path / "nowhere", tmp_path / "to")
     with pytest.raises(InputError, match=r"has no recipe.yaml, which train.py leaves there"):
         exported(tmp_path, tmp_path / "to")
@@ -459,13 +459,13 @@ def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
         exported(lora, tmp_path / "to", "--public")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(InputError, match="full is there and not empty; remove it, or name another folder"):
+    with pytest.raises(InputError, match="full exists and is not empty; remove it, or name another folder"):
         exported(lora, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
     run = shutil.copytree(
         lora, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoint-*", "trainer_state.json")
     )
-    with pytest.raises(InputError, match="has no whole checkpoint yet, and its run has not ended"):
+    with pytest.raises(InputError, match="has no complete checkpoint yet, and its run has not ended"):
         exported(run, tmp_path / "to")
 
 

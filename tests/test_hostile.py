@@ -296,7 +296,7 @@ def test_a_pickle_in_place_of_an_adapter_is_refused_by_export(run, sprung, to, t
     _, checkpoint = run
     (checkpoint / "pytorch_lora_weights.safetensors").write_bytes(pickle.dumps(Trap(sprung)))
     sign(checkpoint)
-    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors: does not load as a LoRA"):
+    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors does not load as a LoRA"):
         export([str(checkpoint), "--to", to])
 
 
@@ -317,7 +317,7 @@ def test_adapters_of_absurd_shape_or_type_are_refused(run, change, tiny, tmp_pat
         metadata = opened.metadata()
     save_file(tensors | {name: BAD_ADAPTERS[change](tensors[name]).contiguous()}, file, metadata=metadata)
     sign(checkpoint)
-    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors: .*are no adapter"):
+    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors: .*lora_B do not fit each other"):
         _ = find_trained(checkpoint).adapters
     started = load_recipe(
         tmp_path / "recipe.yaml", [f"trainable.lora.init_from={file}", f"training.output_dir={tmp_path / 'other'}"]
@@ -351,7 +351,7 @@ def test_a_config_that_is_no_config_is_refused(tmp_path, tiny, text):
 @pytest.mark.parametrize("content", [{"weight_map": {"a": "../../secret.safetensors"}}, {"weight_map": []}, [], {}])
 def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, content):
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"index.json: (names no files of its own folder|holds no names)"):
+    with pytest.raises(InputError, match=r"index.json: (names no files of its own folder|expected a JSON object)"):
         saved_tensors(tmp_path)
 
 

@@ -83,7 +83,7 @@ image.save("output.png")
 | `edit` | 1 | 6 | 3 | 0.7500 |
 | `text_to_image` | 0 | 8 | 1 | 0.2500 |
 
-A draw of training takes a row of a task with that number of sources by this share.
+The share is the probability that a draw takes a row of that task with that number of sources.
 
 ## Losses
 
@@ -95,9 +95,9 @@ A draw of training takes a row of a task with that number of sources by this sha
 | evaluation, `edit` | 2 | … | 4 | … |
 | evaluation, sigma … | 2 | … | 4 | … |
 
-Training: the mean over the steps since the log before. Evaluation: of rows that were held out, at fixed noise.
+Training: the mean over the steps since the log before. Evaluation: on held-out rows, at fixed noise.
 
-## Pictures
+## Images
 
 ![Edits of held-out rows in the course of training](pictures.png)
 
@@ -107,7 +107,7 @@ torch …, transformers …, diffusers …, accelerate …, peft …, datasets �
 
 ## Recipe
 
-As it was run; of paths outside the working directory the last part.
+As it was run; paths outside the working directory are shortened to their last part.
 
 ```yaml
 {recipe}```
@@ -281,7 +281,7 @@ def test_a_push_that_cannot_succeed_fails_before_anything_is_written(pushed, run
         done = script(hub, tmp_path / "home", "-c", REFUSED, *lines, cwd=root)
     assert done.returncode == 0, done.stderr
     public, license, token = re.split(r"\n(?=--)", done.stdout)
-    assert public == "--push_to_hub: org/lora is there and private; leave out --public, or push elsewhere"
+    assert public == "--push_to_hub: org/lora exists and is private; leave out --public, or push elsewhere"
     assert license.startswith("--license: the Hub does not take 'mine'")
     assert token.startswith("--push_to_hub: org/lora: ")
     assert "log in with `hf auth login`, or set HF_TOKEN" in token

@@ -41,7 +41,7 @@ assert "hf_qie" not in sys.modules
 PUSH = """
 import sys
 from pathlib import Path
-from hf_qie import publish
+from hf_qie.hub import publish
 from hf_qie.runtime.cli import run_script
 from hf_qie.config.recipe import load_recipe
 publish.SHARD_BYTES, publish.SHARDS_PER_COMMIT = 200_000, 2
@@ -217,7 +217,7 @@ def test_the_card_tells_what_was_recorded(pushed):
     assert "## Licence\n\ncc-by-4.0\n" in text
 
 
-def test_a_push_goes_on_where_it_was_killed(work, loopback_hub):
+def test_a_push_resumes_where_it_was_killed(work, loopback_hub):
     """Shards on the Hub are neither prepared nor sent again, and what is prepared is not prepared again."""
     reached, prepared = threading.Event(), work.parent / "embeddings" / "combine" / "parquet"
 
@@ -253,14 +253,14 @@ def test_a_push_goes_on_where_it_was_killed(work, loopback_hub):
     assert not prepared.exists() or not any(prepared.iterdir())
 
 
-def test_a_hub_that_fails_ends_the_push_with_its_error_and_the_next_one_goes_on(work, loopback_hub):
+def test_a_hub_that_fails_ends_the_push_with_its_error_and_the_next_one_resumes(work, loopback_hub):
     loopback_hub.intercept = lambda method, path: (
         507 if method == "PUT" and len(loopback_hub.asked("PUT", "^/lfs/")) >= 1 else None
     )
     said = push(loopback_hub, work, "combine", code=1)
     assert "extract.push_to_hub: org/edits: " in said
     assert "507" in said
-    assert said.rstrip().endswith("start again: a push goes on where it stopped")
+    assert said.rstrip().endswith("start again: the push resumes where it stopped")
     assert "Traceback" not in said
     loopback_hub.intercept = lambda method, path: None
     push(loopback_hub, work, "combine")
@@ -298,7 +298,7 @@ def test_a_card_that_somebody_changed_meanwhile_is_not_overwritten(work, loopbac
     loopback_hub.intercept = meddle
     said = push(loopback_hub, work, "text_to_image", code=1)
     assert "412" in said
-    assert said.rstrip().endswith("start again: a push goes on where it stopped")
+    assert said.rstrip().endswith("start again: the push resumes where it stopped")
     assert loopback_hub.read("org/edits", "README.md") == b"Ours.\n"
     push(loopback_hub, work, "text_to_image")
     assert card_of(loopback_hub)[1].strip().startswith(f"Ours.\n\n{BEGIN}")
@@ -345,7 +345,10 @@ def test_a_push_that_cannot_succeed_is_refused_at_once(loopback_hub, tmp_path):
     loopback_hub.create("org/edits", private=True)
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
     expected = [
-        ({"private": False}, "extract.private: got false, but org/edits is there and private; set extract.private to"),
+        (
+            {"private": False},
+            "extract.private: got false, but org/edits exists and is private; set",
+        ),
         ({"license": "mine"}, "extract.license: the Hub does not take 'mine'; give an identifier of https://hf.co/"),
         ({"push_to_hub": "org/a..b"}, "extract.push_to_hub: Cannot have -- or .. in repo_id: 'org/a..b'"),
     ]

@@ -1,7 +1,8 @@
-"""Cards, made from what was recorded and from nothing else: of a published embedding set, its dataset card."""
+"""Cards, rendered from what was recorded: the dataset card of published embedding sets, and what both cards share."""
 
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from typing import Any
 
 from datasets import DatasetInfo
@@ -18,87 +19,6 @@ from hf_qie.runtime.yaml_io import write_yaml
 TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
 END = "<!-- hf_qie: end -->\n"
-STOCK_AREAS_PX = {family.vae_area_px for family in families()}
-
-TEMPLATE = """\
-# {{ repo }}
-
-What Qwen-Image-Edit sees of {{ rows | n }} edits: the states of its prompt encoder and the latents of its VAE,
-computed once by hf_qie, so that fine-tuning needs neither model. There are no pixels in here; pictures are named by
-their paths and URLs.
-
-| config | rows | without caption | skipped | MB |
-|---|---|---|---|---|
-{% for name, config in configs.items() -%}
-| `{{ name }}` | {{ config.counts.rows_out | n }} | {{ config.counts.rows_without_caption | n }} |
-{{- " " }}{{ config.counts.bad | n }} of {{ config.counts.rows_in | n }} | {{ config.megabytes }} |
-{% endfor %}
-## Load
-
-```python
-import torch
-from datasets import load_dataset
-ds = load_dataset("{{ repo }}", "{{ first }}", split="train").with_format("torch", {{ selected }})
-```
-
-`image_embeds` followed by one `text_embeds_...` is the prompt embedding of a row. To train on a config with hf_qie,
-name it in the recipe: `tasks.<name>.embeddings: {{ repo }}:{{ first }}`.
-
-## Columns
-
-A matrix of L tokens is a list of L vectors of fixed length; nothing is padded. An `inverse_` column is the same for
-the edit undone, from target to source, and null where a row has no inverse.
-{% for names, columns in columns_of %}
-{{ names }}:
-
-| column | type | meaning |
-|---|---|---|
-{% for column, kind, meaning in columns -%}
-| `{{ column }}` | `{{ kind }}` | {{ meaning }} |
-{% endfor %}{% endfor %}
-## Model and template
-{% for names, made in makers %}
-{{ names }}:
-
-- model `{{ made.model }}`{% if made.revision %}, revision `{{ made.revision }}`{% endif %}
-{%- if made.unknown %}
-- the states were computed by others, in .pt files; not known of them: {{ made.unknown }}
-{%- endif %}
-- computed in {{ made.dtype }} on {{ made.device }}, stored as float16
-- pixels of a source: {{ made.vlm_area_px | n }} for the prompt encoder, {{ made.vae_area_px | n }} for the VAE
-{%- if made.vae_area_px not in stock_areas_px %}; the stock pipeline
-  shows the VAE another area, so sample at this one{% endif %}
-- pixels of a target: {{ made.target_area_px | n }} (sizes are near these areas, in steps of 32; {{ made.resampling }})
-- drop caption: {{ made.drop_caption | tojson }}
-- {{ made.versions }}
-{% for kind, template in made.templates.items() %}
-Template, {{ kind.replace("_", "-") }}{% if "{number}" in template.picture %} ({number} counts the sources){% endif %};
-the states of its first {{ template.drop }} tokens are left out, as in the pipeline:
-
-```text
-{{ template.before }}{{ template.picture }}{caption}{{ template.after }}```
-{% endfor %}{% endfor %}
-{%- if skipped %}
-## Skipped rows
-{% for name, config in configs.items() if config.skipped %}
-`{{ name }}`:
-
-{% for reason, count in config.skipped.items() -%}
-- {{ count | n }}: {{ reason }}
-{% endfor %}{% endfor %}{% endif %}
-## Recipe
-
-As it was run; of paths outside the working directory the last part.
-{% for names, recipe in recipes %}
-{{ names }}:
-
-```yaml
-{{ recipe }}```
-{% endfor %}
-## Licence
-
-{{ license or "None is named." }}
-"""
 
 
 def dataset_card(
@@ -110,7 +30,7 @@ def dataset_card(
     provenances: Mapping[str, Mapping[str, Any]],
     license: str | None,
 ) -> DatasetCard:
-    """The card of `repo`, from `card`, the one that is there: other configs and what people wrote are kept.
+    """The card of `repo`. Of `card`, the present one, other configs and what people wrote are kept.
 
     `infos` and `data_files` (a pattern) are those of the configs that are pushed; `provenances` those of every
     embedding set in the repository, as published.
@@ -124,55 +44,51 @@ def dataset_card(
         configs[name] = configs.get(name, default) | {"data_files": [{"split": "train", "path": pattern}]}
     configs.to_dataset_card_data(data)
     DatasetInfosDict(infos).to_dataset_card_data(data)
-    text = renewed(card.text if card else "", card_body(repo, data, provenances))
-    return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    default = configs.get_default_config_name()
+    body = _body(repo, data.license, DatasetInfosDict.from_dataset_card_data(data), provenances, default)
+    return DatasetCard(renewed(card.text if card else "", data, body))
 
 
-def renewed(text: str, body: str) -> str:
-    """A card's text with `body` between the marks; what people wrote around them is kept."""
-    before, _, rest = text.partition(BEGIN)
-    words = f"{before.strip()}\n\n" if before.strip() else ""
-    return f"{words}{BEGIN}{body}{END}{rest.partition(END)[2]}"
-
-
-def rendered(template: str, **values: Any) -> str:
-    """The template with these values; one that it names and nobody gave is an error."""
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["n"] = lambda value: value if value == UNKNOWN else f"{value:,}"
-    return environment.from_string(template).render(values)
-
-
-def card_body(repo: str, data: DatasetCardData, provenances: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the card says below its metadata, which name the features of every config."""
-    infos = DatasetInfosDict.from_dataset_card_data(data)
-    configs = {
-        name: {
-            "megabytes": f"{infos[name].dataset_size / 1e6:,.1f}",
-            "counts": provenance["record"]["counts"],
-            "skipped": provenance["record"]["skipped"],
-        }
-        for name, provenance in sorted(provenances.items())
-    }
-    default = MetadataConfigs.from_dataset_card_data(data).get_default_config_name()
-    first = default if default in configs else next(iter(configs))
-    text = next(column for column in infos[first].features if column.startswith("text_embeds_"))
+def _body(
+    repo: str,
+    license: str | None,
+    infos: Mapping[str, DatasetInfo],
+    provenances: Mapping[str, Mapping[str, Any]],
+    default: str | None,
+) -> str:
+    records = {name: provenances[name]["record"] for name in sorted(provenances)}
+    first = default if default in records else next(iter(records))
     return rendered(
-        TEMPLATE,
+        "dataset_card.md",
         repo=repo,
-        rows=sum(config["counts"]["rows_out"] for config in configs.values()),
-        configs=configs,
-        skipped=any(config["skipped"] for config in configs.values()),
+        rows=sum(record["counts"]["rows_out"] for record in records.values()),
+        records=records,
+        infos=infos,
         first=first,
-        selected=f'columns=["image_embeds", "{text}"], dtype=torch.float16',
-        columns_of=alike({name: described(infos[name]) for name in configs}),
-        makers=alike({name: maker_of(provenances[name]) for name in configs}),
-        stock_areas_px=STOCK_AREAS_PX,
-        recipes=alike({name: write_yaml(provenances[name]["record"]["recipe"]) for name in configs}),
-        license=data.license,
+        text_column=next(column for column in infos[first].features if column.startswith("text_embeds_")),
+        columns_of=_alike({name: _columns(infos[name]) for name in records}),
+        makers=_alike({name: _maker(provenances[name]) for name in records}),
+        stock_areas_px={family.vae_area_px for family in families()},
+        recipes=_alike({name: write_yaml(record["recipe"]) for name, record in records.items()}),
+        license=license,
     )
 
 
-def alike(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder with these values; one that it names and that is not given is an error."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["n"] = lambda value: value if value == UNKNOWN else f"{value:,}"
+    return environment.from_string((files(__package__) / template).read_text(encoding="utf-8")).render(values)
+
+
+def renewed(text: str, data: Any, body: str) -> str:
+    """A card with the metadata `data`, and with `body` between the marks of `text`; what surrounds them is kept."""
+    before, _, rest = text.partition(BEGIN)
+    before = f"{before.strip()}\n\n" if before.strip() else ""
+    return f"---\n{data.to_yaml()}\n---\n\n{before}{BEGIN}{body}{END}{rest.partition(END)[2]}"
+
+
+def _alike(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Each different value once, with the names that have it, as `a`, `b`."""
     groups: list[tuple[list[str], Any]] = []
     for name, value in values.items():
@@ -183,25 +99,18 @@ def alike(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(", ".join(names), value) for names, value in groups]
 
 
-def described(info: DatasetInfo) -> list[tuple[str, str, str]]:
+def _columns(info: DatasetInfo) -> list[tuple[str, str, str]]:
     """Name, type and meaning of each column."""
-    kinds = {name: re.sub(r"Value\('(\w+)'\)", r"\1", repr(feature)) for name, feature in info.features.items()}
-    found = {name: column_of(name) for name in kinds}
-    return [(name, kinds[name], column.meaning.format(caption=caption)) for name, (column, caption) in found.items()]
+    rows = []
+    for name, feature in info.features.items():
+        column, caption = column_of(name)
+        kind = re.sub(r"Value\('(\w+)'\)", r"\1", repr(feature))
+        rows.append((name, kind, column.meaning.format(caption=caption)))
+    return rows
 
 
-def maker_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """With what a set was made."""
+def _maker(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The model, sizes and versions that made a set."""
     compat, record = provenance["compat"], provenance["record"]
-    named = ("vlm_area_px", "vae_area_px", "resampling", "drop_caption")
-    return {
-        "model": record["model"],
-        "revision": record["revision"],
-        "device": record["device"],
-        "versions": ", ".join(f"{library} {version}" for library, version in record["versions"].items()),
-        "dtype": record["dtype"],
-        "target_area_px": record["recipe"]["extract"]["image_sample_size"] ** 2,
-        "templates": {} if compat["templates"] == UNKNOWN else compat["templates"],
-        "unknown": ", ".join(field for field, value in compat.items() if value == UNKNOWN),
-        **{name: compat[name] for name in named},
-    }
+    made = {name: record[name] for name in ("model", "revision", "device", "dtype", "versions")}
+    return made | {"compat": compat, "side": record["recipe"]["extract"]["image_sample_size"]}

@@ -19,9 +19,8 @@ with a model card; then it is read back and compared.
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, to_path
@@ -49,16 +48,22 @@ def main(argv: list[str]) -> None:
         )
     named = kind if given.checkpoint.resolve() == trained.output_dir.resolve() else f"{kind}-{trained.step}"
     output = given.output or trained.output_dir / "export" / named
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output: {output} exists and is not empty; remove it, or name another folder")
     logger.info("%s: step %s of %s", kind, f"{trained.step:,}", trained.folder)
     present = open_model_repo(repo, private=not given.public, license=given.license) if repo else None
     card = model_card(
         trained, kind, dtype=given.dtype, repo=repo, folder=output, license=given.license, present=present
     )
-    with staging_folder(output) as folder:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{output.name}.staging-", dir=output.parent) as staging:
+        folder = Path(staging, output.name)
+        folder.mkdir()
         checked = EXPORTS[kind](trained, folder, dtype=getattr(torch, given.dtype))
         if (trained.output_dir / IMAGES).is_file():
             shutil.copyfile(trained.output_dir / IMAGES, folder / IMAGES)
         card.save(folder / CARD)
+        folder.replace(output)
     logger.info("%s: written, read back and compared: %s", output, checked)
     if repo:
         logger.info("pushed: %s", push_model(output, repo, message=f"Add step {trained.step:,} as {kind}"))
@@ -78,21 +83,6 @@ def parse_arguments(argv: list[str]) -> Namespace:
     if given.public and not given.push_to_hub:
         raise InputError("--public: nothing is pushed; add --push_to_hub org/name")
     return given
-
-
-@contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """An empty folder that becomes `output` once all is written; raises InputError if that exists and is not empty."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output: {output} exists and is not empty; remove it, or name another folder")
-    staging = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        staging.replace(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -465,7 +465,7 @@ def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
     run = shutil.copytree(
         lora, tmp_path / "begun", ignore=shutil.ignore_patterns("checkpoint-*", "trainer_state.json")
     )
-    with pytest.raises(InputError, match="has no complete checkpoint yet, and its run has not ended"):
+    with pytest.raises(InputError, match="has no complete checkpoint, and its run has not ended"):
         exported(run, tmp_path / "to")
 
 

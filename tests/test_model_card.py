@@ -283,7 +283,7 @@ def test_a_push_that_cannot_succeed_fails_before_anything_is_written(pushed, run
     public, license, token = re.split(r"\n(?=--)", done.stdout)
     assert public == "--push_to_hub: org/lora exists and is private; leave out --public, or push elsewhere"
     assert license.startswith("--license: the Hub does not take 'mine'")
-    assert token.startswith("--push_to_hub: org/lora: ")
+    assert token.startswith("--push_to_hub: org/lora; the Hub answers: ")
     assert "log in with `hf auth login`, or set HF_TOKEN" in token
     assert not (tmp_path / "to").exists()
 

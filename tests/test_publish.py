@@ -258,7 +258,7 @@ def test_a_hub_that_fails_ends_the_push_with_its_error_and_the_next_one_resumes(
         507 if method == "PUT" and len(loopback_hub.asked("PUT", "^/lfs/")) >= 1 else None
     )
     said = push(loopback_hub, work, "combine", code=1)
-    assert "extract.push_to_hub: org/edits: " in said
+    assert "extract.push_to_hub: org/edits; the Hub answers: " in said
     assert "507" in said
     assert said.rstrip().endswith("start again: the push resumes where it stopped")
     assert "Traceback" not in said
@@ -343,14 +343,17 @@ for settings in sys.argv[1:]:
 
 def test_a_push_that_cannot_succeed_is_refused_at_once(loopback_hub, tmp_path):
     loopback_hub.create("org/edits", private=True)
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token with access to it"
     expected = [
         (
             {"private": False},
-            "extract.private: got false, but org/edits exists and is private; set",
+            "extract.push_to_hub: org/edits exists and is private; set extract.private: true, or push elsewhere",
         ),
         ({"license": "mine"}, "extract.license: the Hub does not take 'mine'; give an identifier of https://hf.co/"),
-        ({"push_to_hub": "org/a..b"}, "extract.push_to_hub: Cannot have -- or .. in repo_id: 'org/a..b'"),
+        (
+            {"push_to_hub": "org/a..b"},
+            "extract.push_to_hub: org/a..b; invalid Hub id: Cannot have -- or .. in repo_id: 'org/a..b'",
+        ),
     ]
     settings = [json.dumps({"push_to_hub": "org/edits"} | changes) for changes, _ in expected]
     done = run(loopback_hub, tmp_path / "home", "-c", REFUSED, *settings)
@@ -359,12 +362,12 @@ def test_a_push_that_cannot_succeed_is_refused_at_once(loopback_hub, tmp_path):
         assert message.startswith(start)
     done = run(loopback_hub, tmp_path / "home", "-c", REFUSED, '{"push_to_hub": "org/edits"}', HF_TOKEN="hf_wrong")
     (message,) = (json.loads(line) for line in done.stdout.splitlines())
-    assert re.fullmatch(rf"extract\.push_to_hub: org/edits: .*401.*\n{re.escape(login)}", message, re.DOTALL)
+    assert re.fullmatch(rf"extract\.push_to_hub: org/edits; .*401.*\n{re.escape(login)}", message, re.DOTALL)
     assert "hf_wrong" not in message
 
 
 def test_a_repository_needs_an_organisation_and_a_name(work):
-    with pytest.raises(InputError, match=r"extract\.push_to_hub: got \"edits\", wanted a Hub id like org/name"):
+    with pytest.raises(InputError, match=r"extract\.push_to_hub: got \"edits\", expected a Hub id like org/name"):
         load_recipe(work, ["extract.push_to_hub=edits"])
 
 

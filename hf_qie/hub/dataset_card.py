@@ -13,10 +13,9 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
 from hf_qie.data.schema import column_of
-from hf_qie.models.base import families
+from hf_qie.models.base import Family, families
 from hf_qie.runtime.yaml_io import write_yaml
 
-TAGS = ("hf_qie", "qwen-image-edit", "image-to-image")
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
 END = "<!-- hf_qie: end -->\n"
 
@@ -37,7 +36,9 @@ def dataset_card(
     """
     data = card.data if card else DatasetCardData()
     data.license = license or data.license
-    data["tags"] = list(dict.fromkeys((*(data.get("tags") or ()), *TAGS)))
+    makers = [family for family in families() if any(_fits(one["compat"], family) for one in provenances.values())]
+    tags = ["hf_qie", *(tag for family in makers for tag in family.card_tags), "image-to-image"]
+    data["tags"] = list(dict.fromkeys((*(data.get("tags") or ()), *tags)))
     configs = MetadataConfigs.from_dataset_card_data(data)
     for name, pattern in data_files.items():
         default = {} if any(config.get("default") for config in configs.values()) else {"default": True}
@@ -45,32 +46,36 @@ def dataset_card(
     configs.to_dataset_card_data(data)
     DatasetInfosDict(infos).to_dataset_card_data(data)
     default = configs.get_default_config_name()
-    body = _body(repo, data.license, DatasetInfosDict.from_dataset_card_data(data), provenances, default)
+    infos = DatasetInfosDict.from_dataset_card_data(data)
+    body = _body(infos, provenances, default=default, repo=repo, license=data.license, makers=makers)
     return DatasetCard(renewed(card.text if card else "", data, body))
 
 
+def _fits(compat: Mapping[str, Any], family: Family) -> bool:
+    """Whether a set may be the family's, by what is known of it."""
+    return all(compat.get(field) in (value, UNKNOWN) for field, value in family.compat.items())
+
+
 def _body(
-    repo: str,
-    license: str | None,
     infos: Mapping[str, DatasetInfo],
     provenances: Mapping[str, Mapping[str, Any]],
+    *,
     default: str | None,
+    **values: Any,
 ) -> str:
     records = {name: provenances[name]["record"] for name in sorted(provenances)}
     first = default if default in records else next(iter(records))
     return rendered(
         "dataset_card.md",
-        repo=repo,
+        **values,
         rows=sum(record["counts"]["rows_out"] for record in records.values()),
         records=records,
         infos=infos,
         first=first,
         text_column=next(column for column in infos[first].features if column.startswith("text_embeds_")),
         columns_of=_alike({name: _columns(infos[name]) for name in records}),
-        makers=_alike({name: _maker(provenances[name]) for name in records}),
-        stock_areas_px={family.vae_area_px for family in families()},
+        made_by=_alike({name: _maker(provenances[name]) for name in records}),
         recipes=_alike({name: write_yaml(record["recipe"]) for name, record in records.items()}),
-        license=license,
     )
 
 

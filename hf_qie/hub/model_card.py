@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_qie.config.recipe import as_dict
-from hf_qie.hub.dataset_card import TAGS, rendered, renewed
+from hf_qie.hub.dataset_card import rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
 from hf_qie.models.base import read_family
@@ -41,7 +41,7 @@ def model_card(
     relation, what = RELATIONS[kind]
     kept = present.data.to_dict() if present else {}
     license = license or kept.get("license")
-    tags = [*(kept.get("tags") or ()), *TAGS[:2], *(["lora"] if relation == "adapter" else [])]
+    tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {"license": license, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
     ours["pipeline_tag"] = "image-to-image" if family.edit else "text-to-image"
     if on_hub:

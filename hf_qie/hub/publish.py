@@ -11,9 +11,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,7 @@ logger = logging.getLogger("hf_qie.hub.publish")
 CARD = "README.md"
 SHARD_BYTES = 750_000_000  # of Arrow; as Parquet about 500 MB
 ROW_GROUP_ROWS = 64  # what a reader holds at once
-SHARDS_PER_COMMIT = 16  # the Hub limits commits per hour, and what is written takes up disk until it is committed
+SHARDS_PER_COMMIT = 8  # the Hub limits commits per hour, and two batches of files are on the disk at a time
 
 
 def open_repo(extract: Extract) -> None:
@@ -96,7 +93,7 @@ def push_sets(folders: Mapping[str, Path], *, tasks: Mapping[str, Task], extract
     """
     repo = _Repo(extract.push_to_hub)
     open_repo(extract)
-    sets = [_Publication(name=name, folder=folder, task=tasks[name]) for name, folder in folders.items()]
+    sets = [_Publication(name, folder, tasks[name]) for name, folder in folders.items()]
     with hub_errors(f"extract.push_to_hub: {repo.name}", remedy="start again: the push resumes where it stopped"):
         if not extract.overwrite:
             repo.refuse_others(sets)
@@ -116,60 +113,41 @@ def push_unless_bad(recipe: Recipe, code: int) -> None:
     logger.info("pushed %s to %s", ", ".join(names), push_sets(folders, tasks=recipe.tasks, extract=recipe.extract))
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Publication:
     """One set as others may have it."""
 
-    name: str
-    folder: Path
-    task: Task
-
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        """As recorded, without what concerns this machine alone, with the rows skipped by reason and the set's id."""
-        provenance = read_provenance(self.folder)
-        lines = (self.folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    def __init__(self, name: str, folder: Path, task: Task):
+        self.name, self.folder, self.roots, self.data = name, folder, image_roots(task), open_set(folder)
+        provenance = read_provenance(folder)
+        lines = (folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
         skipped = Counter(reason_of(json.loads(line)) for line in lines)
         more = {"skipped": dict(skipped.most_common()), "set": self.data._fingerprint}
-        record = {key: value for key, value in provenance["record"].items() if key != "files"}
-        return provenance | {"record": public(record) | more}
-
-    @cached_property
-    def data(self) -> Dataset:
-        return open_set(self.folder)
-
-    @property
-    def pattern(self) -> str:
-        """Of the shards' paths."""
-        return published_shards(self.name, self.provenance)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the set's Arrow files."""
-        return self.provenance["record"]["counts"]["num_bytes"]
-
-    @cached_property
-    def shards(self) -> dict[str, range]:
-        """Paths in the repository, and the rows that each holds."""
+        record = {key: value for key, value in provenance["record"].items() if key != "files"}  # of this folder alone
+        self.provenance = provenance | {"record": public(record) | more}
+        self.num_bytes = record["counts"]["num_bytes"]  # of Arrow files
+        self.pattern = published_shards(name, self.provenance)
         num_rows, count = len(self.data), max(1, math.ceil(self.num_bytes / SHARD_BYTES))
         edges = [num_rows * i // count for i in range(count + 1)]
         names = [self.pattern.replace("*", f"{i:05d}-of-{count:05d}") for i in range(count)]
-        return dict(zip(names, map(range, edges, edges[1:]), strict=True))
+        self.shards = dict(zip(names, map(range, edges, edges[1:]), strict=True))  # rows by path in the repository
 
     def prepare(self, shard: str) -> Path:
         """The file of a shard, written unless an interrupted push left it."""
         path = self.folder / "parquet" / Path(shard).name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            write_shard(self.data, self.shards[shard], path, roots=image_roots(self.task))
+            write_shard(self.data, self.shards[shard], path, roots=self.roots)
         return path
 
-    def info(self, download_size: int) -> DatasetInfo:
+    def info(self, files: Mapping[str, int]) -> DatasetInfo:
         """What the card tells `load_dataset`: types, rows and sizes."""
         split = SplitInfo("train", num_bytes=self.num_bytes, num_examples=len(self.data))
-        splits = SplitDict({"train": split})
-        sizes = {"download_size": download_size, "dataset_size": self.num_bytes}
-        return DatasetInfo(features=self.data.features, splits=splits, **sizes)
+        return DatasetInfo(
+            features=self.data.features,
+            splits=SplitDict({"train": split}),
+            download_size=sum(files[shard] for shard in self.shards),
+            dataset_size=self.num_bytes,
+        )
 
 
 class _Repo:
@@ -183,22 +161,18 @@ class _Repo:
         tree = self.api.list_repo_tree(self.name, recursive=True, repo_type="dataset")
         return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
-    def card(self, files: Mapping[str, int]) -> DatasetCard | None:
-        return DatasetCard.load(self.name) if CARD in files else None
-
-    def provenances(self, files: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-        """What every embedding set in the repository was made from, by config."""
-        found = {}
+    def recorded(self, files: Mapping[str, int]) -> tuple[DatasetCard | None, dict[str, dict[str, Any]]]:
+        """The card, and what every embedding set in the repository was made from, by config."""
+        provenances = {}
         for path in files:
             if match := re.fullmatch(r"provenance/(\w+)\.json", path):
                 local = Path(hf_hub_download(self.name, path, repo_type="dataset"))
-                found[match[1]] = parse_provenance(local, where=f"{self.name}: {match[1]}")
-        return found
+                provenances[match[1]] = parse_provenance(local, where=f"{self.name}: {match[1]}")
+        return DatasetCard.load(self.name) if CARD in files else None, provenances
 
     def refuse_others(self, sets: Sequence[_Publication]) -> None:
         """Raise InputError if the repository has another set under the name of one of these."""
-        files = self.files()
-        present, card = self.provenances(files), self.card(files)
+        card, present = self.recorded(self.files())
         configs = MetadataConfigs.from_dataset_card_data(card.data) if card else {}
         for one in sets:
             if one.name in present:
@@ -215,24 +189,21 @@ class _Repo:
                 )
 
     def upload(self, one: _Publication) -> None:
-        """Upload the shards of a set that the repository does not have."""
+        """Upload the shards of a set that the repository does not have; one batch is written while another is sent."""
         files = self.files()
         missing = [shard for shard in one.shards if shard not in files]
         logger.info("%s: %d of %d shards to upload to %s", one.name, len(missing), len(one.shards), self.name)
-        with ThreadPoolExecutor(1) as uploader:
-            for start in range(0, len(missing), SHARDS_PER_COMMIT):
-                additions, uploading = [], None
-                for shard in missing[start : start + SHARDS_PER_COMMIT]:
-                    additions.append(CommitOperationAdd(shard, one.prepare(shard)))
-                    if uploading:
-                        uploading.result()
-                    # only content that the Hub does not have; the commit gives it its name
-                    upload = {"additions": additions[-1:], "repo_type": "dataset", "free_memory": False}
-                    uploading = uploader.submit(self.api.preupload_lfs_files, self.name, **upload)
-                uploading.result()
-                self._commit(additions, f"Add {len(additions)} shards of {one.name}")
-                for addition in additions:
+        batches = [missing[i : i + SHARDS_PER_COMMIT] for i in range(0, len(missing), SHARDS_PER_COMMIT)]
+        sending, sent = None, []
+        for shards in [*batches, []]:
+            additions = [CommitOperationAdd(shard, one.prepare(shard)) for shard in shards]
+            if sending:
+                sending.result()
+                for addition in sent:
                     Path(addition.path_or_fileobj).unlink()
+            if shards:
+                message = f"Add {len(shards)} shards of {one.name}"
+                sending, sent = self.commit(additions, message, run_as_future=True), additions
 
     def describe(self, sets: Sequence[_Publication], *, license: str | None) -> None:
         """Commit card and provenance of these sets, and delete their shards that no config names any more."""
@@ -240,12 +211,13 @@ class _Repo:
             self.name
         ).sha  # a change by others after this makes the commit fail, so none is lost
         files = self.files()
+        present, provenances = self.recorded(files)
         card = dataset_card(
-            self.card(files),
+            present,
             repo=self.name,
-            infos={one.name: one.info(sum(files[shard] for shard in one.shards)) for one in sets},
+            infos={one.name: one.info(files) for one in sets},
             data_files={one.name: one.pattern for one in sets},
-            provenances=self.provenances(files) | {one.name: one.provenance for one in sets},
+            provenances=provenances | {one.name: one.provenance for one in sets},
             license=license,
         )
         texts = {CARD: str(card)} | {
@@ -256,10 +228,10 @@ class _Repo:
         folders = tuple(f"data/{one.name}/" for one in sets)
         stale = [path for path in files if path.startswith(folders) and path not in current]
         message = f"Describe {', '.join(one.name for one in sets)}"
-        self._commit([*additions, *map(CommitOperationDelete, stale)], message, parent_commit=head)
+        self.commit([*additions, *map(CommitOperationDelete, stale)], message, parent_commit=head)
 
-    def _commit(self, operations: Sequence[Any], message: str, **options: Any) -> None:
-        self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset", **options)
+    def commit(self, operations: Sequence[Any], message: str, **options: Any) -> Any:
+        return self.api.create_commit(self.name, operations, commit_message=message, repo_type="dataset", **options)
 
 
 def write_shard(data: Dataset, rows: range, path: Path, *, roots: Sequence[Path]) -> None:

@@ -22,7 +22,7 @@ from hf_qie.models.checkpoint import read_config
 from hf_qie.models.qwen_image.lora_files import read_lora
 from hf_qie.runtime.hub_errors import hub_errors
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
-from hf_qie.training.dcp_reader import MODEL_FOLDER, sharded_tensors
+from hf_qie.training.dcp_reader import sharded_tensors
 from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
 from hf_qie.training.run_record import RECORD, STATE
 
@@ -97,9 +97,8 @@ class Trained:
 
     @cached_property
     def base_config(self) -> dict[str, Any]:
-        """The transformer's config, without the path it was loaded from."""
-        config = read_config(self.recipe.model, f"{TRANSFORMER_FOLDER}/config.json", revision=self.recipe.revision)
-        return {key: value for key, value in config.items() if key != "_name_or_path"}
+        """The transformer's config."""
+        return read_config(self.recipe.model, f"{TRANSFORMER_FOLDER}/config.json", revision=self.recipe.revision)
 
     def tensors(self) -> Tensors:
         """The transformer as trained, or for a LoRA its base; raises InputError for a base that is quantised."""
@@ -123,7 +122,7 @@ def find_trained(path: Path) -> Trained:
     if not path.is_dir():
         raise InputError(f"{path}: not found; {WANTED}")
     one = (path / "complete.json").exists() or path.resolve().name.startswith("checkpoint-")
-    output_dir = path if not one else path.parent if path.name == path.resolve().name else path.resolve().parent
+    output_dir = path.resolve().parent if one else path
     if not (output_dir / "recipe.yaml").is_file():
         raise InputError(f"{output_dir}: has no recipe.yaml, which train.py leaves there; {WANTED}")
     folder = path if one else _newest(output_dir)
@@ -138,9 +137,6 @@ def find_trained(path: Path) -> Trained:
         recipe = recipe.model_copy(update={"model": str(base)})
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
         recipe = recipe.model_copy(update={"revision": record["commit"]})
-    expected = [LORA_FILE] if recipe.trainable.lora else [TRANSFORMER_FOLDER, MODEL_FOLDER]
-    if not any((folder / name).exists() for name in expected):
-        raise InputError(f"{folder}: has no weights; expected {' or '.join(expected)}, as the recipe beside it trains")
     return Trained(output_dir=output_dir, folder=folder, recipe=recipe, state=_read_state(folder), record=record)
 
 
@@ -148,8 +144,7 @@ def find_weights(checkpoint: Path) -> Path:
     """The LoRA file, or the folder of a transformer, that `--checkpoint` stands for; raises InputError."""
     if not checkpoint.exists():
         raise InputError(
-            f"--checkpoint: {checkpoint} not found; train first, name what was trained, or `base` for the model "
-            "before training"
+            f"--checkpoint: {checkpoint} not found; train first, or name `base`, the model before training"
         )
     if checkpoint.is_file() and checkpoint.suffix == ".safetensors":
         return checkpoint
@@ -175,8 +170,8 @@ def _newest(output_dir: Path) -> Path:
             return output_dir
     if last is None:
         raise InputError(
-            f"{output_dir}: has no complete checkpoint yet, and its run has not ended; wait for one, or name a "
-            "checkpoint-N that holds weights alone (save_only_model)"
+            f"{output_dir}: has no complete checkpoint, and its run has not ended; wait, or name a checkpoint-N that "
+            "holds weights alone (save_only_model)"
         )
     return last
 
@@ -211,14 +206,14 @@ def base_folder(recipe: Recipe, parts: list[str]) -> Path:
 
 def saved_tensors(folder: Path) -> Tensors:
     """The tensors of a model that diffusers saved in `folder`; raises InputError if files are missing."""
-    index, names = folder / f"{WEIGHTS_FILE}.index.json", {WEIGHTS_FILE}
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
     if index.exists():
         mapped = _read_json(index).get("weight_map")
-        names = set(mapped.values()) if isinstance(mapped, dict) else set()
-        if not names or any(Path(name).name != name for name in names):
-            raise InputError(f"{index}: names no files of its own folder; fetch or write it again")
+        if not mapped or not isinstance(mapped, dict):
+            raise InputError(f"{index}: expected a weight_map; fetch or write it again")
+        names = sorted({Path(name).name for name in mapped.values()})  # none outside of the folder
     tensors: dict[str, Callable[[], Tensor]] = {}
-    for name in sorted(names):
+    for name in names:
         try:
             file = safe_open(folder / name, framework="pt")
         except (OSError, SafetensorError) as error:

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import QwenImageTransformer2DModel
-from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_qie.errors import InputError
 from hf_qie.hub.trained_run import (
@@ -23,8 +20,10 @@ from hf_qie.hub.trained_run import (
     read_adapters,
     saved_tensors,
 )
+from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
-from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
+from hf_qie.models.lora_files import LORA_FILE, write_lora
+from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")
 
@@ -39,9 +38,7 @@ def export_lora(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
         for name, pair in adapters.layers.items()
         for half, tensor in zip("AB", pair, strict=True)
     }
-    QwenImageLoraLoaderMixin.save_lora_weights(
-        folder, transformer_lora_layers=halves, transformer_lora_adapter_metadata=dict(adapters.settings)
-    )
+    write_lora(folder, halves, adapters.settings)
     back = read_adapters(folder / LORA_FILE)
     assert back.settings == adapters.settings, "diffusers reads the scale from these"
     assert back.layers.keys() == adapters.layers.keys()
@@ -76,7 +73,7 @@ def export_comfyui(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str
 
 
 def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
-    """A folder for `QwenImageTransformer2DModel.from_pretrained`; returns what was checked.
+    """A folder for `from_pretrained` of the transformer's class; returns what was checked.
 
     A LoRA is added to the base in float32 and rounded once. One tensor is read at a time; one file is in memory.
     """
@@ -95,8 +92,9 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
         merged = tensor.float() + trained.adapters.delta(layer) if layer in layers else tensor
         return merged.to(dtype).contiguous()
 
-    with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model
-        shapes = nn.Module.to(QwenImageTransformer2DModel.from_config(trained.base_config), dtype).state_dict()
+    recipe = trained.recipe
+    family = read_family(recipe.model, revision=recipe.revision)
+    shapes = family.load_transformer(recipe.model, revision=recipe.revision, dtype=dtype, empty=True).state_dict()
     if misfits := sorted(shapes.keys() ^ source.keys()):
         raise InputError(f"{trained.folder}: {misfits[0]} and {len(misfits) - 1} more tensors are not the model's own")
     folder.mkdir(parents=True, exist_ok=True)

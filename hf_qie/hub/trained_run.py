@@ -19,11 +19,11 @@ from torch import Tensor
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
 from hf_qie.models.checkpoint import read_config
-from hf_qie.models.qwen_image.lora_files import read_lora
+from hf_qie.models.lora_files import LORA_FILE, PREFIX, read_lora
 from hf_qie.runtime.hub_errors import hub_errors
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.training.dcp_reader import sharded_tensors
-from hf_qie.training.model import LORA_FILE, TRANSFORMER_FOLDER
+from hf_qie.training.model import TRANSFORMER_FOLDER
 from hf_qie.training.run_record import RECORD, STATE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
@@ -224,8 +224,8 @@ def saved_tensors(folder: Path) -> Tensors:
 
 def read_adapters(path: Path) -> Adapters:
     """A LoRA file that train.py wrote; raises InputError for any other."""
-    tensors, metadata = read_lora(path, where=str(path))
-    prefix, layers = f"{TRANSFORMER_FOLDER}.", {}
+    tensors, metadata = read_lora(path, where=str(path), convert=dict)
+    layers = {}
     for key, down in tensors.items():
         layer, half, _ = key.partition(".lora_A.weight")
         if half:
@@ -233,8 +233,8 @@ def read_adapters(path: Path) -> Adapters:
             fits = up is not None and down.ndim == up.ndim == 2 and len(down) == up.shape[1]
             if not fits or not (down.is_floating_point() and up.is_floating_point()):
                 raise InputError(f"{path}: {layer}: lora_A and lora_B do not fit each other; take another checkpoint")
-            layers[layer.removeprefix(prefix)] = down, up
-    settings = {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
+            layers[layer.removeprefix(PREFIX)] = down, up
+    settings = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items()}
     if not layers or not isinstance(settings.get("lora_alpha"), int | float):
         raise InputError(f"{path}: has no rank and alpha, which train.py writes; train again")
     return Adapters(layers=layers, settings=settings)

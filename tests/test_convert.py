@@ -256,17 +256,17 @@ BROKEN = {
     "hostile in zip": (rows_of({"embeddings_tensor_en": Hostile()}), "holds more than tensors, and is not opened"),
     "empty": (lambda path: path.touch(), "damaged, or holds more than tensors"),
     "text": (lambda path: path.write_text("<html>"), "damaged, or holds more than tensors"),
-    "missing": (lambda path: None, "no such file"),
-    "endless device": (lambda path: path.symlink_to("/dev/zero"), "no such file"),
-    "narrow": (rows_of(torch.zeros(5, WIDTH - 1)), f"states 95 wide, those of this checkpoint are {WIDTH}"),
-    "flat": (rows_of(torch.zeros(WIDTH)), "holds a tensor of [96], wanted [tokens, width]"),
-    "batch": (rows_of(torch.zeros(2, 5, WIDTH)), "holds a tensor of [2, 5, 96], wanted [tokens, width]"),
-    "no tokens": (rows_of(torch.zeros(0, WIDTH)), "holds a tensor of [0, 96], wanted [tokens, width]"),
-    "integers": (rows_of(torch.zeros(5, WIDTH, dtype=torch.long)), "wanted a tensor of floating point numbers"),
-    "list": (rows_of([1.0]), "holds list, wanted a tensor"),
+    "missing": (lambda path: None, "not found"),
+    "endless device": (lambda path: path.symlink_to("/dev/zero"), "not found"),
+    "narrow": (rows_of(torch.zeros(5, WIDTH - 1)), f"embeddings are 95 wide, those of this checkpoint {WIDTH}"),
+    "flat": (rows_of(torch.zeros(WIDTH)), "holds a tensor of [96], expected [tokens, width]"),
+    "batch": (rows_of(torch.zeros(2, 5, WIDTH)), "holds a tensor of [2, 5, 96], expected [tokens, width]"),
+    "no tokens": (rows_of(torch.zeros(0, WIDTH)), "holds a tensor of [0, 96], expected [tokens, width]"),
+    "integers": (rows_of(torch.zeros(5, WIDTH, dtype=torch.long)), "expected a tensor of floating point numbers"),
+    "list": (rows_of([1.0]), "holds list, expected a tensor"),
     "other keys": (rows_of({"prompt": torch.zeros(5, WIDTH)}), "has no embeddings_tensor_en; there are prompt"),
     "not finite": (rows_of(torch.full((5, WIDTH), torch.nan)), "values beyond float16 (65504) or not finite"),
-    "endless": (rows_of(torch.zeros(1, WIDTH).expand(10**9, WIDTH)), "1000000000 tokens of pictures and text"),
+    "endless": (rows_of(torch.zeros(1, WIDTH).expand(10**9, WIDTH)), "1000000000 tokens of images and text"),
 }
 
 
@@ -296,7 +296,7 @@ def test_a_text_without_states_is_told_by_file_line_and_column(work, key):
     with pytest.raises(InputError) as error:
         convert(work, "extract.on_bad_row=fail")
     assert str(error.value) == (
-        f"{work / 'edit.jsonl'}:3: {key}: missing, or null; mend it, or set extract.on_bad_row: skip to list such "
+        f"{work / 'edit.jsonl'}:3: {key}: missing, or null; fix it, or set extract.on_bad_row: skip to list such "
         "rows and go on"
     )
 
@@ -327,7 +327,7 @@ def test_rows_without_pictures_need_the_states_of_the_empty_text(converted, tmp_
     overrides = [f"extract.output_dir={tmp_path}", "tasks.edit.weight=0"]
     assert main([str(converted / "recipe.yaml"), *overrides]) == 3
     (first, *_) = read_jsonl(tmp_path / "text_to_image" / "bad_rows.jsonl")
-    assert first["reason"] == "missing; give --empty_text the file of the empty text's states"
+    assert first["reason"] == "missing; give --empty_text the file of the empty text's embeddings"
     assert not read_jsonl(tmp_path / "edit" / "bad_rows.jsonl")
 
 
@@ -378,7 +378,7 @@ def test_a_picture_behind_a_url_is_told(work):
     assert convert(work) == 0, "one bad row is allowed"
     (bad,) = read_jsonl(work / "sets" / "edit" / "bad_rows.jsonl")
     assert (bad["row"], bad["column"]) == (1, "source_image")
-    assert bad["reason"] == "a URL; training without latents reads pictures from files"
+    assert bad["reason"] == "a URL; training without latents reads images from files"
 
 
 def test_the_shared_part_ends_where_texts_begin_to_differ_by_more_than_bfloat16_does():

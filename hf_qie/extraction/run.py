@@ -236,11 +236,12 @@ def closing_line(name: str, folder: Path, *, minutes: float) -> str:
     reused = f" ({counts['rows_reused']:,} of them reused)" if counts["rows_reused"] else ""
     bad = f"{counts['bad']:,} bad" + (f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "")
     empty = f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
-    share = counts["num_tokens"] / max(counts["num_tokens_apart"], 1)
-    padding = 1 - counts["num_tokens"] / max(counts["num_tokens_padded"], 1)
+    run = ""
+    if counts["num_tokens"]:
+        share = counts["num_tokens"] / counts["num_tokens_apart"]
+        padding = 1 - counts["num_tokens"] / counts["num_tokens_padded"]
+        run = f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
     return (
         f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out{reused}, {bad}{empty}; "
-        f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
-        f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
-        f"left in {folder}"
+        f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; {run}left in {folder}"
     )

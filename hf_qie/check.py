@@ -72,7 +72,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     from tqdm import tqdm
 
     from hf_qie.extraction.contact_sheet import contact_sheet
-    from hf_qie.extraction.estimate import check_space, encoder_width
+    from hf_qie.extraction.estimate import check_space
     from hf_qie.extraction.reuse import is_remade
     from hf_qie.extraction.stats import report, survey
     from hf_qie.models.checkpoint import read_config
@@ -80,7 +80,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     from hf_qie.training.noise import noise_levels
 
     processor = family.load_processor(recipe.model, revision=recipe.revision)
-    width = encoder_width(recipe.model, revision=recipe.revision)
+    width = family.encoder_width(recipe.model, revision=recipe.revision)
     per_device = training_arguments()["per_device_train_batch_size"][1]
     batch_rows = recipe.mix.same_shape or recipe.training.get("per_device_train_batch_size", per_device)
     output_dir = Path(recipe.extract.output_dir)

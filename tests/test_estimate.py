@@ -8,7 +8,7 @@ from PIL import Image
 from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
 
 from hf_qie.data.images import BadImage, header_size, read_image
-from hf_qie.extraction.estimate import SAMPLE_ROWS, encoder_width, estimate_bytes, outlooks
+from hf_qie.extraction.estimate import SAMPLE_ROWS, estimate_bytes, outlooks
 from hf_qie.extraction.preprocess import ImageCache, prepare
 from hf_qie.extraction.stats import survey
 
@@ -105,8 +105,8 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
 
 def test_the_estimate_is_what_extraction_writes(extracted, tmp_path, tiny):
     plans, processor = plans_of(extracted, tmp_path)
-    assert encoder_width(str(tiny()), revision=None) == WIDTH
     for name, plan in plans.items():
+        assert plan.family.encoder_width(str(tiny()), revision=None) == WIDTH
         written = sum(path.stat().st_size for path in (extracted.parent / "sets" / name).glob("*.arrow"))
         # left out are Arrow's own headers, some KB for the rows of a batch: of 7B's vectors it is nothing
         assert 0 < written - estimate_bytes(plan, processor, width=WIDTH) < 0.02 * written + 6000

@@ -21,7 +21,7 @@ from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
 from hf_qie.extraction.plan import File, Plan, files_of, image_files
-from hf_qie.models.base import BadPrompt, PromptLengths, read_family
+from hf_qie.models.base import BadPrompt, PromptLengths
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
 ROW_BYTES = 128  # of a row beside embeddings, latents and strings: numbers, grids, offsets
@@ -137,11 +137,6 @@ def _outlook(
         grids=grid_columns,
         num_bytes=ROW_BYTES + len("".join(texts).encode()) + 2 * (width * sum(num_embeds.values()) + num_latents),
     )
-
-
-def encoder_width(model: str, *, revision: str | None) -> int:
-    """Width of the prompt encoder's embeddings, by its config."""
-    return read_family(model, revision=revision).encoder_width(model, revision=revision)
 
 
 def estimate_bytes(plan: Plan, processor: Any, *, width: int) -> int:

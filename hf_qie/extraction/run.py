@@ -27,7 +27,7 @@ from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenanc
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import most_bad, open_rows
 from hf_qie.extraction.chunk_writer import ChunkWriter, Models
-from hf_qie.extraction.estimate import check_space, encoder_width, estimate_bytes
+from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
 from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
 from hf_qie.extraction.reuse import digests_of, find_reuse, is_remade
@@ -120,7 +120,7 @@ def check_disk(recipe: Recipe, family: Family, plans: Mapping[str, Plan]) -> Non
     output_dir = Path(recipe.extract.output_dir)
     remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]
     processor = family.load_processor(recipe.model, revision=recipe.revision)
-    width = encoder_width(recipe.model, revision=recipe.revision)
+    width = family.encoder_width(recipe.model, revision=recipe.revision)
     num_bytes = {name: estimate_bytes(plan, processor, width=width) for name, plan in plans.items()}
     logger.info(check_space(num_bytes, output_dir, remade=remade))
 
@@ -141,7 +141,7 @@ def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.de
     `load` gives the models in a dtype. Returns whether this process finished the last set of the recipe.
     """
     started, recipe, name = time.monotonic(), writer.recipe, writer.plan.task.name
-    features = writer.plan.features(encoder_width(recipe.model, revision=recipe.revision))
+    features = writer.plan.features(writer.plan.family.encoder_width(recipe.model, revision=recipe.revision))
     write_chunks(writer, lambda: load(writer.request["dtype"]), features)
     with in_turn(Path(recipe.extract.output_dir, ".finish.lock")):  # of processes that finish two sets one is the last
         is_done = writer.is_complete and writer.finish(features, record_of(writer, device))

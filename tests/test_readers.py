@@ -411,7 +411,10 @@ def test_text_of_parquet_that_is_not_utf_8_is_one_bad_row(tmp_path):
         first = read_rows(task, folder=tmp_path).table[0] if name == "instruction" else None
         lines, _ = open_data(task, hashlib.sha256())
         assert next(lines)[2][name] in ("\ud800", ["\ud800"])
-        assert first is None or (first["bad"]["column"], first["bad"]["reason"][:10]) == (name, "not UTF-8,")
+        assert first is None or (first["bad"]["column"], first["bad"]["reason"][:27]) == (
+            name,
+            "got text that is not UTF-8,",
+        )
 
 
 def test_a_parquet_file_with_no_column_of_the_task_is_named(tmp_path):

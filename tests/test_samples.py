@@ -281,37 +281,41 @@ def test_a_line_that_is_no_json_is_named_by_file_and_line(data, tmp_path, line, 
     assert refusal(tmp_path, file) == f"{file}:2: {message}"
 
 
-PATH, TEXT = "wanted the path or URL of an image", "wanted text or null"
+PATH, TEXT = "expected the path or URL of an image", "expected a string or null"
 PASSWORD = "the URL holds a user name or password, which would be stored with the row; leave it out"
 BAD_ROWS = {
-    '{"target_image": null}': ("target_image", None, f"null, {PATH}"),
-    '{"target_image": ""}': ("target_image", '""', f"an empty string, {PATH}"),
-    '{"target_image": ["b.png"]}': ("target_image", '["b.png"]', f"a list, {PATH}"),
-    '{"target_image": 7.5}': ("target_image", "7.5", f"a number, {PATH}"),
-    '{"target_image": true}': ("target_image", "true", f"true or false, {PATH}"),
+    '{"target_image": null}': ("target_image", None, f"got null, {PATH}"),
+    '{"target_image": ""}': ("target_image", '""', f"got an empty string, {PATH}"),
+    '{"target_image": ["b.png"]}': ("target_image", '["b.png"]', f"got list, {PATH}"),
+    '{"target_image": 7.5}': ("target_image", "7.5", f"got float, {PATH}"),
+    '{"target_image": true}': ("target_image", "true", f"got bool, {PATH}"),
     '{"target_image": "folder"}': ("target_image", "folder", "a folder or device, not a file"),
     '{"target_image": "gone.png"}': ("target_image", "gone.png", "No such file or directory"),
     '{"target_image": "a.png/b.png"}': ("target_image", "a.png/b.png", "Not a directory"),
     '{"target_image": "nul\\u0000"}': ("target_image", "nul\0", "No such file or directory"),
-    '{"target_image": "half \\ud83d"}': ("target_image", '"half ?"', f"not UTF-8, {PATH}"),
+    '{"target_image": "half \\ud83d"}': ("target_image", '"half ?"', f"got text that is not UTF-8, {PATH}"),
     '{"source_image": ["a.png", "gone.png"]}': ("source_image", "gone.png", "No such file or directory"),
-    '{"source_image": 3}': ("source_image", "3", f"a number, {PATH}"),
-    '{"source_image": ["a.png", null]}': ("source_image", None, f"null, {PATH}"),
-    '{"source_image": ["a.png", ""]}': ("source_image", '""', f"an empty string, {PATH}"),
-    '{"source_image": [["a.png"]]}': ("source_image", '["a.png"]', f"a list, {PATH}"),
-    '{"source_image": {"bytes": "eA=="}}': ("source_image", '{"bytes": "eA=="}', f"an object, {PATH}"),
+    '{"source_image": 3}': ("source_image", "3", f"got int, {PATH}"),
+    '{"source_image": ["a.png", null]}': ("source_image", None, f"got null, {PATH}"),
+    '{"source_image": ["a.png", ""]}': ("source_image", '""', f"got an empty string, {PATH}"),
+    '{"source_image": [["a.png"]]}': ("source_image", '["a.png"]', f"got list, {PATH}"),
+    '{"source_image": {"bytes": "eA=="}}': ("source_image", '{"bytes": "eA=="}', f"got dict, {PATH}"),
     '{"source_image": "https://me:secret@example.org/a.png"}': ("source_image", "https://example.org/a.png", PASSWORD),
     '{"source_image": ["a.png", "c.png", "a.png"]}': (
         *("source_image", None, "3 sources, this checkpoint takes 2; use an Edit-Plus checkpoint"),
     ),
-    '{"instruction": [["x"]]}': ("instruction", None, f"a list, {TEXT}"),
+    '{"instruction": [["x"]]}': ("instruction", None, f"got list, {TEXT}"),
     f'{{"instruction": {json.dumps(["x"] * 17)}}}': (
-        *("instruction", None, "17 captions, at most 16 are stored with a row; shorten the list"),
+        *("instruction", None, "17 captions, at most 16 are stored; shorten the list"),
     ),
     '{"source_image": "file://[x"}': ("source_image", "file://[x", "No such file or directory"),
     '{"source_image": "[{[]}]"}': ("source_image", "[{[]}]", "No such file or directory"),
-    '{"instruction": NaN}': ("instruction", None, f"a number, {TEXT}"),
-    '{"inverse_instruction_cn": "half \\ud83d"}': ("inverse_instruction_cn", None, f"not UTF-8, {TEXT}"),
+    '{"instruction": NaN}': ("instruction", None, f"got float, {TEXT}"),
+    '{"inverse_instruction_cn": "half \\ud83d"}': (
+        "inverse_instruction_cn",
+        None,
+        f"got text that is not UTF-8, {TEXT}",
+    ),
 }
 
 
@@ -343,14 +347,15 @@ def test_bad_rows_are_refused_where_the_recipe_allows_fewer(data, tmp_path):
         "tasks.faces: 7 of 10 rows are bad, extract.max_bad_share allows 6:",
         "  4: source_image: No such file or directory",
         "  2: target_image: No such file or directory",
-        "  1: instruction: a number, wanted text or null",
+        "  1: instruction: got int, expected a string or null",
         f"relative paths start from {tmp_path}; name another folder with tasks.faces.image_root",
+        "the columns in the data are instruction, source_image, target_image; name others with tasks.faces.columns",
     ]
     with pytest.raises(InputError) as error:
         read(tmp_path, file, extract=Extract(on_bad_row="fail", max_bad_share=1.0))
     assert str(error.value) == (
         f"{file}:2: source_image: gone_0.png: No such file or directory; fix it, or set extract.on_bad_row: skip to "
-        "list such rows and go on"
+        "list such rows"
     )
 
 
@@ -363,9 +368,10 @@ def test_one_bad_row_is_always_allowed_and_none_usable_never(data, tmp_path):
     file = data([bad, bad])
     for extract in (None, Extract(max_bad_share=1.0)):
         assert refusal(tmp_path, file, extract=extract).splitlines() == [
-            *(f"{file}:{i}: target_image: null, wanted the path or URL of an image" for i in (1, 2)),
+            *(f"{file}:{i}: target_image: got null, expected the path or URL of an image" for i in (1, 2)),
             "tasks.faces: 2 of 2 rows are bad, none is left:",
-            "  2: target_image: null, wanted the path or URL of an image",
+            "  2: target_image: got null, expected the path or URL of an image",
+            f"relative paths start from {tmp_path}; name another folder with tasks.faces.image_root",
             "the columns in the data are instruction, source_image, target_image; name others with "
             "tasks.faces.columns",
         ]

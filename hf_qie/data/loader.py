@@ -4,6 +4,7 @@ Letters: S target latent tokens, R latent tokens of all sources, C width of a pa
 of the prompt encoder.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -16,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hf_qie.config.recipe import Mix, Recipe
-from hf_qie.data.captions import weighed_as
 from hf_qie.data.images import BadImage
 from hf_qie.data.online_latents import has_latents, read_pixels
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, swapped
@@ -164,7 +164,7 @@ def text_weights(
     """
     captions = [name.removeprefix(TEXT) for name in _texts(columns, TEXT)]
     given = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
-    weights = [given.get(weighed_as(caption, given)) for caption in captions]
+    weights = [given.get(caption, given.get(re.sub(r"_[0-9]+$", "", caption))) for caption in captions]
     if missing := [caption for caption, weight in zip(captions, weights, strict=True) if weight is None]:
         raise InputError(
             f"mix.caption_weights: names {sorted(given)}, but task {task!r} has the captions {missing} too; "

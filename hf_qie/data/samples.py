@@ -1,25 +1,31 @@
-"""A task's data as rows: sources, target, captions, and what is wrong with them, before any model is loaded."""
+"""The rows of a task: images, captions and what is wrong with them, before any model is loaded.
+
+A caption column may hold a list of up to K captions, of which one is drawn at a time. In the set it becomes columns,
+`instruction`, `instruction_2` to `instruction_K`; so does its inverse: the i-th inverse belongs to the i-th caption.
+"""
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_qie.config.recipe import Columns, Extract, Task
-from hf_qie.data.captions import MOST_TEXTS, by_column, text_columns
+from hf_qie.config.recipe import SET_COLUMNS, Columns, Extract, Task
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
 from hf_qie.data.schema import columns_of
@@ -27,15 +33,15 @@ from hf_qie.data.tables import DataRow, Embedded, Table, no_rows
 from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 
-BATCH_ROWS = 1000  # checked together
-LOOKERS = 64  # threads: on a network disk a look at a file is a wait
-AHEAD = 2  # batches whose files are looked at while the next one is parsed
-EXAMPLES_NAMED = 5  # of many bad rows
-HALVES = re.compile("[\ud800-\udfff]")
+THREADS = 64  # on a network disk a look at a file is a wait
+PART_ROWS, BATCH_ROWS = 16, 1000  # checked by a thread at a time, written together
+AHEAD = 2  # batches that are checked while the next one is read
+MAX_CAPTIONS, EXAMPLES = 16, 5  # in a list; of bad rows in a message
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of a character: JSON can escape them, UTF-8 cannot hold them
 
 
 class BadRow(ValueError):
-    """One row that cannot be used; the row is listed and the run goes on, or stops with `on_bad_row: fail`.
+    """One row that cannot be used; the row is listed and the run continues, or stops with `on_bad_row: fail`.
 
     A reason holds no value of the row, so that rows which are bad for the same reason are counted together.
     """
@@ -55,52 +61,46 @@ class Rows:
     """The rows of a task, in the order of its data.
 
     `table` has the columns `row` (0-based), `sources` (paths or URLs as given, [] for text-to-image), `target` and
-    other images of the set by name, `root` (the folder that relative paths start from), `texts`, by caption and
-    inverse caption, null where the row has none, `bad` and `digest`. An image that lies in the data has a name in
-    place of a path, by which `stored` reads it. `bad` is null for a good row, else the column, path and reason of what
-    is wrong with its values; such a row has no images and texts. `digest`, 16 bytes, differs where anything differs
-    that a row is made from: its values, size and time of its image files, content of images that lie in the data; URLs
-    count as they are.
+    other images by name, `root` (where relative paths start), `texts` (by caption and inverse caption, null where the
+    row has none), `bad` (null, or column, path and reason; such a row has no images and texts) and `digest` (16 bytes
+    over what a row is made from: its values, size and time of its image files, content of embedded images). An
+    embedded image has a name in place of a path, by which `stored` reads it.
     """
 
     table: Dataset
-    columns: Columns  # those of the task, with one for each text of a list
-    stored: Table | None = None  # the data where images may lie in it
+    columns: Columns  # those of the task, with one for each caption of a list
+    stored: Table | None = None  # the data where images may be embedded
     has_inverse: bool  # some row has one
     digest: str  # sha256 over the rows'
-    identity: str  # sha256 of the data alone, whatever became of the images that it names
+    identity: str  # sha256 of the data alone, without the files that it names
 
 
 def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extract: Extract | None = None) -> Rows:
-    """Read the data of `task` and look at its files; the table lies memory-mapped in `folder`.
+    """Read the data of `task` and look at its files; the table is memory-mapped in `folder`.
 
     `max_sources` is what the checkpoint takes. Bad rows are marked; with `extract`, more of them than it allows are an
     error. Raises InputError for what is wrong with the task as a whole.
     """
-    identity = hashlib.sha256()
-    lines, stored = open_data(task, identity)
-    reader = Reader(task, max_sources=max_sources, identity=identity.hexdigest())
-    text = Value("string")
-    texts = dict.fromkeys(text_columns(task.columns), List(text))
-    columns = {"row": Value("int64"), "root": text, "texts": texts}
-    columns |= {image.row_key: image.type for image in columns_of("image")}
-    columns |= {"bad": dict.fromkeys(("column", "path", "reason"), text), "digest": Value("binary")}
-    path, features = folder / f"{task.name}.arrow", Features(columns)
+    identity, found = hashlib.sha256(), _Found(task)
+    data, stored = open_data(task, identity)
+    check = partial(_check, task=task, max_sources=max_sources, embedded=identity.hexdigest())
+    path, features = folder / f"{task.name}.arrow", _features(task.columns)
     with ArrowWriter(features=features, path=str(path)) as writer:
-        for rows in reader.read(lines):
+        for batch in _in_threads(check, data):
+            rows = [found.count(*checked) for checked in batch]
             writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
-        if not reader.num_rows:
+        if not found.num_rows:
             raise InputError(no_rows(task))
         writer.finalize()
-    check_columns(task, reader.seen)
-    reader.refuse(extract)
-    known = {"has_inverse": reader.has_inverse, "digest": reader.digest.hexdigest(), "identity": identity.hexdigest()}
+    _check_columns(task, found.names)
+    found.refuse(extract)
+    known = {"has_inverse": found.has_inverse, "digest": found.digest.hexdigest(), "identity": identity.hexdigest()}
     return open_rows(task, path, stored=stored, **known)
 
 
 def open_rows(task: Task, path: Path, *, stored: Table | None, **known: Any) -> Rows:
     """The rows whose table `read_rows` has written to `path`; `known`: the other fields of `Rows`."""
-    table, columns = by_column(Dataset.from_file(str(path)), task)
+    table, columns = _split_lists(Dataset.from_file(str(path)), task)
     return Rows(table=table, columns=columns, stored=stored, **known)
 
 
@@ -115,112 +115,8 @@ def refuse_bad(row: Mapping[str, Any]) -> None:
         raise BadRow(**row["bad"])
 
 
-class Reader:
-    """Turns the lines of a task's data into rows of the table, and counts what is wrong with them.
-
-    `identity` is that of data in which images may lie.
-    """
-
-    def __init__(self, task: Task, *, max_sources: int | None, identity: str):
-        self.task, self.max_sources, self.identity = task, max_sources, identity
-        self.num_rows, self.seen, self.has_inverse, self.digest = 0, set(), False, hashlib.sha256()
-        self.merged = {task.columns.source_label} - {*task.columns.source_columns}  # no column of the data
-        self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
-        self.examples: list[str] = []  # the first bad rows
-        self.roots: Counter[str] = Counter()  # of bad rows whose file cannot be used, where its path starts
-
-    def read(self, lines: Iterator[DataRow]) -> Iterator[list[dict[str, Any]]]:
-        """The rows of the table, some at a time; their files are looked at in threads while others are parsed."""
-        waiting: deque[tuple[list, list]] = deque()
-        with ThreadPoolExecutor(LOOKERS, "look") as lookers:
-            while batch := list(islice(lines, BATCH_ROWS)):
-                parsed = [self.parse(*line) for line in batch]
-                files = list({file for *_, there in parsed for *_, file in there})
-                parts = [files[start::LOOKERS] for start in range(min(LOOKERS, len(files)))]
-                waiting.append((parsed, [(part, lookers.submit(look_at, part)) for part in parts]))
-                if len(waiting) > AHEAD:
-                    yield self.finish(*waiting.popleft())
-            while waiting:
-                yield self.finish(*waiting.popleft())
-
-    def parse(self, where: str, root: str, line: Mapping[str, Any]) -> tuple[str, dict, BadRow | None, list]:
-        """Where a row stands; the row, or what is wrong with it, as far as is known without its files; and these."""
-        row = {"row": self.num_rows, "root": root}
-        self.num_rows += 1
-        self.seen.update(line.keys() - self.merged)
-        try:
-            row |= check_row(line, task=self.task, max_sources=self.max_sources)
-        except BadRow as error:
-            return where, row | nothing(self.task), error, []
-        images = images_of(row, self.task.columns)
-        local = [(column, path) for column, path in images if not (isinstance(path, Embedded) or is_url(path))]
-        return where, row, None, [(column, path, os.path.join(root, path)) for column, path in local]
-
-    def finish(self, parsed: list, looks: list) -> list[dict[str, Any]]:
-        """The rows of a batch, once their files are looked at."""
-        found = {file: one for part, look in looks for file, one in zip(part, look.result(), strict=True)}
-        return [self.row(*one, found) for one in parsed]
-
-    def row(self, where: str, row: dict, bad: BadRow | None, files: list, found: Mapping[str, Any]) -> dict[str, Any]:
-        """One row of the table; a bad one is counted."""
-        self.has_inverse = self.has_inverse or has_inverse(row, self.task)
-        for column, path, file in files:
-            if isinstance(found[file], str) and bad is None:
-                bad = BadRow(found[file], column=column, path=path)
-                self.roots[row["root"]] += 1
-        names = [path for _, path in images_of(row, self.task.columns) if isinstance(path, Embedded)]
-        known = {**row, "row": None, "bad": vars(bad) if bad else None}  # a row may move
-        content = json.dumps(
-            [known, self.task.t2i, [found[file] for *_, file in files], names and self.identity], sort_keys=True
-        )
-        digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
-        self.digest.update(digest)
-        if bad:
-            self.reasons[f"{bad.column}: {bad.reason}"] += 1
-            if len(self.examples) < EXAMPLES_NAMED:
-                self.examples.append(f"{where}: {bad.named}")
-            row |= nothing(self.task)
-        return row | {"bad": known["bad"], "digest": digest}
-
-    def refuse(self, extract: Extract | None) -> None:
-        """Raise InputError where no row is usable or, by `extract`, too many are bad."""
-        count, name = self.reasons.total(), self.task.name
-        if count and extract and extract.on_bad_row == "fail":
-            raise InputError(
-                f"{self.examples[0]}; fix it, or set extract.on_bad_row: skip to list such rows and go on"
-            )
-        rule = "none is left"
-        if count < self.num_rows:
-            if not extract or count <= (most := most_bad(extract, self.num_rows)):
-                return
-            rule = f"extract.max_bad_share allows {most:,.0f}"
-        cause = f"the columns in the data are {', '.join(sorted(self.seen))}; name others with tasks.{name}.columns"
-        if 2 * self.roots.total() >= count:
-            root = self.roots.most_common(1)[0][0]
-            cause = f"relative paths start from {root}; name another folder with tasks.{name}.image_root"
-        lines = [f"tasks.{name}: {count:,} of {self.num_rows:,} rows are bad, {rule}:"]
-        lines += [f"  {number:,}: {reason}" for reason, number in self.reasons.most_common()]
-        raise InputError("\n".join([*self.examples, *lines, cause]))
-
-
-def look_at(files: Sequence[str]) -> list[tuple[int, int] | str]:
-    """Size and time of modification (ns) of each file, or why it is none. Runs in many threads."""
-    found: list[tuple[int, int] | str] = []
-    for file in files:
-        try:
-            status = os.stat(file)
-        except OSError as error:
-            found.append(error.strerror)
-        except ValueError:  # no name of a file: it holds a zero, or half a character
-            found.append(os.strerror(errno.ENOENT))
-        else:
-            is_file = stat.S_ISREG(status.st_mode)
-            found.append((status.st_size, status.st_mtime_ns) if is_file else "a folder or device, not a file")
-    return found
-
-
 def has_inverse(row: Mapping[str, Any], task: Task) -> bool:
-    """An inverse takes exactly one source and at least one inverse caption."""
+    """Whether a row has an inverse: exactly one source and at least one inverse caption."""
     return len(row["sources"]) == 1 and any(row["texts"][caption] for caption in task.columns.inverse_captions)
 
 
@@ -229,90 +125,194 @@ def images_of(row: Mapping[str, Any], columns: Columns) -> list[tuple[str, str]]
     return [(image.label(columns), path) for image in columns_of("image") for path in image.paths(row)]
 
 
-def nothing(task: Task) -> dict[str, Any]:
+def _features(columns: Columns) -> Features:
+    text, texts = Value("string"), dict.fromkeys(text_columns(columns), List(Value("string")))
+    bad, images = dict.fromkeys(("column", "path", "reason"), text), columns_of("image")
+    features = {"row": Value("int64"), "root": text, "texts": texts, "bad": bad, "digest": Value("binary")}
+    return Features(features | {image.row_key: image.type for image in images})
+
+
+def text_columns(columns: Columns) -> tuple[str, ...]:
+    """All columns of captions and inverse captions."""
+    return (*columns.captions, *columns.inverse_captions)
+
+
+def _in_threads(check: Callable[[tuple[int, DataRow]], Any], data: Iterator[DataRow]) -> Iterator[list]:
+    """What `check` gives for each numbered row of the data, in batches; threads run it while others are read."""
+    numbered, waiting = enumerate(data), deque()
+    with ThreadPoolExecutor(THREADS, "check") as threads:
+        while (batch := list(islice(numbered, BATCH_ROWS))) or waiting:
+            if starts := range(0, len(batch), PART_ROWS):
+                waiting.append([threads.submit(list, map(check, batch[i : i + PART_ROWS])) for i in starts])
+            if len(waiting) > AHEAD or not batch:
+                yield list(chain.from_iterable(part.result() for part in waiting.popleft()))
+
+
+def _check(
+    numbered: tuple[int, DataRow], *, task: Task, max_sources: int | None, embedded: str
+) -> tuple[str, Set[str], dict[str, Any]]:
+    """Where a row stands, its columns, and the row of the table; `embedded`: digest of data with embedded images."""
+    number, (where, root, values) = numbered
+    row, bad, files, names = {"row": number, "root": root} | _nothing(task.columns), None, [], []
+    try:
+        row |= _check_values(values, task, max_sources)
+        images = images_of(row, task.columns)
+        names = [path for _, path in images if isinstance(path, Embedded)]
+        local = [(column, path) for column, path in images if not (isinstance(path, Embedded) or is_url(path))]
+        files = [_look_at(os.path.join(root, path)) for _, path in local]
+        for (column, path), file in zip(local, files, strict=True):
+            if isinstance(file, str):
+                raise BadRow(file, column=column, path=path)
+    except BadRow as error:
+        bad = vars(error)
+    content = json.dumps([{**row, "row": None, "bad": bad}, task.t2i, files, names and embedded], sort_keys=True)
+    digest = hashlib.blake2b(content.encode(), digest_size=16).digest()  # without the number: a row may move
+    return where, values.keys(), row | {"bad": bad, "digest": digest}
+
+
+class _Found:
+    """What is found in the rows of a task."""
+
+    def __init__(self, task: Task):
+        self.task, self.num_rows, self.has_inverse, self.digest = task, 0, False, hashlib.sha256()
+        self.names: set[str] = set()  # columns of the data
+        self.merged = {task.columns.source_label} - {*task.columns.source_columns}  # not a column of the data
+        self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
+        self.examples: list[str] = []  # the first bad rows
+        self.root = ""  # where paths start in the first of them
+
+    def count(self, where: str, names: Set[str], row: dict[str, Any]) -> dict[str, Any]:
+        """The row as it is written: a bad one has no images and texts."""
+        self.num_rows += 1
+        self.names.update(names - self.merged)
+        self.has_inverse = self.has_inverse or has_inverse(row, self.task)
+        self.digest.update(row["digest"])
+        if not row["bad"]:
+            return row
+        bad, self.root = BadRow(**row["bad"]), self.root or row["root"]
+        self.reasons[f"{bad.column}: {bad.reason}"] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{where}: {bad.named}")
+        return row | _nothing(self.task.columns)
+
+    def refuse(self, extract: Extract | None) -> None:
+        """Raise InputError where no row is usable or, by `extract`, too many are bad."""
+        num_bad, at = self.reasons.total(), f"tasks.{self.task.name}"
+        if num_bad and extract and extract.on_bad_row == "fail":
+            raise InputError(f"{self.examples[0]}; fix it, or set extract.on_bad_row: skip to list such rows")
+        most = most_bad(extract, self.num_rows) if extract else math.inf
+        if num_bad < self.num_rows and num_bad <= most:
+            return
+        rule = "none is left" if num_bad == self.num_rows else f"extract.max_bad_share allows {most:,.0f}"
+        lines = [f"{at}: {num_bad:,} of {self.num_rows:,} rows are bad, {rule}:"]
+        lines += [f"  {number:,}: {reason}" for reason, number in self.reasons.most_common()]
+        lines += [f"relative paths start from {self.root}; name another folder with {at}.image_root"]
+        lines += [f"the columns in the data are {', '.join(sorted(self.names))}; name others with {at}.columns"]
+        raise InputError("\n".join([*self.examples, *lines]))
+
+
+def _nothing(columns: Columns) -> dict[str, Any]:
     """Images and texts of a row that has none."""
-    images = {image.row_key: [] if image.many else None for image in columns_of("image")}
-    return images | {"texts": dict.fromkeys(text_columns(task.columns), ())}
+    texts = {"texts": dict.fromkeys(text_columns(columns), ())}
+    return texts | {image.row_key: [] if image.many else None for image in columns_of("image")}
 
 
-def check_row(line: Mapping[str, Any], *, task: Task, max_sources: int | None) -> dict[str, Any]:
-    """Sources, target and texts of one line of the data; raises BadRow."""
-    columns, images = task.columns, {}
+def _look_at(file: str) -> tuple[int, int] | str:
+    """Size and time of modification (ns) of a file, or why it cannot be used."""
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero or a surrogate
+        return getattr(error, "strerror", os.strerror(errno.ENOENT))
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else "a folder or device, not a file"
+
+
+def _check_values(values: Mapping[str, Any], task: Task, max_sources: int | None) -> dict[str, Any]:
+    """Images and texts of one row of the data; raises BadRow."""
+    row, texts = {}, {}
     for image in columns_of("image"):
-        label = image.label(columns)
-        if not image.many and label not in line:
+        label = image.label(task.columns)
+        if not image.many and label not in values:
             raise BadRow("missing", column=label)
-        found = [] if image.many and task.t2i else line.get(label, [])
+        row[image.row_key] = found = [] if image.many and task.t2i else values.get(label, [])
         for path in found if image.many and isinstance(found, list) else [found]:
-            check_path(path, column=label)
-        images[image.row_key] = found
-    sources = images["sources"]
-    if max_sources is not None and len(sources) > max_sources:
-        raise BadRow(
-            f"{len(sources)} sources, this checkpoint takes {max_sources}; use an Edit-Plus checkpoint"
-            f"{'' if max_sources else f' or set tasks.{task.name}.t2i: true'}",
-            column=columns.source_label,
-        )
-    texts = {}
-    for column in text_columns(columns):
-        found = line.get(column)
+            _check_path(path, column=label)
+    if max_sources is not None and (count := len(row["sources"])) > max_sources:
+        remedy = "use an Edit-Plus checkpoint" + f" or set tasks.{task.name}.t2i: true" * (not max_sources)
+        reason = f"{count} sources, this checkpoint takes {max_sources}; {remedy}"
+        raise BadRow(reason, column=task.columns.source_label)
+    for column in text_columns(task.columns):
+        found = values.get(column)
         found = found if isinstance(found, list) else [found]
-        if wrong := [text for text in found if text is not None and not is_text(text)]:
-            raise BadRow(f"{kind_of(wrong[0])}, wanted text or null", column=column)
+        if wrong := [text for text in found if text is not None and not _is_text(text)]:
+            raise BadRow(f"got {_kind_of(wrong[0])}, expected a string or null", column=column)
         texts[column] = [text for text in found if text and text.strip()]
-        if (count := len(texts[column])) > MOST_TEXTS:
-            raise BadRow(
-                f"{count} captions, at most {MOST_TEXTS} are stored with a row; shorten the list", column=column
-            )
-    return images | {"texts": texts}
+        if (count := len(texts[column])) > MAX_CAPTIONS:
+            raise BadRow(f"{count} captions, at most {MAX_CAPTIONS} are stored; shorten the list", column=column)
+    return row | {"texts": texts}
 
 
-def check_path(path: Any, *, column: str) -> None:
+def _check_path(path: Any, *, column: str) -> None:
     """Raise BadRow for what is neither the path nor the URL of an image."""
-    if not is_text(path) or not path:
-        shown = None if path is None else legible(path)
-        raise BadRow(f"{kind_of(path)}, wanted the path or URL of an image", column=column, path=shown)
+    if not _is_text(path) or not path:
+        shown = None if path is None else clip(path).encode(errors="replace").decode()
+        raise BadRow(f"got {_kind_of(path)}, expected the path or URL of an image", column=column, path=shown)
     if is_url(path) and holds_password(path):
         raise BadRow(PASSWORD, column=column, path=re.sub("//[^/?#]*@", "//", path, count=1))
 
 
-def legible(value: Any) -> str:
-    """A value that is no path, in the place of one."""
-    return clip(value).encode(errors="replace").decode()
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not SURROGATES.search(value)
 
 
-def kind_of(value: Any) -> str:
-    """What a value is that should be a path or a text."""
-    if value is None:
-        return "null"
+def _kind_of(value: Any) -> str:
     if isinstance(value, str):
-        return "not UTF-8" if value else "an empty string"
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+        return "text that is not UTF-8" if value else "an empty string"
+    return "null" if value is None else type(value).__name__
 
 
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that UTF-8 can hold: JSON's escapes allow halves of a character."""
-    return isinstance(value, str) and not HALVES.search(value)
-
-
-def check_columns(task: Task, seen: set[str]) -> None:
-    """Raise InputError where a column that the task needs occurs in no row; `seen` are those that occur."""
-    columns: Columns = task.columns
-    there = ", ".join(sorted(seen))
+def _check_columns(task: Task, names: set[str]) -> None:
+    """Raise InputError where a column that the task needs is in no row; `names` are the columns of the data."""
+    columns, at, there = task.columns, f"tasks.{task.name}", f"there are {', '.join(sorted(names))}"
     for image in columns_of("image"):
-        if not image.many and (name := image.label(columns)) not in seen:
-            at = f"tasks.{task.name}.{f'columns.{image.key}' if image.key else 'data'}"
-            raise InputError(f"{at}: no row has {name}; there are {there}: name the column")
-    if not task.t2i and (absent := [column for column in columns.source_columns if column not in seen]):
+        absent = ", ".join(name for name in image.data_columns(columns) if name not in names)
+        if absent and not (image.many and task.t2i):
+            key, remedy = f"columns.{image.key}" if image.key else "data", f", or set {at}.t2i: true" * image.many
+            raise InputError(f"{at}.{key}: no row has {absent}; {there}: name the column{remedy}")
+    if absent := [column for column in columns.required if column not in names]:
+        raise InputError(f"{at}.columns: no row has {', '.join(absent)}; {there}")
+    if names.isdisjoint(columns.captions):
+        absent = " or ".join(columns.captions)
+        raise InputError(f"{at}.columns.captions: no row has {absent}; {there}: name the caption columns")
+
+
+def _split_lists(table: Dataset, task: Task) -> tuple[Dataset, Columns]:
+    """`table`, whose `texts` are lists by caption column, with a column for each caption of a list.
+
+    Returns also the columns of the task with these. Raises InputError for a name that another column has.
+    """
+    columns, names = task.columns, {}
+    for pair in zip_longest(columns.captions, columns.inverse_captions):
+        pair = [name for name in pair if name]
+        lists = [texts.field(name) for texts in table.data.column("texts").chunks for name in pair]
+        longest = max(1, *(pc.max(pc.list_value_length(one)).as_py() for one in lists))
+        names |= {name: [name, *(f"{name}_{i}" for i in range(2, longest + 1))] for name in pair}
+    new = {column for name in names for column in names[name][1:]}
+    if clash := sorted(new & ({*names, *(column.name for column in columns_of())} | SET_COLUMNS)):
         raise InputError(
-            f"tasks.{task.name}.columns.sources: no row has {', '.join(absent)}; there are {there}: "
-            f"name the column, or set tasks.{task.name}.t2i: true"
+            f"tasks.{task.name}.columns: the captions in the lists become columns, and {clash[0]} is one already; "
+            "rename the column"
         )
-    if absent := [column for column in columns.required if column not in seen]:
-        raise InputError(f"tasks.{task.name}.columns: no row has {', '.join(absent)}; there are {there}")
-    if seen.isdisjoint(columns.captions):
-        raise InputError(
-            f"tasks.{task.name}.columns.captions: no row has {' or '.join(columns.captions)}; "
-            f"there are {there}: name the caption columns"
-        )
+    if new:  # what the set is made from names them
+        split = [tuple(chain(*map(names.get, some))) for some in (columns.captions, columns.inverse_captions)]
+        columns = columns.model_copy(update=dict(zip(("captions", "inverse_captions"), split, strict=True)))
+    return table.with_transform(partial(_one_each, names=names)), columns
+
+
+def _one_each(batch: dict[str, list[Any]], names: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    """A batch of rows with a caption, or null, by column."""
+    if "texts" in batch:
+        batch["texts"] = [
+            {column: text for name, columns in names.items() for column, text in zip_longest(columns, lists[name])}
+            for lists in batch["texts"]
+        ]
+    return batch

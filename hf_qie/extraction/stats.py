@@ -14,9 +14,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 
 from hf_qie.config.recipe import Mix
-from hf_qie.data.captions import text_columns
 from hf_qie.data.mixture import read_groups, small_bucket_share
-from hf_qie.data.samples import BadRow, most_bad
+from hf_qie.data.samples import BadRow, most_bad, text_columns
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, columns_of
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
 from hf_qie.extraction.plan import Plan

@@ -82,8 +82,13 @@ def test_the_recipe_shown_is_the_recipe_shipped():
     assert (ROOT / "recipes" / "lora_one_gpu.yaml").read_text(encoding="utf-8") in blocks("yaml")
 
 
-def test_every_room_is_linked():
-    assert sorted(re.findall(r"\]\(hf_qie/(\w+)/\)", README)) == sorted({n.split(".")[0] for n in LAYERS if "." in n})
+def test_every_room_is_linked_and_imports_only_from_those_above_it():
+    rooms = re.findall(r"\]\(hf_qie/(\w+)/\)", README)
+    assert sorted(rooms) == sorted({name.split(".")[0] for name in LAYERS if "." in name})
+    for number, room in enumerate(rooms):
+        for path in (PACKAGE / room).rglob("*.py"):
+            used = set(re.findall(r"^ *from hf_qie\.(\w+)\.", path.read_text(encoding="utf-8"), flags=re.M))
+            assert used <= set(rooms[: number + 1]), path
 
 
 def tables(page: str) -> list[list[list[str]]]:

@@ -122,25 +122,22 @@ def score(
 def reconstructed(recipe: Recipe, images: Sequence[Image.Image]) -> list[Image.Image]:
     """Images through the VAE and back: as near as any edit can come."""
     import torch
-    from diffusers import AutoencoderKLQwenImage
-    from diffusers.image_processor import VaeImageProcessor
 
-    vae = AutoencoderKLQwenImage.from_pretrained(recipe.model, subfolder="vae", use_safetensors=True)
-    processor = VaeImageProcessor()
-    with torch.inference_mode():
-        pixels = processor.preprocess(list(images))
-        decoded = vae.decode(vae.encode(pixels[:, :, None]).latent_dist.mode()).sample[:, :, 0]
-    return processor.postprocess(decoded)
+    from hf_qie.data.images import to_pixels
+    from hf_qie.models.base import read_family
+
+    family = read_family(recipe.model)
+    vae = family.load_vae(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
+    latents = vae([to_pixels(image) for image in images])
+    return [vae.decode(one, family.grid_of(image.size)) for one, image in zip(latents, images, strict=True)]
 
 
 def sheet(edits: Sequence[Edit], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """A card an edit: its images, and its instruction below them."""
-    labels = ("source", "before training", "after training", "target")
-    cards = []
-    for number, (edit, *made) in enumerate(zip(edits, before, after, strict=False), 1):
+    """A card an edit: its instruction, and its images below it."""
+    labels, cards = ("source", "before training", "after training", "target"), []
+    for edit, *made in zip(edits, before, after, strict=False):
         boxes = list(zip(labels, (draw(edit.sources[0]), *made, draw(edit.target)), strict=True))
-        texts = {"instruction": edit.captions["instruction"]}
-        cards.append(Card(heading=f"edit {number}", boxes=boxes, texts=texts))
+        cards.append(Card(heading=edit.captions["instruction"], boxes=boxes))
     return labelled_sheet(cards, title="Edits of images that training never saw", box_px=128, width_px=1300)
 
 

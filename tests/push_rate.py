@@ -40,7 +40,9 @@ def measure(folder: Path, *, rows: int) -> float:
         }
         for row in range(rows)
     ]
-    features = set_features(width=WIDTH, captions=["instruction"], inverse_captions=(), inverse_latents=False)
+    features = set_features(
+        width=WIDTH, latent_width=64, captions=["instruction"], inverse_captions=(), inverse_latents=False
+    )
     table = to_table(wanted, features)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=16)

@@ -17,6 +17,7 @@ def embedding_set(shapes, *, inverse=(), inverse_grids=None, captions=lambda row
     """
     features = set_features(
         width=WIDTH,
+        latent_width=64,
         captions=CAPTIONS,
         inverse_captions=[f"inverse_{caption}" for caption in CAPTIONS] if len(inverse) else [],
         inverse_latents=inverse_grids is not None,

@@ -28,6 +28,7 @@ from hf_qie.runtime.files import (
     write_durably,
     written,
 )
+from hf_qie.training.sets import open_sets
 
 
 def flip(path: Path, *, place: float = 0.5) -> None:
@@ -154,11 +155,11 @@ def test_a_damaged_chunk_of_a_launch_before_is_named_and_written_again(recipe, t
 def test_a_set_with_a_damaged_file_is_neither_trained_on_nor_taken_for_finished(recipe, tmp_path, name, damage):
     assert extract.main([str(recipe)]) == 0
     loaded = load_recipe(recipe, [f"training.output_dir={tmp_path / 'run'}"])
-    assert len(train.open_sets(loaded)["task"]) == 7
+    assert len(open_sets(loaded)["task"]) == 7
     damage(tmp_path / "sets" / "task" / name)
     words = rf"sets/task: {name} .*{DAMAGES[damage]}.* or delete .*/sets/task and extract it again"
     with pytest.raises(InputError, match=words):
-        train.open_sets(loaded)
+        open_sets(loaded)
     with pytest.raises(InputError, match=words):
         extract.main([str(recipe)])
 
@@ -232,7 +233,7 @@ def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_once_there_is
     training = {"max_steps": 6, "save_total_limit": None}
     recipe = embedding_sets.write_recipe(tmp_path, tiny(), training=training)
     straight = load_recipe(recipe)
-    train.train(straight, train.open_sets(straight))
+    train.train(straight, open_sets(straight))
     checkpoint = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-2").rglob("*"))
     run = f"$PYTHON hf_qie/train.py {recipe} training.output_dir={tmp_path}/disk/run"
     commands = f"""

@@ -58,6 +58,7 @@ INVERSE_LATENTS = {
 def features(*, inverse=("undo",), inverse_latents=True) -> Features:
     return set_features(
         width=96,
+        latent_width=64,
         captions=("instruction", "instruction_cn"),
         inverse_captions=inverse,
         inverse_latents=inverse_latents,

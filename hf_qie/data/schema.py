@@ -3,7 +3,7 @@
 Features, checks, the rows of a task, extraction, loader, dataset card and contact sheet follow `COLUMNS`; a new column
 is a line there and the code that computes it.
 
-Letters: L tokens, D width of the encoder, C channels of a packed latent (64).
+Letters: L tokens, D width of the encoder, C width of a packed latent.
 """
 
 import re
@@ -19,7 +19,6 @@ from datasets import Features, List, Value
 
 from hf_qie.config.recipe import Columns
 
-LATENT_CHANNELS = 64
 SOURCES, TARGET, INVERSE = "source_image", "target_image", "inverse_"
 # whether a set has a column for the inverse of a row too: NEVER, ALWAYS, or where sources and targets differ in area
 NEVER, ALWAYS, AREA = "never", "always", "area"
@@ -119,7 +118,7 @@ def column_of(name: str) -> tuple[Column, str]:
 def set_features(
     *,
     width: int,
-    latent_width: int = LATENT_CHANNELS,
+    latent_width: int,
     captions: Sequence[str],
     inverse_captions: Sequence[str],
     inverse_latents: bool,

@@ -17,7 +17,7 @@ from hf_qie.data.schema import set_features, to_table
 
 CAPTIONS = ("instruction", "instruction_cn", "instruction_short")
 TARGET, SOURCE = (32, 32), (64, 64)
-FEATURES = set_features(width=WIDTH, captions=CAPTIONS, inverse_captions=(), inverse_latents=False)
+FEATURES = set_features(width=WIDTH, latent_width=64, captions=CAPTIONS, inverse_captions=(), inverse_latents=False)
 LATENTS = ("target_latents", "source_latents")
 
 

@@ -1,7 +1,6 @@
 """The embedding sets that a run trains and evaluates on, opened and checked. Imports torch only once they fit."""
 
 import logging
-import os
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,6 +12,7 @@ from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import check_steps, read_config
+from hf_qie.runtime.ranks import rank
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
                     f"tasks.{name}: its {kind} have width {width}, but {recipe.model} expects {wanted}; extract the "
                     "set for this checkpoint"
                 )
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         for warning in unverified(provenances):
             logger.warning(warning)
     from hf_qie.data.loader import check_caption_weights

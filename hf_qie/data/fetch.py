@@ -149,10 +149,10 @@ async def _proxy(url: httpx2.URL, allow_private: bool) -> str | None:
     return proxy and (proxy if "://" in proxy else f"http://{proxy}")
 
 
-def _client(*key: str | bool | None) -> httpx2.AsyncClient:
-    if key not in _clients:
+def _client(proxy: str | None, allow_private: bool) -> httpx2.AsyncClient:
+    if (key := (proxy, allow_private)) not in _clients:
         _clients[key] = httpx2.AsyncClient(
-            transport=httpx2.AsyncHTTPTransport(proxy=key[0]),
+            transport=httpx2.AsyncHTTPTransport(proxy=proxy),
             timeout=httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, pool=None),
             headers=HEADERS,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none: a URL gives the same after any other

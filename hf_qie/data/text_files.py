@@ -17,9 +17,7 @@ SUFFIXES = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV",
 DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of
 BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark of UTF-8
 
-TextRow = tuple[
-    str, dict[str, Any]
-]  # place in the file, as `:3` for a line or `, item 3` of an array; value by column
+TextRow = tuple[str, dict[str, Any]]  # place in the file, as `:3` or `, item 3` of an array; its values by column
 
 
 def suffix_of(path: str | Path) -> str:
@@ -74,15 +72,11 @@ def _csv_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:
         if len(set(names)) < len(names):
             raise InputError(f"{file}:1: a column occurs twice in {', '.join(names)}")
         for row in reader:
+            place = f":{reader.line_num}"
             if None in row:
-                raise InputError(
-                    f"{file}:{reader.line_num}: more fields than the {len(names)} names in the first line"
-                )
+                raise InputError(f"{file}{place}: more fields than the {len(names)} names in the first line")
             lists = {name: list_in(value or "") for name, value in row.items()}
-            yield (
-                f":{reader.line_num}",
-                {name: (row[name] or None) if found is None else found for name, found in lists.items()},
-            )
+            yield place, {name: (row[name] or None) if found is None else found for name, found in lists.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{file}, after line {reader.line_num}: invalid CSV, expected UTF-8 ({error})") from error
 

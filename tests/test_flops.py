@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qie.config.recipe import load_recipe
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.transformer import without_gradient
 from hf_qie.training.cost import POINTS, RowFlops, count, utilisation
 from hf_qie.training.metrics import Throughput
@@ -40,7 +41,7 @@ def trainer_of(recipe):
 @pytest.mark.parametrize("way", WAYS)
 def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, way):
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=WAYS[way], training={"max_steps": 8}))
-    row_flops, shapes = RowFlops(model_on_paper(trainer.recipe)), set()
+    row_flops, shapes = RowFlops(model_on_paper(trainer.recipe), EDIT_PLUS), set()
     for batch in trainer.get_train_dataloader():
         # the counter does not know the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -68,14 +69,14 @@ def test_blocks_that_are_alike_are_counted_once_and_others_one_by_one(trains):
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trains) and not name.startswith(without_gradient(model)))
-    row_flops, lengths = RowFlops(model), np.array([40])
-    assert row_flops(72, lengths) == pytest.approx(count(model, 72, 40), rel=1e-9)
+    row_flops, lengths = RowFlops(model, EDIT_PLUS), np.array([40])
+    assert row_flops(72, lengths) == pytest.approx(count(model, EDIT_PLUS, 72, 40), rel=1e-9)
     assert len(model.transformer_blocks) == 6
     assert (72, 40) not in POINTS
 
 
 def test_rows_of_a_batch_add_up(tiny, tmp_path):
-    row_flops = RowFlops(model_on_paper(load_recipe(write_recipe(tmp_path, tiny()))))
+    row_flops = RowFlops(model_on_paper(load_recipe(write_recipe(tmp_path, tiny()))), EDIT_PLUS)
     apart = [row_flops(24, np.array([length])) for length in (7, 9, 30)]
     assert row_flops(24, np.array([7, 9, 30])) == pytest.approx(sum(apart))
 
@@ -84,17 +85,17 @@ def test_rows_of_a_batch_add_up(tiny, tmp_path):
 def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone(tiny, tmp_path, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     on_paper = partial(model_on_paper, load_recipe(write_recipe(tmp_path, tiny())))
-    found = utilisation(on_paper, torch.device("cuda"), precision="bf16")
+    found = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
     assert (found and found.peak) == DEVICES.get(name)
-    assert utilisation(on_paper, torch.device("cuda"), precision="no") is None
-    assert utilisation(on_paper, torch.device("cpu"), precision="bf16") is None
+    assert utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="no") is None
+    assert utilisation(on_paper, EDIT_PLUS, torch.device("cpu"), precision="bf16") is None
 
 
 def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     trainer = trainer_of(write_recipe(tmp_path, tiny()))
     on_paper = partial(model_on_paper, trainer.recipe)
-    known = utilisation(on_paper, torch.device("cuda"), precision="bf16")
+    known = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
     pace, (batch, *_) = Throughput(trainer.accelerator, known), trainer.get_train_dataloader()
     with pace.fetching():
         pass

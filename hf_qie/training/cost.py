@@ -6,13 +6,16 @@ Letters: S latent tokens of target and sources, L prompt tokens.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from diffusers import QwenImageTransformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from hf_qie.models.base import Family
+from hf_qie.training.model import base_of
 
 # bytes of an optimizer's state for each parameter that trains: two float32 moments, or what the name says
 STATE_BYTES = {
@@ -92,7 +95,9 @@ class Utilisation:
     peak: float  # operations a second of one device
 
 
-def utilisation(model: Callable[[], nn.Module], device: torch.device, *, precision: str) -> Utilisation | None:
+def utilisation(
+    model: Callable[[], nn.Module], family: Family, device: torch.device, *, precision: str
+) -> Utilisation | None:
     """For training of `model`, made on the meta device when called, in `precision` (no, bf16, fp16) on `device`.
 
     None where the peak of such a device in that precision is not known here.
@@ -101,7 +106,7 @@ def utilisation(model: Callable[[], nn.Module], device: torch.device, *, precisi
         return None
     name = torch.cuda.get_device_name(device)
     peak = next((1e12 * peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
-    return None if peak is None else Utilisation(row_flops=RowFlops(model()), peak=peak)
+    return None if peak is None else Utilisation(row_flops=RowFlops(model(), family), peak=peak)
 
 
 class RowFlops:
@@ -112,9 +117,9 @@ class RowFlops:
     torch's counter tells the four numbers from as many passes of the model itself.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, family: Family):
         """`model` lies on the meta device, where it is left as it was."""
-        counted = [count_by_blocks(model, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
+        counted = [count_by_blocks(model, family, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
         terms = [self._terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
         self.numbers = np.linalg.solve(terms, counted)
 
@@ -129,36 +134,35 @@ class RowFlops:
         return float(self.numbers @ self._terms(num_latents, num_tokens))
 
 
-def count_by_blocks(model: nn.Module, num_latents: int, num_tokens: int) -> int:
+def count_by_blocks(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
     """Operations of a step on one row; of blocks that are alike one is counted for all, which saves most of the time.
 
     The first one passes no gradient on, and of the last one a part has none: neither is like the others.
     """
-    (owner,) = (module for module in model.modules() if isinstance(module, QwenImageTransformer2DModel))
-    blocks = owner.transformer_blocks
+    owner = base_of(model)
+    name, blocks = next((name, part) for name, part in owner.named_children() if isinstance(part, nn.ModuleList))
     trains = [[parameter.requires_grad for parameter in block.parameters()] for block in blocks]
     if len(blocks) < 4 or any(one != trains[1] for one in trains[1:-1]):
-        return count(model, num_latents, num_tokens)
+        return count(model, family, num_latents, num_tokens)
     few = []
     try:
         for kept in (2, 3):
-            owner.transformer_blocks = nn.ModuleList([*blocks[: kept - 1], blocks[-1]])
-            few.append(count(model, num_latents, num_tokens))
+            setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
+            few.append(count(model, family, num_latents, num_tokens))
     finally:
-        owner.transformer_blocks = blocks
+        setattr(owner, name, blocks)
     return few[0] + (len(blocks) - 2) * (few[1] - few[0])
 
 
-def count(model: nn.Module, num_latents: int, num_tokens: int) -> int:
+def count(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
     """Operations of a step on one row."""
-    config, meta = model.config, {"device": "meta"}
+    empty, (latent_width, width) = partial(torch.empty, device="meta"), family.widths(model.config)
+    batch = {
+        "source_latents": empty(1, 0, latent_width),
+        "prompt_embeds": empty(1, num_tokens, width),
+        "prompt_mask": torch.ones(1, num_tokens, dtype=torch.bool),
+        "grids": [(1, num_latents)],
+    }
     with FlopCounterMode(display=False) as counter:
-        (output,) = model(
-            hidden_states=torch.empty(1, num_latents, config.in_channels, **meta),
-            encoder_hidden_states=torch.empty(1, num_tokens, config.joint_attention_dim, **meta),
-            timestep=torch.empty(1, **meta),
-            img_shapes=[[(1, 1, num_latents)]],
-            return_dict=False,
-        )
-        output.sum().backward()
+        family.predict(model, batch, empty(1, num_latents, latent_width), empty(1)).sum().backward()
     return counter.get_total_flops()

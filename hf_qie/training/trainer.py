@@ -22,7 +22,6 @@ from hf_qie.data.loader import Draws, RankBatches, open_loader
 from hf_qie.data.mixture import realised_shares
 from hf_qie.data.online_latents import encode_images
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.training.callbacks import RunCallback, StackTraces
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit
 from hf_qie.training.cost import utilisation
@@ -81,7 +80,7 @@ class EditTrainer(Trainer):
         recipe: Recipe,
         draws: Draws,
         held_out: HeldOut | None = None,
-        encoder: LatentEncoder | None = None,
+        encoder: Any = None,
         scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
         record: Mapping[str, Any],
@@ -105,7 +104,9 @@ class EditTrainer(Trainer):
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
         on_paper, precision = partial(model_on_paper, recipe), args.mixed_precision
         self.losses = LossMeter(self.accelerator, list(recipe.tasks))
-        self.throughput = Throughput(self.accelerator, utilisation(on_paper, args.device, precision=precision))
+        self.throughput = Throughput(
+            self.accelerator, utilisation(on_paper, self.objective.family, args.device, precision=precision)
+        )
         self.add_callback(RunCallback(self))
         if args.world_size > 1:
             self.add_callback(StackTraces(args.ddp_timeout))

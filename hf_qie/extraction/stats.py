@@ -94,7 +94,8 @@ class Survey:
         if not any(captions):
             reason = "trains on extract.drop_caption alone"
             yield Finding("no caption", number, " or ".join(names.captions), None, reason)
-        if sources and (apart := _aspect_difference(sources[-1].size, target.size)) > ASPECT:
+        aspects = sorted(width / height for width, height in (target.size, *(one.size for one in sources[-1:])))
+        if (apart := aspects[-1] / aspects[0] - 1) > ASPECT:
             this, other = (f"{width} x {height} px" for width, height in (target.size, sources[-1].size))
             reason = f"{this}, its aspect is {apart:.1%} off that of the last source, {other}"
             yield Finding("other aspect", *target_at, reason)
@@ -122,11 +123,12 @@ class Survey:
         """Why extraction would not end well on these rows; empty if it would."""
         extract, at, bad = self.plan.extract, f"tasks.{self.plan.task.name}", len(self.found("bad row"))
         most = most_bad(extract, self.num_rows)
+        rule = "on_bad_row: fail allows none" if most == 0 else f"max_bad_share allows {most:,.0f}"
         if bad == self.num_rows:
             return [f"{at}: every row is bad"]
-        rule = "on_bad_row: fail allows none" if most == 0 else f"max_bad_share allows {most:,.0f}"
-        told = f"{at}: {bad:,} of {self.num_rows:,} rows are bad, extract.{rule}; fix them, or allow more"
-        return [told] if bad > most else []
+        if bad > most:
+            return [f"{at}: {bad:,} of {self.num_rows:,} rows are bad, extract.{rule}; fix them, or allow more"]
+        return []
 
 
 def survey(plan: Plan, processor: Any, *, width: int, progress: Callable[[int], Any]) -> Survey:
@@ -181,17 +183,10 @@ def aligned(rows: Sequence[Sequence[Any]], *, left: bool = False) -> list[str]:
     return ["  ".join(pad(*one) for pad, *one in zip(sides, row, widths, strict=True)) for row in texts]
 
 
-def _aspect_difference(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """By which part the larger ratio of width to height is above the smaller one; both are (width, height)."""
-    ratio = one[0] * other[1] / (one[1] * other[0])
-    return max(ratio, 1 / ratio) - 1
-
-
 def _is_same(one: Header, other: Header) -> bool:
     """Whether two images are one, or two files with the same bytes."""
-    if one.content == other.content or not (one.file and other.file and one.size == other.size):
-        return one.content == other.content
-    return filecmp.cmp(one.file, other.file, shallow=False)
+    are_files = one.file and other.file and one.size == other.size
+    return one.content == other.content or bool(are_files and filecmp.cmp(one.file, other.file, shallow=False))
 
 
 def _quantile(counts: Counter, share: float, *, key: Callable[[Any], Any] | None = None) -> Any:

@@ -97,24 +97,17 @@ def _plain(annotation: Any) -> Any:
 
 @functools.cache
 def choices(key: str) -> list[str]:
-    """The names that may be given for `optim`, `lr_scheduler_type` or `report_to`."""
+    """The names that may be given for `optim`, `lr_scheduler_type` or `report_to`; [] where they cannot be read."""
     try:
         if key == "report_to":
-            tables = [n for n in _source("integrations/integration_utils.py").body if isinstance(n, ast.Assign)]
-            (table,) = (n.value for n in tables if ast.unparse(n.targets[0]) == "INTEGRATION_TO_CALLBACK")
+            tree = _source("integrations/integration_utils.py")
+            nodes = (node for node in tree.body if isinstance(node, ast.Assign))
+            (table,) = (node.value for node in nodes if ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK")
             return [*map(ast.literal_eval, table.keys), "all", "none"]
-        file, name = (
-            ("training_args.py", "OptimizerNames") if key == "optim" else ("trainer_utils.py", "SchedulerType")
-        )
-        return [node.value.value for node in _class(file, name) if isinstance(node, ast.Assign)]
-    except Exception:  # as above
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-        from transformers.trainer_utils import SchedulerType
-        from transformers.training_args import OptimizerNames
-
-        if key == "report_to":
-            return [*INTEGRATION_TO_CALLBACK, "all", "none"]
-        return [name.value for name in (OptimizerNames if key == "optim" else SchedulerType)]
+        place = ("training_args.py", "OptimizerNames") if key == "optim" else ("trainer_utils.py", "SchedulerType")
+        return [node.value.value for node in _class(*place) if isinstance(node, ast.Assign)]
+    except Exception:  # as above; TrainingArguments and Trainer check the names themselves
+        return []
 
 
 @functools.cache

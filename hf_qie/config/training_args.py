@@ -222,7 +222,7 @@ def _check_steps(training: Mapping[str, Any]) -> None:
 def _check_names(training: Mapping[str, Any]) -> None:
     """Check names that TrainingArguments and Trainer would look up only once the model is there."""
     for key, name in (*_named(training), ("lr_scheduler_type", training.get("lr_scheduler_type", "linear"))):
-        if name not in choices(key):
+        if choices(key) and name not in choices(key):
             raise Misfit(f"training.{key}", f"got {show(name)}: {unknown(name, choices(key), 'name')}")
 
 

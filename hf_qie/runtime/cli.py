@@ -1,6 +1,6 @@
-"""What the scripts share: how a command line is read, and how a run ends that cannot go on.
+"""What the scripts share: the command line, and the message and exit status of an error.
 
-An option is `--snake_case`, by the name that the recipe, diffusers or the Hub has for it; with hyphens it is the same.
+An option is `--snake_case`, under the name that the recipe, diffusers or the Hub has for it; hyphens work as well.
 """
 
 import argparse
@@ -25,18 +25,18 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate l
 
 
 class Options(argparse.ArgumentParser):
-    """The command line of a script, whose docstring says what it may be; a mistake is an InputError of one line."""
+    """The command line of a script, described in its docstring; a mistake is an InputError of one line."""
 
     def __init__(self):
         super().__init__(add_help=False, allow_abbrev=False)
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """An argument as argparse has it; the first name is its own, others are older or shorter ones."""
+        """An argument as in argparse; the first name is the documented one, others are older or shorter."""
         hyphened = [f"--{name[2:].replace('_', '-')}" for name in names if "_" in name]
         return super().add_argument(*dict.fromkeys([*names, *hyphened]), **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Of the names of an option its own alone; for one that is unknown, the nearest that is known."""
+        """Raise InputError with the documented name of an option, or the nearest known name of an unknown one."""
         what, _, rest = message.partition(": ")
         if what == "unrecognized arguments" and rest.startswith("--"):
             name = re.split("[ =]", rest)[0]
@@ -48,7 +48,7 @@ class Options(argparse.ArgumentParser):
 
 
 def check(value: Any, kind: Any, at: str) -> Any:
-    """`value` of a caller as the annotation `kind` of a recipe's key wants it; raises InputError."""
+    """`value` as a `kind` of hf_qie.runtime.rules; raises InputError that names `at`."""
     try:
         return validate(kind, value, at)
     except Misfit as misfit:
@@ -56,7 +56,7 @@ def check(value: Any, kind: Any, at: str) -> Any:
 
 
 def wanted(kind: Any) -> Callable[[str], Any]:
-    """For the `type` of an argument: its value as the annotation `kind` of a recipe's key wants it."""
+    """For the `type` of an argument: its value as a `kind` of hf_qie.runtime.rules."""
 
     def read(text: str) -> Any:
         try:

@@ -1,9 +1,9 @@
-"""Rules for values that a user gives, in a recipe or on a command line, and what is said of one that breaks them.
+"""Rules for values of a recipe or a command line, and the message for a value that breaks one.
 
     Count = Annotated[int, Field(ge=1), Rule("an integer of at least 1")]
 
-is a type, what pydantic checks of it, and the words for it in errors and in the JSON schema. All values are strict:
-true is not a number, "4" is not one either, and numbers are finite.
+is a type, a constraint that pydantic checks, and a description for errors and for the JSON schema. Values are strict:
+neither true nor "4" is a number, and numbers are finite.
 """
 
 import difflib
@@ -26,7 +26,7 @@ K, V = TypeVar("K"), TypeVar("V")
 
 @dataclass(frozen=True)
 class Rule:
-    """Annotation: what a value has to be, in words, and the test that pydantic's own constraints leave open."""
+    """Annotation: what a value has to be, and a test where pydantic's constraints are not enough."""
 
     expected: str
     test: Callable[[Any], Any] = lambda value: True
@@ -112,9 +112,7 @@ class Section(BaseModel):
             return {}
         for key in given if isinstance(given, dict) else ():
             if key not in cls.model_fields:
-                raise PydanticCustomError(
-                    "unknown", "unknown key", {"key": key, "told": unknown(key, cls.key_names())}
-                )
+                raise PydanticCustomError("unknown", "unknown key", {"key": key, "known": cls.key_names()})
         return given
 
 
@@ -152,13 +150,13 @@ def _misfit(error: ValidationError, value: Any, at: str) -> Misfit:
     for part in first["loc"]:  # the last part may name a member of a union, or be [key]
         if isinstance(value, dict) and (part in value or first["type"] == "missing"):
             at, value = join(at, part), value.get(part)
-        elif isinstance(part, int) and isinstance(value, list | str):
+        elif isinstance(part, int) and isinstance(value, list | str) and part < len(value):
             at, value = f"{at}[{part}]", value[part] if isinstance(value, list) else value
         else:
             break
         depth += 1
     if first["type"] == "unknown":
-        return Misfit(join(at, context["key"]), context["told"])
+        return Misfit(join(at, context["key"]), unknown(context["key"], context["known"]))
     if first["type"] == "missing":
         return Misfit(at, "missing")
     got = f"got {show(first['input'])}"
@@ -166,8 +164,8 @@ def _misfit(error: ValidationError, value: Any, at: str) -> Misfit:
         return Misfit(at, f"{got}: {context['error']}")
     at_union = first["loc"][depth:] not in ((), ("[key]",))
     members = [one for one in others if at_union and one["loc"][:depth] == first["loc"][:depth]]
-    expected = [_EXPECTED.get(one["type"], one.get("ctx", {}).get("expected", "")) for one in [first, *members]]
-    return Misfit(at, f"{got}, expected {' or '.join(dict.fromkeys(filter(None, expected)))}")
+    expected = [_EXPECTED.get(e["type"], e.get("ctx", {}).get("expected", e["msg"])) for e in [first, *members]]
+    return Misfit(at, f"{got}, expected {' or '.join(dict.fromkeys(expected))}")
 
 
 def show(value: Any) -> str:

@@ -49,35 +49,18 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping, lines, merged = {}, {}, {}
-    for key_node, value_node in node.value:
-        if key_node.value == "<<" and key_node.style is None:  # a key that stands here itself goes first
-            merged = _merged(loader, value_node) | merged
-            continue
+    lines: dict[Any, int] = {}
+    for key_node, _ in node.value:  # before merge keys are replaced by what they bring
         key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
         if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(
-                problem=f"got {show(key)} as a key, expected a word or number", problem_mark=mark
-            )
-        if key in mapping:
+            problem = f"got {show(key)} as a key, expected a word or number"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        if key in lines and not key_node.tag.endswith(":merge"):
             problem = f"key {show(key)} again, it is in line {lines[key]} already"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        mapping[key], lines[key] = loader.construct_object(value_node, deep=True), mark.line + 1
-    return {**merged, **mapping}
-
-
-def _merged(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
-    """What a merge key brings: a mapping, or several, of which the first that has a key gives its value."""
-    mappings = loader.construct_object(node, deep=True)
-    mappings = mappings if isinstance(mappings, list) else [mappings]
-    if not all(isinstance(one, dict) for one in mappings):
-        problem = f"got <<: {show(mappings)}, expected an alias of a mapping, as <<: *name, or a list of them"
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    return {key: value for one in reversed(mappings) for key, value in one.items()}
-
-
-def _sequence(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
-    return [loader.construct_object(item, deep=True) for item in node.value]
+        lines[key] = mark.line + 1
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 def _integer(text: str) -> int:
@@ -87,6 +70,7 @@ def _integer(text: str) -> int:
 
 
 _SCALARS = {  # tag: (what a plain scalar of that kind looks like, how it is read)
+    "merge": ("<<", str),
     "null": ("~|null|Null|NULL|", lambda text: None),
     "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _integer),
@@ -100,6 +84,6 @@ for _tag, (_pattern, _read) in _SCALARS.items():
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", lambda _, node, read=_read: read(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
-_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
+_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor(None, _Loader.construct_undefined)

@@ -1,5 +1,6 @@
 """Reading an image from a URL ends in time, in bounds, at an address that was checked; each failure has its reason."""
 
+import errno
 import http.client
 import json
 import socket
@@ -64,7 +65,7 @@ def internet(monkeypatch, server):
         internet.connected.append(address[0])
         peers.pop(sock.fileno(), None)
         if address[0] == ALSO_PUBLIC:
-            raise ConnectionRefusedError("nobody is there")
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody is there")
         if address[0] == PUBLIC:
             peers[sock.fileno()] = address
             address = server.server_address
@@ -231,6 +232,12 @@ def test_a_connection_is_kept_for_the_next_url_and_no_cookie_is(internet, server
     for _ in range(3):
         assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
     assert (internet.connected, seen) == ([PUBLIC], [None] * 3)
+
+
+def test_a_refused_connection_is_named_without_its_address(internet):
+    internet.names = {"pictures.example": [[ALSO_PUBLIC]]}
+    with pytest.raises(BadUrl, match=r"^the connection failed \(ConnectionRefusedError: Connection refused\)$"):
+        get("http://pictures.example/a.png")
 
 
 def test_the_second_address_of_a_host_is_tried_where_the_first_is_dead(internet, server):

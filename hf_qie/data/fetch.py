@@ -11,6 +11,7 @@ import atexit
 import functools
 import ipaddress
 import math
+import os
 import re
 import socket
 import ssl
@@ -174,9 +175,13 @@ def _explained(error: BaseException) -> BadUrl | _Retry:
         error = cause
     if isinstance(error, ssl.SSLCertVerificationError):
         return BadUrl(f"its certificate is not trusted ({error.verify_message})")
-    if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-        return BadUrl(f"host not found ({error.strerror})")
-    return _Retry(f"the connection failed ({type(error).__name__}: {error})", 0)
+    if isinstance(error, socket.gaierror):
+        reason = f"host not found ({error.strerror})"
+        return _Retry(reason, 0) if error.errno == socket.EAI_AGAIN else BadUrl(reason)
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError):
+        text = os.strerror(error.errno)  # asyncio's own text holds the address
+    return _Retry(f"the connection failed ({type(error).__name__}: {text})", 0)
 
 
 async def _body(response: httpx2.Response) -> bytes:

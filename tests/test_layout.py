@@ -69,3 +69,11 @@ def test_weights_are_never_loaded_from_a_pickle(name):
             loader = ast.unparse(call.func)
             if loader.split(".")[-2] in LOADS_WEIGHTS or "getattr" in loader:
                 assert "use_safetensors" in {word.arg for word in call.keywords}, loader
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_family_is_known_to_its_folder_and_the_registry_alone(name):
+    folder = "models.qwen_image"
+    imports = [node for node in ast.walk(ast.parse(path_of(name).read_text())) if isinstance(node, ast.ImportFrom)]
+    known = any((node.module or "").startswith(f"hf_qie.{folder}") for node in imports)
+    assert name.startswith(folder) or not known

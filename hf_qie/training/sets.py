@@ -33,13 +33,14 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
     provenances = {name: provenance for name, (_, provenance) in opened.items()}
     check_compat(provenances, checkpoint, model=recipe.model)
-    takes = read_config(recipe.model, "transformer/config.json", revision=recipe.revision).get("joint_attention_dim")
-    expected = {"embeddings": ("image_embeds", takes), "latents": ("target_latents", family.latent_width)}
+    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
+    latent_width, width = family.widths(config)
+    expected = {"embeddings": ("image_embeds", width), "latents": ("target_latents", latent_width)}
     for name, (data, _) in opened.items():
         for kind, (column, wanted) in expected.items():
-            if (width := matrix_width(data.features[column])) != wanted:
+            if (found := matrix_width(data.features[column])) != wanted:
                 raise InputError(
-                    f"tasks.{name}: its {kind} have width {width}, but {recipe.model} expects {wanted}; extract the "
+                    f"tasks.{name}: its {kind} have width {found}, but {recipe.model} expects {wanted}; extract the "
                     "set for this checkpoint"
                 )
     if rank() == 0:

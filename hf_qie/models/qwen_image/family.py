@@ -119,7 +119,7 @@ class QwenImage(Family):
 
     def widths(self, transformer_config: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family`."""
-        return transformer_config["in_channels"], transformer_config["joint_attention_dim"]
+        return transformer_config.get("in_channels"), transformer_config.get("joint_attention_dim")
 
     # --- the official pipeline ---
 

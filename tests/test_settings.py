@@ -52,3 +52,8 @@ def test_a_string_that_looks_like_something_else_is_quoted_when_written(text):
     written = write_yaml({"key": text})
     assert read_yaml(written, "here") == {"key": text}
     assert yaml.safe_load(written) == {"key": text}  # and a reader of YAML 1.1 sees the same
+
+
+def test_a_section_that_stands_in_a_merge_key_may_merge_and_be_merged_itself():
+    text = "y: &y {k: 0, z: 9}\nb: {<<: &x {<<: *y, k: 1}, m: 2}\nc: *x\n"
+    assert read_yaml(text, "here") == {"y": {"k": 0, "z": 9}, "b": {"k": 1, "z": 9, "m": 2}, "c": {"k": 1, "z": 9}}

@@ -43,22 +43,28 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar = {}
     yaml_constructors: ClassVar = {}
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse a key that occurs twice, then replace merge keys by what they bring."""
+        if getattr(node, "is_flat", False):
+            return
+        node.is_flat, lines = True, {}
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = f"got {show(key)} as a key, expected a word or number"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            if key in lines and not key_node.tag.endswith(":merge"):
+                problem = f"key {show(key)} again, it is in line {lines[key]} already"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            lines[key] = mark.line + 1
+        super().flatten_mapping(node)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    lines: dict[Any, int] = {}
-    for key_node, _ in node.value:  # before merge keys are replaced by what they bring
-        key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
-        if not isinstance(key_node, yaml.ScalarNode):
-            problem = f"got {show(key)} as a key, expected a word or number"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        if key in lines and not key_node.tag.endswith(":merge"):
-            problem = f"key {show(key)} again, it is in line {lines[key]} already"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-        lines[key] = mark.line + 1
     loader.flatten_mapping(node)
     return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
 

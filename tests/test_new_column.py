@@ -19,8 +19,8 @@ from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
 from hf_qie.extraction.contact_sheet import given
 from hf_qie.extraction.estimate import outlooks
-from hf_qie.extraction.verify import Official, beyond, bound, verify_set
-from hf_qie.hub.dataset_card import described
+from hf_qie.extraction.verify import beyond, bound, verify_set
+from hf_qie.hub.dataset_card import _columns as described
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 
@@ -148,7 +148,7 @@ def test_a_new_column_is_looked_at_and_verified_before_and_after_extraction(reci
     written = sum(path.stat().st_size for path in (tmp_path / "sets" / "edit").glob("*.arrow"))
     assert sum(look.num_bytes for look in looks) == pytest.approx(written, rel=0.05)
     model, device = load_recipe(recipe).model, torch.device("cpu")
-    official = Official(model, plan.family, revision=None, dtype=torch.float32, device=device)
+    official = plan.family.load_official(model, revision=None, dtype=torch.float32, device=device)
     count, differences = verify_set(plan, tmp_path / "sets" / "edit", official, num_rows=2, seed=0)
     assert count == 2 and not beyond(differences, limit=bound(torch.float32))
     assert {"mask_latents", "inverse_mask_latents"} <= {difference.column for difference in differences}

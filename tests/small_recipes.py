@@ -11,7 +11,6 @@ from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
 from hf_qie.extraction.plan import make_plan
 from hf_qie.models.base import read_family
-from hf_qie.models.qwen_image.text_encoder import load_processor
 
 WIDTH = 96  # of the tiny encoder
 SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2}
@@ -43,7 +42,7 @@ def plans_of(path: Path, folder: Path, *overrides: str) -> tuple[dict, object]:
     family = read_family(recipe.model)
     folder.mkdir(exist_ok=True)
     plans = {name: make_plan(recipe, task, family, folder) for name, task in recipe.tasks.items()}
-    return plans, load_processor(recipe.model, family=family)
+    return plans, family.load_processor(recipe.model, revision=None)
 
 
 def extract_edits(folder: Path, model: Path, edits: Path) -> None:

@@ -14,13 +14,13 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
-from hf_qie.data.images import area_size, read_image, resize
+from hf_qie.data.images import read_image
 from hf_qie.extraction.batching import like_length, same_size, shared_passes
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES
 from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
 from hf_qie.models.base import Prompt, PromptEmbeddings
-from hf_qie.models.qwen_image.family import EDIT_PLUS_TEMPLATE
+from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE
 from hf_qie.models.qwen_image.prompts import make_prompt
 
 BATCH_SIZE = 4  # the recipe's default
@@ -45,7 +45,7 @@ class Processor:
 
     def shown(self, path: Path) -> Image.Image:
         image = read_image(path)
-        return resize(image, area_size(image.size, VLM_AREA_PX))
+        return EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, VLM_AREA_PX))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.images import area_size, read_image, resize, to_pixels
+from hf_qie.data.images import read_image, to_pixels
 from hf_qie.data.provenance import read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extract import main
@@ -32,9 +32,10 @@ from hf_qie.extraction.manifest import read_manifest
 from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Prepared
 from hf_qie.models.base import read_family
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.prompts import make_prompt
-from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
-from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
+from hf_qie.models.qwen_image.text_encoder import Encoder
+from hf_qie.models.qwen_image.vae import LatentEncoder
 
 TARGET_SIDE_PX, SOURCE_SIDE_PX = 64, 96
 SMALL = {
@@ -171,11 +172,14 @@ def test_a_set_is_nothing_but_its_files(extracted):
 
 def test_stored_states_are_the_rounding_of_the_encoders(extracted, rows, edits, tiny):
     family = read_family(str(tiny("edit_plus")))
-    processor, encoder = load_processor(str(tiny("edit_plus")), family=family), Encoder(str(tiny("edit_plus")), **CPU)
+    processor, encoder = (
+        family.load_processor(str(tiny("edit_plus")), revision=None),
+        Encoder(str(tiny("edit_plus")), **CPU),
+    )
 
     def check(got, prefix, sources, captions):
         images = [read_image(edits / path) for path in sources]
-        images = [resize(image, area_size(image.size, family.vlm_area_px)) for image in images]
+        images = [EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vlm_area_px)) for image in images]
         texts = {f"{prefix}text_embeds_{name}": text for name, text in captions.items() if text}
         texts |= {f"{prefix}text_embeds_drop": " "}
         (states,) = encoder([make_prompt(processor, family.template(len(images)), images, list(texts.values()))])
@@ -198,9 +202,11 @@ def test_latents_are_those_of_the_pictures_in_their_order_and_an_inverse_swaps_t
     def check(got, prefix, sources, target):
         for name, paths, side_px in (("source", sources, SOURCE_SIDE_PX), ("target", [target], TARGET_SIDE_PX)):
             images = [read_image(edits / path) for path in paths]
-            sizes = [area_size(image.size, side_px**2) for image in images]
-            latents = [encode([to_pixels(resize(i, size))])[0] for i, size in zip(images, sizes, strict=True)]
-            grids = [list(grid_of(size)) for size in sizes]
+            sizes = [EDIT_PLUS.fit(image.size, side_px**2) for image in images]
+            latents = [
+                encode([to_pixels(EDIT_PLUS.resize(i, size))])[0] for i, size in zip(images, sizes, strict=True)
+            ]
+            grids = [list(EDIT_PLUS.grid_of(size)) for size in sizes]
             assert_rounded(got[f"{prefix}{name}_latents"], torch.cat(latents))
             expected = {f"{prefix}source_grids": grids} if name == "source" else {f"{prefix}target_grid": grids[0]}
             assert expected.items() <= got.items()
@@ -295,7 +301,7 @@ def test_an_edit_checkpoint_shows_one_image_to_encoder_and_vae(tiny, edits, rows
     monkeypatch.setattr(extraction, "read_family", lambda *_, **__: family)
     assert main([str(path)]) == 0
     (row,) = load_from_disk(tmp_path / "sets" / "edit")
-    width, height = area_size(read_image(edits / row["source_image"][0]).size, side_px**2)
+    width, height = EDIT_PLUS.fit(read_image(edits / row["source_image"][0]).size, side_px**2)
     assert row["source_grids"] == [[height // 16, width // 16]]
     assert len(row["image_embeds"]) == 2 + round(height / 28) * round(width / 28)  # its marks, and no label
 
@@ -330,7 +336,7 @@ def test_each_picture_passes_the_vision_tower_once(chunk, rows, edits):
 
     chunk(rows["combine"], watch=watch, batch_size=1)
     sizes = [
-        area_size(read_image(edits / name).size, 384**2) for row in rows["combine"] for name in row["source_image"]
+        EDIT_PLUS.fit(read_image(edits / name).size, 384**2) for row in rows["combine"] for name in row["source_image"]
     ]
     assert len(num_patches) == len(rows["combine"])
     assert sum(num_patches) == sum(4 * round(width / 28) * round(height / 28) for width, height in sizes)
@@ -420,7 +426,8 @@ def test_bad_rows_are_listed_and_counted_and_the_others_kept(run, edits, tmp_pat
     assert "truncated" in bad[1]["reason"] and "UnidentifiedImageError" in bad[5]["reason"]
     assert bad[3]["reason"] == "the caption holds <|image_pad|>, which stands for an image"
     sizes = [
-        area_size(read_image(edits / rows[4]["source_image"]).size, px**2) for px in (SOURCE_SIDE_PX, TARGET_SIDE_PX)
+        EDIT_PLUS.fit(read_image(edits / rows[4]["source_image"]).size, px**2)
+        for px in (SOURCE_SIDE_PX, TARGET_SIDE_PX)
     ]
     most = 4096 - max(max(size) // 16 // 2 for size in sizes)
     assert re.fullmatch(rf"\d+ tokens of pictures and text, at most {most} can be placed", bad[4]["reason"])

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from small_recipes import columns_of, extract_edits
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.images import area_size, read_image, resize, to_pixels
+from hf_qie.data.images import read_image, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
 from hf_qie.models.base import PromptEmbeddings
 from hf_qie.models.checkpoint import read_config
 from hf_qie.models.qwen_image import transformer
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import text_to_image
 from hf_qie.models.qwen_image.transformer import denoise, predict
-from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
+from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX
 from hf_qie.train import train
 from hf_qie.training.evaluation import HeldOut, held_out_part
@@ -94,15 +95,17 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
     picture = sampler.generate(embeddings, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
-    sizes = [area_size(image.size, sampler.source_area_px) for image in images]
+    sizes = [EDIT_PLUS.fit(image.size, sampler.source_area_px) for image in images]
     vae = LatentEncoder(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-    latents = [vae([to_pixels(resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
+    latents = [vae([to_pixels(EDIT_PLUS.resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
     batches = []
     for text in embeddings.texts:
         embeds = torch.cat([embeddings.image, text])[None]
         sources = torch.cat([torch.zeros(0, 64), *latents])[None]
         batch = {"prompt_embeds": embeds, "prompt_mask": torch.ones(embeds.shape[:2]).bool()}
-        batches.append(batch | {"source_latents": sources, "grids": [grid_of(size), *map(grid_of, sizes)]})
+        batches.append(
+            batch | {"source_latents": sources, "grids": [EDIT_PLUS.grid_of(size), *map(EDIT_PLUS.grid_of, sizes)]}
+        )
     with torch.no_grad():
         config = read_config(recipe.model, "scheduler/scheduler_config.json")
         options = {"scheduler_config": config, "num_inference_steps": 3, "true_cfg_scale": cfg, "seed": 5}
@@ -112,7 +115,7 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     c, h, w = theirs.shape
     theirs = theirs.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(1, -1, 4 * c)
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    levels = np.asarray(vae.decode(mine[0], grid_of(size)), int) - np.asarray(picture, int)
+    levels = np.asarray(vae.decode(mine[0], EDIT_PLUS.grid_of(size)), int) - np.asarray(picture, int)
     assert abs(levels).max() <= 1
 
 

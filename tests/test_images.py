@@ -10,7 +10,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNIT, with_exif
 from PIL import Image
 
-from hf_qie.data.images import BadImage, area_size, header_size, read_image, to_pixels
+from hf_qie.data.images import BadImage, header_size, read_image, to_pixels
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 
 
 def quarters(width=40, height=20):
@@ -265,12 +266,12 @@ def test_area_size_is_the_pipelines_calculate_dimensions():
     sizes += [(n, m) for n in range(1, 30) for m in range(1, 30)]  # simple ratios, which fall on halves
     for area_px in (384 * 384, 512 * 512, 1024 * 1024, 80 * 80):
         for width, height in sizes:
-            assert area_size((width, height), area_px) == calculate_dimensions(area_px, width / height)[:2]
+            assert EDIT_PLUS.fit((width, height), area_px) == calculate_dimensions(area_px, width / height)[:2]
 
 
 def test_halves_are_rounded_to_even_as_the_pipelines_do():
-    assert area_size((1, 1), 80 * 80) == (64, 64)  # 2.5 x 32
-    assert area_size((1, 1), 112 * 112) == (128, 128)  # 3.5 x 32
+    assert EDIT_PLUS.fit((1, 1), 80 * 80) == (64, 64)  # 2.5 x 32
+    assert EDIT_PLUS.fit((1, 1), 112 * 112) == (128, 128)  # 3.5 x 32
 
 
 def test_pixels_go_from_minus_one_to_one():

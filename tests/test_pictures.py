@@ -12,11 +12,12 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.images import read_image, resize, to_pixels
+from hf_qie.data.images import read_image, to_pixels
 from hf_qie.data.online_latents import read_pixels
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
 from hf_qie.models.base import read_family
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.train import train
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
@@ -124,7 +125,7 @@ def test_pixels_are_those_of_extraction(edits, tiny):
     path = next((edits / "images").glob("*.png"))
     pixels = torch.tensor(read_pixels(str(path), (6, 4), read_family(str(tiny()))))
     assert pixels.shape == (96, 64, 3)
-    assert torch.equal(to_pixels(pixels[None])[0], to_pixels(resize(read_image(path), (64, 96))))
+    assert torch.equal(to_pixels(pixels[None])[0], to_pixels(EDIT_PLUS.resize(read_image(path), (64, 96))))
 
 
 def refused(recipe: Path, *overrides: str) -> str:

@@ -8,7 +8,6 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
-from hf_qie.data.images import area_size, resize
 from hf_qie.errors import InputError
 from hf_qie.models.base import BadPrompt
 from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, TEXT_TO_IMAGE_TEMPLATE
@@ -36,7 +35,9 @@ def processor(built_once, tiny):
 
 def pictures(*sizes):
     """Pictures as the encoder sees them."""
-    return [resize(Image.new("RGB", size, "teal"), area_size(size, EDIT_PLUS.vlm_area_px)) for size in sizes]
+    return [
+        EDIT_PLUS.resize(Image.new("RGB", size, "teal"), EDIT_PLUS.fit(size, EDIT_PLUS.vlm_area_px)) for size in sizes
+    ]
 
 
 def test_the_vocabulary_is_qwens_own(processor):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
-from hf_qie.data.images import area_size, read_image, resize, to_pixels
+from hf_qie.data.images import read_image, to_pixels
 from hf_qie.models.base import read_family
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.prompts import make_prompt
-from hf_qie.models.qwen_image.text_encoder import Encoder, load_processor
-from hf_qie.models.qwen_image.vae import LatentEncoder, grid_of
+from hf_qie.models.qwen_image.text_encoder import Encoder
+from hf_qie.models.qwen_image.vae import LatentEncoder
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CAPTIONS = ["Make the sky red and keep the boat.", "把天空变成红色，保留小船。", " "]
@@ -28,7 +29,7 @@ def ours(tiny):
 
     def load(kind):
         family = read_family(str(tiny(kind)))
-        return family, load_processor(str(tiny(kind)), family=family), Encoder(str(tiny(kind)), **CPU)
+        return family, family.load_processor(str(tiny(kind)), revision=None), Encoder(str(tiny(kind)), **CPU)
 
     return load
 
@@ -86,7 +87,7 @@ def our_states(encoder, prompts):
 
 def seen(family, images):
     """The pictures as the encoder sees them."""
-    return [resize(image, area_size(image.size, family.vlm_area_px)) for image in images]
+    return [EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vlm_area_px)) for image in images]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_states_change_with_each_source_and_with_their_order(ours, pictures):
         return our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS[:1])])[0][0]
 
     reference = states(a, b)
-    others = [states(b, a), states(a, resize(c, b.size)), states(resize(c, a.size), b)]
+    others = [states(b, a), states(a, EDIT_PLUS.resize(c, b.size)), states(EDIT_PLUS.resize(c, a.size), b)]
     for other in others:  # the caption's last tokens see all sources
         assert (reference[-5:] - other[-5:]).abs().max() > 1e-3
 
@@ -188,7 +189,7 @@ def test_encoder_and_vae_see_the_pipelines_pixels(ours, official, pictures, monk
     call(pipeline, images)
     assert [image.tobytes() for image in shown["encoder"]] == [image.tobytes() for image in seen(family, images)]
     for image, theirs in zip(images, shown["vae"], strict=True):
-        mine = to_pixels(resize(image, area_size(image.size, family.vae_area_px)))
+        mine = to_pixels(EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vae_area_px)))
         assert torch.equal(mine[None, :, None], theirs)
 
 
@@ -206,16 +207,18 @@ def test_latents_grids_and_their_order_equal_what_the_transformer_is_shown(
 
     monkeypatch.setattr(pipeline.transformer, "forward", forward)
     call(pipeline, images, height=128, width=160)
-    sizes = [area_size(image.size, area_px) for image in images]
+    sizes = [EDIT_PLUS.fit(image.size, area_px) for image in images]
     encode = LatentEncoder(str(tiny("edit_plus")), **CPU)
-    mine = torch.cat([encode([to_pixels(resize(i, size))])[0] for i, size in zip(images, sizes, strict=True)])
+    mine = torch.cat(
+        [encode([to_pixels(EDIT_PLUS.resize(i, size))])[0] for i, size in zip(images, sizes, strict=True)]
+    )
     num_target_tokens = 128 * 160 // 16**2
     torch.testing.assert_close(mine, shown["hidden_states"][0, num_target_tokens:], **CLOSE)
-    assert shown["img_shapes"] == [[(1, 8, 10), *((1, *grid_of(size)) for size in sizes)]]
+    assert shown["img_shapes"] == [[(1, 8, 10), *((1, *EDIT_PLUS.grid_of(size)) for size in sizes)]]
 
 
 def test_pictures_of_one_size_share_a_vae_pass(pictures, tiny):
     encode = LatentEncoder(str(tiny("edit_plus")), **CPU)
-    pixels = [to_pixels(resize(image, (96, 64))) for image in pictures]
+    pixels = [to_pixels(EDIT_PLUS.resize(image, (96, 64))) for image in pictures]
     for alone, together in zip(pixels, encode(pixels), strict=True):
         torch.testing.assert_close(together, encode([alone])[0], **CLOSE)

@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from small_recipes import weightless
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.images import area_size, read_image
+from hf_qie.data.images import read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
 from hf_qie.models.base import PromptEmbeddings
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import hand_token_types_through, sources_at
 from hf_qie.sampling import main
 from hf_qie.train import train
@@ -138,7 +139,9 @@ def test_edits_equal_the_official_pipelines(tiny, recipe_of, pictures, kind, num
 
 def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, pictures, monkeypatch):
     """At a smaller area than it is built for: 1024 x 1024 says no more and takes a minute."""
-    monkeypatch.setattr(edit_v1, "calculate_dimensions", lambda _, ratio: (*area_size((ratio, 1), SIDE_PX**2), None))
+    monkeypatch.setattr(
+        edit_v1, "calculate_dimensions", lambda _, ratio: (*EDIT_PLUS.fit((ratio, 1), SIDE_PX**2), None)
+    )
     sampler = Sampler(recipe_of(tiny("edit")), checkpoint="base")
     sampler.family = replace(sampler.family, vlm_area_px=SIDE_PX**2, vae_area_px=SIDE_PX**2)
     sampler.source_area_px = SIDE_PX**2
@@ -220,7 +223,7 @@ def test_the_pipelines_constant_is_that_of_training_for_the_call_alone(tiny, rec
     with pytest.raises(RuntimeError, match="the second breaks"):
         sampler(INSTRUCTION, images=[image], **QUICK)
     assert stock == edit_plus.VAE_IMAGE_SIZE
-    assert shown == [(torch.Size(area_size(image.size, SIDE_PX**2)[::-1]), SIDE_PX**2)] * 2
+    assert shown == [(torch.Size(EDIT_PLUS.fit(image.size, SIDE_PX**2)[::-1]), SIDE_PX**2)] * 2
 
 
 def test_edit_v1_allows_no_other_size_of_sources(tiny, recipe_of):

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-MAX_ASPECT = 8  # beyond it the 32-pixel rounding of `area_size` distorts, and no checkpoint has seen it
-SIDE_MULTIPLE_PX = 32
+MAX_ASPECT = 8  # beyond it the 32-pixel rounding of sizes distorts, and no checkpoint has seen it
 HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how a file begins after 4 bytes
 # by EXIF orientation, as in ImageOps.exif_transpose, which also writes the other metadata again and fails on damaged
 TURNS = {
@@ -111,21 +110,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def area_size(size: tuple[int, int], area_px: int) -> tuple[int, int]:
-    """The size with the aspect of `size`, about `area_px` in area and sides that are multiples of 32.
-
-    The pipelines' `calculate_dimensions` (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:158).
-    """
-    ratio = size[0] / size[1]
-    width = math.sqrt(area_px * ratio)
-    return tuple(round(side / SIDE_MULTIPLE_PX) * SIDE_MULTIPLE_PX for side in (width, width / ratio))
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """As the pipelines' `VaeImageProcessor.resize`: LANCZOS, no crop."""
-    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:

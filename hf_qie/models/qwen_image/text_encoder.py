@@ -100,11 +100,3 @@ def unpack(prompt: Prompt, hidden: Tensor) -> PromptEmbeddings:
         image=shared[prompt.drop : prompt.split],
         texts=[torch.cat([shared, branch])[prompt.split :] for branch in branches],
     )
-
-
-PromptStates = PromptEmbeddings
-
-
-def load_processor(model, *, family, revision=None):
-    """`Family.load_processor`, which takes its place."""
-    return family.load_processor(model, revision=revision)

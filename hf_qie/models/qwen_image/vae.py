@@ -54,12 +54,3 @@ class LatentEncoder:
         pixels = self.vae.decode(unpacked * self.std + self.mean, return_dict=False)[0][0, :, 0]
         values = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
         return Image.fromarray(values.round().to(torch.uint8).cpu().numpy())
-
-
-PIXELS_PER_TOKEN = 16
-MAX_POSITIONS = 4096
-
-
-def grid_of(size: tuple[int, int]) -> Grid:
-    """`Family.grid_of`, which takes its place."""
-    return size[1] // PIXELS_PER_TOKEN, size[0] // PIXELS_PER_TOKEN

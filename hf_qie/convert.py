@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             logger.info("%s: chunks are left to other launches; the one that writes the last finishes the set", name)
             continue
         logger.info(closing_line(name, folder, minutes=(time.monotonic() - started) / 60))
-        if has_too_many_bad(recipe, folder, tell=True):
+        if has_too_many_bad(recipe, folder, log=True):
             code = TOO_MANY_BAD
     if recipe.extract.push_to_hub and are_finished(Path(recipe.extract.output_dir, name) for name in sources):
         push_unless_bad(recipe, code)

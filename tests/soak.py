@@ -62,13 +62,13 @@ def extraction(folder: Path, done: multiprocessing.Value) -> None:
     from hf_qie.extraction.chunk_writer import ChunkWriter
 
     quiet()
-    embed = ChunkWriter.embed
+    embed = ChunkWriter._embed
 
     def counted(self, rows, *rest):
         done.value += len(rows)
         return embed(self, rows, *rest)
 
-    ChunkWriter.embed = counted
+    ChunkWriter._embed = counted
     data = [f"tasks.{name}.data={many(folder, name)}" for name in TASKS]
     for turn in count():
         extract.main([str(folder / "recipe.yaml"), *data, f"extract.output_dir={folder / 'turns' / str(turn)}"])

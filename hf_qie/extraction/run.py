@@ -31,7 +31,7 @@ from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
 from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
 from hf_qie.extraction.reuse import digests_of, find_reuse, is_remade
-from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, turn_on
+from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
 from hf_qie.runtime.cli import speaking
 from hf_qie.runtime.device import compute_dtype, own_device
@@ -91,7 +91,7 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
             if writer.is_finished:
                 counts = "{rows_in:,} rows in, {rows_out:,} out, {bad:,} bad".format_map(counts_of(writer.folder))
                 logger.info("%s: finished before: %s; delete %s to extract it again", name, counts, writer.folder)
-                has_too_many_bad(recipe, writer.folder, tell=True)
+                has_too_many_bad(recipe, writer.folder, log=True)
                 continue
             table = writer.staging / ROWS
             if not table.exists():  # by an earlier launch, of the same data
@@ -107,7 +107,7 @@ def open_plan(
 ) -> Plan | None:
     """The plan of a set that rank 0 has opened; None where others have finished it meanwhile."""
     folder = Path(recipe.extract.output_dir, task.name)
-    with turn_on(folder):  # its rows are deleted when it is finished
+    with set_lock(folder):  # its rows are deleted when it is finished
         check_request(folder, request)
         if are_finished([folder]):
             return None
@@ -150,7 +150,7 @@ def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.de
     if is_done:
         with speaking():
             logger.info(closing_line(name, writer.folder, minutes=(time.monotonic() - started) / 60))
-        has_too_many_bad(recipe, writer.folder, tell=True)
+        has_too_many_bad(recipe, writer.folder, log=True)
         return is_last
     if not writer.is_finished:
         logger.info(
@@ -221,11 +221,11 @@ def counts_of(folder: Path) -> dict[str, Any]:
     return read_provenance(folder)["record"]["counts"]
 
 
-def has_too_many_bad(recipe: Recipe, folder: Path, *, tell: bool = False) -> bool:
+def has_too_many_bad(recipe: Recipe, folder: Path, *, log: bool = False) -> bool:
     """Whether more rows of a finished set are bad than `extract.max_bad_share` allows."""
     counts = counts_of(folder)
     too_many = counts["bad"] > most_bad(recipe.extract, counts["rows_in"])
-    if too_many and tell:
+    if too_many and log:
         logger.error("%s: more bad rows than extract.max_bad_share allows", folder.name)
     return too_many
 

@@ -64,8 +64,8 @@ def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: 
     return json.loads(json.dumps(request))
 
 
-def turn_on(folder: Path) -> AbstractContextManager[None]:
-    """Held to open a set, to claim a chunk of it and to finish it; the lock lies beside the folder."""
+def set_lock(folder: Path) -> AbstractContextManager[None]:
+    """The lock that is held to open a set, to claim a chunk of it and to finish it; it lies beside the folder."""
     return in_turn(folder.with_name(f".{folder.name}.lock"))
 
 
@@ -115,7 +115,7 @@ class SetWriter:
         Raises InputError for a set made from something else, unless `extract.overwrite` is set, and for one that has
         to give way but is in use.
         """
-        with turn_on(self.folder):
+        with set_lock(self.folder):
             sets = [self.folder, *reversed(previous_sets(self.folder))]
             found = next(filter(None, map(read_request, sets)), self.request)
             differing = request_differences(found, self.request)
@@ -181,7 +181,7 @@ class SetWriter:
                 yield path, rows, lock
 
     def _claim(self, path: Path) -> BaseFileLock | None:
-        with turn_on(self.folder):
+        with set_lock(self.folder):
             check_request(self.folder, self.request)
             lock = None if self.is_finished else take(self.staging / f"{path.stem}.lock")
             if lock and path.exists():  # completed in between
@@ -200,7 +200,7 @@ class SetWriter:
 
         `record` says what the set was made with, for the reader.
         """
-        with turn_on(self.folder):
+        with set_lock(self.folder):
             is_ours = not self.is_finished and read_request(self.folder) == self.request
             if not is_ours or not self.is_complete:
                 return False

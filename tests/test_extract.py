@@ -430,8 +430,8 @@ def test_bad_rows_are_listed_and_counted_and_the_others_kept(run, edits, tmp_pat
         for px in (SOURCE_SIDE_PX, TARGET_SIDE_PX)
     ]
     most = 4096 - max(max(size) // 16 // 2 for size in sizes)
-    assert re.fullmatch(rf"\d+ tokens of pictures and text, at most {most} can be placed", bad[4]["reason"])
-    assert re.fullmatch(r"\d+ tokens of pictures and text, at most 1024 can be placed", bad[6]["reason"])
+    assert re.fullmatch(rf"\d+ tokens of images and text, at most {most} can be placed", bad[4]["reason"])
+    assert re.fullmatch(r"\d+ tokens of images and text, at most 1024 can be placed", bad[6]["reason"])
     counts = read_provenance(folder)["record"]["counts"]
     assert [counts[name] for name in ("rows_in", "rows_out", "bad")] == [9, 4, 5]
     assert "9 rows in, 4 out, 5 bad (listed in " in caplog.text

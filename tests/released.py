@@ -42,7 +42,8 @@ WIDTH = 3584  # of prompt states
 
 
 def write_released(folder: Path) -> Path:
-    """A checkpoint of which there is nothing but the transformer's config."""
+    """A checkpoint of which there is nothing but the pipeline's name and the transformer's config."""
     (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPlusPipeline"}))
     (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
     return folder

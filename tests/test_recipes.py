@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from released import TRANSFORMER
+from released import write_released
 
 from hf_qie.config.launch import fsdp_settings, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe
@@ -49,10 +48,7 @@ def one_process():
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
     """A checkpoint of the released shape, of which there is nothing but the transformer's config."""
-    folder = tmp_path_factory.mktemp("released")
-    (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
-    return folder
+    return write_released(tmp_path_factory.mktemp("released") / "model")
 
 
 def launched(words: list[str]) -> tuple[int, dict[str, str]]:

@@ -98,7 +98,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
         problems += found.problems()
     scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
     chart = folder / "noise-levels.png"  # no task can have this name either
-    noise_chart(**noise_levels(recipe, scheduler)).savefig(chart)
+    noise_chart(**noise_levels(recipe, family, scheduler)).savefig(chart)
     show(f"{chart}: the noise levels of training, and the steps of sampling")
     try:
         remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.seeding import draw_rng
-from hf_qie.models.base import Family, read_family
+from hf_qie.models.base import Family
 from hf_qie.training.losses import WEIGHTINGS
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
@@ -95,16 +95,14 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
-def noise_levels(
-    recipe: Recipe, scheduler_config: Mapping[str, Any], *, num_draws: int = 10_000, num_parts: int = 50
-) -> dict[str, Any]:
+def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     """What `plots.noise_chart` shows of a recipe, for targets of its own size: training's draws and sampling's steps.
 
-    `shares` of the draws and `weights` of the loss for each of `num_parts` equal parts of sigma, `sampled`: the levels
-    at which the pipeline calls the model, from high to low, and a `title`.
+    `shares` of the draws and `weights` of the loss for each of 50 equal parts of sigma, `sampled`: the levels at which
+    the pipeline calls the model, from high to low, and a `title`.
     """
+    num_draws, num_parts = 10_000, 50
     loss, num_steps = recipe.loss, recipe.sampling.num_inference_steps
-    family = read_family(recipe.model, revision=recipe.revision)
     num_tokens = math.prod(family.grid_of(family.fit((1, 1), recipe.extract.image_sample_size**2)))
     mu = mu_of(loss, num_tokens, family, scheduler_config)
     sigma = sigmas_for(range(num_draws), loss=loss, seed=recipe.seed, global_batch_size=100, mu=mu)

@@ -72,7 +72,7 @@ def recipe(tmp_path, tiny, edits, masked):
             "output_dir": str(tmp_path / "run"),
             "use_cpu": True,
             "per_device_train_batch_size": 2,
-            "max_steps": 2,
+            "max_steps": 16,
             "disable_tqdm": True,
         },
     )
@@ -115,13 +115,14 @@ def test_a_new_image_column_is_read_checked_stored_described_and_loaded(recipe, 
         assert batch["mask"].shape == (2, batch["target_latents"].shape[1], 1)
         assert batch["mask_latents"].shape == batch["target_latents"].shape
         for place, draw in enumerate(batch["draw"]):
-            drawn_batch = trainer.train_dataset.plan.data[draw // 2]
+            planned = trainer.train_dataset.plan.data[draw // 2]
             (row,) = (one for one in data if one["row"] == batch["row"][place])
-            prefix = "inverse_" if drawn_batch["inverse"] else ""
+            prefix = "inverse_" if planned["inverse"] else ""
             directions.add(prefix)
             for name in ("mask", "mask_latents"):
                 wanted = np.array(row[prefix + name], np.float16)
                 np.testing.assert_array_equal(batch[name][place].numpy(), wanted)
+    assert directions == {"", "inverse_"}
 
 
 def test_a_new_column_is_validated(recipe, tmp_path):

@@ -189,17 +189,12 @@ class Family(ABC):
 
     @abstractmethod
     def denoise(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Any],
-        negative: Mapping[str, Any],
-        *,
-        scheduler_config: Mapping[str, Any],
-        num_inference_steps: int,
-        true_cfg_scale: float,
-        seed: int,
+        self, model: nn.Module, batch: Mapping[str, Any], negative: Mapping[str, Any], **options: Any
     ) -> Tensor:
-        """Latents `[1, S, C]` that the pipeline would make of a batch of one row, `negative` with no instruction."""
+        """Latents `[1, S, C]` that the pipeline would make of a batch of one row; `negative`: with its other prompt.
+
+        `options`: scheduler_config, num_inference_steps, true_cfg_scale, seed.
+        """
 
     @abstractmethod
     def convert_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

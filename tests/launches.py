@@ -85,12 +85,12 @@ def run_rank(
     os.environ.update(environment)
     with notes.with_suffix(".log").open("ab") as log:
         os.dup2(log.fileno(), 2)
-    encode_prompts, look_at, done = ChunkWriter.encode_prompts, rows.look_at, []
+    encode_prompts, look_at, done = ChunkWriter.encode_prompts, rows._look_at, []
 
-    def looked_at(files: list[str]) -> list:
+    def looked_at(file: str) -> object:
         with notes.with_suffix(".looked").open("a") as file:
             file.write(os.environ.get("RANK", "0"))
-        return look_at(files)
+        return look_at(file)
 
     def noted(self: ChunkWriter, given: list[Prepared], *rest: object) -> dict:
         with notes.open("a") as file:
@@ -101,7 +101,7 @@ def run_rank(
             stop(stops[1])
         return encode_prompts(self, given, *rest)
 
-    ChunkWriter.encode_prompts, rows.look_at = noted, looked_at
+    ChunkWriter.encode_prompts, rows._look_at = noted, looked_at
     raise SystemExit(main(argv))
 
 

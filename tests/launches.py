@@ -88,8 +88,8 @@ def run_rank(
     encode_prompts, look_at, done = ChunkWriter.encode_prompts, rows._look_at, []
 
     def looked_at(file: str) -> object:
-        with notes.with_suffix(".looked").open("a") as file:
-            file.write(os.environ.get("RANK", "0"))
+        with notes.with_suffix(".looked").open("a") as log:
+            log.write(os.environ.get("RANK", "0"))
         return look_at(file)
 
     def noted(self: ChunkWriter, given: list[Prepared], *rest: object) -> dict:

@@ -322,7 +322,7 @@ def test_adapters_of_absurd_shape_or_type_are_refused(run, change, tiny, tmp_pat
     started = load_recipe(
         tmp_path / "recipe.yaml", [f"trainable.lora.init_from={file}", f"training.output_dir={tmp_path / 'other'}"]
     )
-    with pytest.raises(InputError, match=r"is no LoRA of rank 4 on the layers that the recipe names"):
+    with pytest.raises(InputError, match=r"is not a LoRA of rank 4 on the layers that the recipe names"):
         train(started, open_sets(started))
 
 

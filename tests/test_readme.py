@@ -10,12 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from test_layout import LAYERS, PACKAGE
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
+from hf_qie.data.schema import GRID, GRIDS
 from hf_qie.demo.run import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,9 @@ def tables(page: str) -> list[list[list[str]]]:
 def rows_with(counts: dict[int, int]) -> Dataset:
     sources = [number for number, rows in counts.items() for _ in range(rows)]
     grids = [[[64, 64]] * number for number in sources]
-    return Dataset.from_dict({"num_sources": sources, "target_grid": [[32, 32]] * len(sources), "source_grids": grids})
+    rows = {"num_sources": sources, "target_grid": [[32, 32]] * len(sources), "source_grids": grids}
+    features = Features({"num_sources": Value("int8"), "target_grid": GRID, "source_grids": GRIDS})
+    return Dataset.from_dict(rows, features=features)
 
 
 def test_the_example_of_weights_is_what_the_mix_makes_of_it():

@@ -316,7 +316,7 @@ def test_a_picture_that_cannot_be_read_is_named(tiny, recipe_of, tmp_path):
 
 
 def test_a_folder_in_which_nothing_was_trained_is_refused(tiny, recipe_of, tmp_path):
-    with pytest.raises(InputError, match=r"--checkpoint: there is no \S+/run; train first"):
+    with pytest.raises(InputError, match=r"--checkpoint: \S+/run not found; train first"):
         Sampler(recipe_of(tiny()))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"\S+/empty has no pytorch_lora_weights.safetensors and no folder"):

@@ -478,7 +478,7 @@ def test_a_bad_row_ends_the_run_where_the_recipe_says_so(tmp_path, edits, tiny, 
     assert "Traceback" not in done.stderr and "Task" not in done.stderr
     assert done.stderr.splitlines()[-1] == (
         f"tasks.edit: row 1: target_image: {rows[1]['target_image']}: cannot read the image "
-        "(OSError: image file is truncated); mend it, or set extract.on_bad_row: skip to list such rows and go on"
+        "(OSError: image file is truncated); fix it, or set extract.on_bad_row: skip to list such rows and go on"
     )
 
 

@@ -12,7 +12,7 @@ from hf_qie.models.base import read_family
 CODE = """
 import json
 from huggingface_hub import HfApi, snapshot_download
-from hf_qie.data.schema import checkpoint_compat
+from hf_qie.data.provenance import checkpoint_compat
 from hf_qie.models.base import read_family
 family = read_family("org/tiny")
 compat = checkpoint_compat("org/tiny", revision=None, family=family)

@@ -27,7 +27,7 @@ from hf_qie.extraction import run as extraction
 from hf_qie.extraction.chunk_writer import ChunkWriter, Models
 from hf_qie.extraction.manifest import Counts, complete_chunk
 from hf_qie.extraction.reuse import digests_of
-from hf_qie.extraction.set_writer import SetWriter
+from hf_qie.extraction.set_writer import SetWriter, set_lock
 from hf_qie.models.base import read_family
 from hf_qie.runtime.device import compute_dtype
 
@@ -398,7 +398,7 @@ def test_a_set_that_another_launch_has_finished_is_left_as_it_is(tmp_path):
 
 def test_a_set_is_opened_by_one_launch_at_a_time(tmp_path):
     one = Set(tmp_path, "a")
-    with one.in_turn():
+    with set_lock(one.folder):
         other = threading.Thread(target=one.start)
         other.start()
         other.join(0.2)

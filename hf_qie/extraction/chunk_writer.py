@@ -244,7 +244,8 @@ class ChunkWriter:
             if self.plan.extract.latents:
                 stored, width = self.plan.stored("latents", one.prefix), self.plan.family.latent_width
                 columns |= latent_columns(one, latents, stored, width=width)
-        unfit = [name for name, value in columns.items() if isinstance(value, np.ndarray) and not fits_float16(value)]
+        arrays = {name: columns[name] for name in self.features if isinstance(columns.get(name), np.ndarray)}
+        unfit = [name for name, value in arrays.items() if not fits_float16(value)]
         return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
 
 

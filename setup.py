@@ -22,7 +22,7 @@ setup(
         # overrides private methods of Trainer
         "transformers>=5.23,<5.25",
         # QwenImageTransformer2DModel with masks, zero_cond_t and without txt_seq_lens; below the next release, as
-        # lora_files.py calls a private reader of LoRA files
+        # check.py --verify calls private methods of the pipelines
         "diffusers>=0.42,<0.43",
         "datasets>=5.2",  # float16 lists in Arrow and Parquet, async map
         "accelerate>=1.15",  # FSDP2 saves LoRA adapters of every rank
@@ -45,7 +45,7 @@ setup(
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.8",
-            "tensorboard>=2.20",  # pictures and figures in a tracker are read back from its files
+            "tensorboard>=2.20",  # images and metrics in a tracker are read back from its files
             "hypothesis>=6.140",
             "pillow-heif>=1.0",
             "dashscope>=1.25",  # ships the real Qwen vocabulary: template and drop count are tested against it

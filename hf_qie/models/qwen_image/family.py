@@ -9,7 +9,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, Size
+from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
 from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
+from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
     denoise,
@@ -60,8 +62,15 @@ class QwenImage(Family):
     card_tags: tuple[str, ...] = ("qwen-image-edit",)
 
     load_vae = LatentEncoder
-
-    # --- prompts ---
+    load_encoder = Encoder
+    load_pipeline = load_pipeline
+    generate = generate
+    load_transformer = staticmethod(load_transformer)
+    without_gradient = staticmethod(without_gradient)
+    predict = staticmethod(predict)
+    shift_mu = staticmethod(shift_mu)
+    denoise = staticmethod(denoise)
+    convert_lora = staticmethod(QwenImageLoraLoaderMixin.lora_state_dict)
 
     def template(self, num_sources: int) -> Template:
         """The template for a row with that many sources."""
@@ -102,46 +111,13 @@ class QwenImage(Family):
         config = Qwen2_5_VLConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
         return config.text_config.hidden_size
 
-    def load_encoder(self, model: str, **where: Any) -> Any:
-        """See `Family`."""
-        from hf_qie.models.qwen_image.text_encoder import Encoder
-
-        return Encoder(model, **where)
-
-    # --- the transformer ---
-
-    load_transformer = staticmethod(load_transformer)
-    without_gradient = staticmethod(without_gradient)
-    predict = staticmethod(predict)
-    shift_mu = staticmethod(shift_mu)
-    denoise = staticmethod(denoise)
-    convert_lora = staticmethod(QwenImageLoraLoaderMixin.lora_state_dict)
-
     def widths(self, transformer_config: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family`."""
         return transformer_config.get("in_channels"), transformer_config.get("joint_attention_dim")
 
-    # --- the official pipeline ---
-
-    def load_pipeline(self, model: str, **options: Any) -> Any:
-        """See `Family`."""
-        from hf_qie.models.qwen_image.pipeline import load_pipeline
-
-        return load_pipeline(self, model, **options)
-
-    def generate(self, pipeline: Any, *inputs: Any, **options: Any) -> Image.Image:
-        """See `Family`."""
-        from hf_qie.models.qwen_image.pipeline import generate
-
-        return generate(self, pipeline, *inputs, **options)
-
     def load_official(self, model: str, **where: Any) -> Any:
         """See `Family`."""
-        from hf_qie.models.qwen_image.pipeline import Official
-
         return Official(self, model, **where)
-
-    # --- what a set depends on ---
 
     @property
     def compat(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     from hf_qie.extraction.stats import report, survey
     from hf_qie.models.checkpoint import read_config
     from hf_qie.plots import noise_chart
-    from hf_qie.training.noise import noise_levels
+    from hf_qie.training.objective import noise_levels
 
     processor = family.load_processor(recipe.model, revision=recipe.revision)
     width = family.encoder_width(recipe.model, revision=recipe.revision)

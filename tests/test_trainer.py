@@ -29,7 +29,7 @@ from hf_qie.errors import InputError
 from hf_qie.train import train
 from hf_qie.training.checkpoints import last_checkpoint
 from hf_qie.training.model import parameters
-from hf_qie.training.noise import noise_for
+from hf_qie.training.objective import noise_for
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import PRIVATE, EditTrainer

@@ -18,7 +18,7 @@ from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.training.metrics import NAMED, NotFinite
-from hf_qie.training.noise import eval_fractions
+from hf_qie.training.objective import eval_fractions
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
 

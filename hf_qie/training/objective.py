@@ -1,18 +1,126 @@
-"""The training objective: the loss of each row of a batch, at the noise of its draw or its held-out row.
+"""Flow matching: noise levels, noise and loss of rows, each a function of the draw number or of the held-out row.
 
-Letters: B rows, S target tokens, C width of a latent.
+Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise only).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from hf_qie.config.recipe import Recipe
+from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.collate import Batch
-from hf_qie.models.base import read_family
-from hf_qie.training.losses import WEIGHTINGS, velocity_mse
-from hf_qie.training.noise import add_noise, mu_of, noise_for, shifted, sigmas_for
+from hf_qie.data.seeding import draw_rng
+from hf_qie.models.base import Family, read_family
+
+SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
+SMALLEST_SIGMA = 1e-3  # below it the weight 1 / sigma^2 of a single row would exceed that of a step
+
+
+def mu_of(loss: Loss, num_target_tokens: int, family: Family, scheduler_config: Mapping[str, Any]) -> float | None:
+    """The shift of sigma that `loss.shift` asks for at that size; None for none."""
+    if loss.shift == "auto":
+        return family.shift_mu(num_target_tokens, scheduler_config)
+    return None if loss.shift == "none" else loss.shift
+
+
+def shifted(u: Tensor, mu: float | None) -> Tensor:
+    """Noise level e^mu / (e^mu + 1/u - 1) for `u` in (0, 1), float32; u itself where mu is None.
+
+    Without the stretch to the terminal sigma, which belongs to sampling.
+    """
+    u = u.float()
+    return u if mu is None else math.exp(mu) / (math.exp(mu) + 1 / u - 1)
+
+
+def time_fraction(base: Tensor, loss: Loss) -> Tensor:
+    """Values u in (0, 1) by `loss.timestep_sampling`, float32, from `base`.
+
+    `base` is normal for logit_normal, else uniform.
+    diffusers/training_utils.py, compute_density_for_timestep_sampling.
+    """
+    if loss.timestep_sampling == "logit_normal":
+        u = torch.sigmoid(loss.logit_mean + loss.logit_std * base)
+    elif loss.timestep_sampling == "mode":
+        u = 1 - base - loss.mode_scale * (torch.cos(math.pi * base / 2) ** 2 - 1 + base)
+    else:
+        u = base
+    return u.float().clamp(SMALLEST_U, 1 - SMALLEST_U)
+
+
+def sigmas_for(draws: Sequence[int], *, loss: Loss, seed: int, global_batch_size: int, mu: float | None) -> Tensor:
+    """The noise levels of training draws, float32 [B] on the CPU, each a function of (seed, draw) alone."""
+    base = [_base_number(draw, loss, seed, global_batch_size) for draw in draws]
+    return shifted(time_fraction(torch.tensor(base, dtype=torch.float64), loss), mu)
+
+
+def eval_fractions(rows: Sequence[int], *, loss: Loss, seed: int) -> Tensor:
+    """Values u for all N held-out rows of a task, float32 [N] on the CPU: of the density that training draws from.
+
+    One in each of N strata of equal probability, so that few rows meet high and low noise alike.
+    """
+    jitter = np.array([draw_rng(seed, "eval", row).random() for row in rows])
+    strata = draw_rng(seed, "eval strata", len(rows)).permutation(len(rows))
+    base = torch.from_numpy((strata + jitter) / len(rows))
+    return time_fraction(torch.special.ndtri(base) if loss.timestep_sampling == "logit_normal" else base, loss)
+
+
+def _base_number(draw: int, loss: Loss, seed: int, global_batch_size: int) -> float:
+    rng = draw_rng(seed, "sigma", draw)
+    if loss.timestep_sampling == "logit_normal":
+        return rng.standard_normal()
+    if loss.timestep_sampling == "stratified":
+        step, place = divmod(draw, global_batch_size)
+        stratum = draw_rng(seed, "strata", step).permutation(global_batch_size)[place]
+        return (stratum + rng.random()) / global_batch_size
+    return rng.random()
+
+
+def noise_for(numbers: Sequence[int], shape: tuple[int, ...], *, seed: int, purpose: str = "noise") -> Tensor:
+    """Normal noise, float32 [B, *shape] on the CPU, each row a function of (seed, purpose, its number) alone.
+
+    The number is the draw's while training, and the row's with the purpose "eval noise".
+    """
+    return torch.from_numpy(
+        np.stack([draw_rng(seed, purpose, number).standard_normal(shape, np.float32) for number in numbers])
+    )
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """(1 - sigma) latents + sigma noise in float32: `[B, S, C]` each, `sigma[B]`."""
+    sigma = sigma.float()[:, None, None]
+    return (1 - sigma) * latents.float() + sigma * noise.float()
+
+
+def velocity_mse(prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean squared error against the velocity `noise - latents`: `[B, S, C]` each, `weight[B]` -> `[B]`.
+
+    In float32, whatever comes in.
+    """
+    velocity = noise.float() - latents.float()
+    return weight.float() * (prediction.float() - velocity).square().mean(dim=(1, 2))
+
+
+def sigma_sqrt(sigma: Tensor) -> Tensor:
+    """1 / sigma^2, by its name in SD3: diffusers/training_utils.py, compute_loss_weighting_for_sd3."""
+    return sigma.float().clamp_min(SMALLEST_SIGMA) ** -2.0
+
+
+def cosmap(sigma: Tensor) -> Tensor:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)): diffusers/training_utils.py, compute_loss_weighting_for_sd3."""
+    sigma = sigma.float().clamp_min(SMALLEST_SIGMA)
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    "sigma_sqrt": sigma_sqrt,
+    "cosmap": cosmap,
+}
 
 
 class Objective:
@@ -45,3 +153,27 @@ class Objective:
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
         prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
         return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma)), prediction
+
+
+def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plots.noise_chart` shows of a recipe, for targets of its own size: training's draws and sampling's steps.
+
+    `shares` of the draws and `weights` of the loss for each of 50 equal parts of sigma, `sampled`: the levels at which
+    the pipeline calls the model, from high to low, and a `title`.
+    """
+    num_draws, num_parts = 10_000, 50
+    loss, num_steps = recipe.loss, recipe.sampling.num_inference_steps
+    num_tokens = math.prod(family.grid_of(family.fit((1, 1), recipe.extract.image_sample_size**2)))
+    mu = mu_of(loss, num_tokens, family, scheduler_config)
+    sigma = sigmas_for(range(num_draws), loss=loss, seed=recipe.seed, global_batch_size=100, mu=mu)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+    # diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750-770
+    steps = np.linspace(1.0, 1 / num_steps, num_steps)
+    scheduler.set_timesteps(sigmas=steps, mu=family.shift_mu(num_tokens, scheduler_config))
+    how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
+    return {
+        "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / num_draws,
+        "weights": WEIGHTINGS[loss.weighting]((torch.arange(num_parts) + 0.5) / num_parts).double().numpy(),
+        "sampled": scheduler.sigmas[:-1].double().numpy(),
+        "title": f"{how}; {num_tokens:,} target tokens",
+    }

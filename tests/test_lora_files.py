@@ -112,15 +112,15 @@ def test_sampling_takes_every_tensor_of_a_file_in_any_layout(trained, pipeline, 
 
 
 LAYER = "transformer_blocks.0.attn.to_q"
-FOREIGN = {  # keys beside those of a LoRA, or in their place, and what is said of them
-    f"transformer.{LAYER}.dora_scale": "is a DoRA: 1 of its 69 keys, as transformer.transformer_bl",
-    f"base_model.model.{LAYER}.lora_magnitude_vector.weight": "is a DoRA: 1 of its 69 keys",
-    f"diffusion_model.{LAYER}.lokr_w1": "is a LoKr: 1 of its 69 keys",
-    f"lycoris_{LAYER.replace('.', '_')}.hada_w1_a": "is a LoHa: 1 of its 69 keys",
-    f"diffusion_model.{LAYER}.diff": "is a file of whole differences: 1 of its 69 keys",
-    f"transformer.{LAYER}.lora_B.bias": "is not a LoRA: 1 of its 69 keys would be left out: transformer.transformer",
-    "transformer.norm_out.weight": "is not a LoRA: 1 of its 69 keys would be left out: transformer.norm_out.weight",
-}
+FOREIGN = (  # beside the keys of a LoRA
+    f"transformer.{LAYER}.dora_scale",
+    f"base_model.model.{LAYER}.lora_magnitude_vector.weight",
+    f"diffusion_model.{LAYER}.lokr_w1",
+    f"lycoris_{LAYER.replace('.', '_')}.hada_w1_a",
+    f"diffusion_model.{LAYER}.diff",
+    f"transformer.{LAYER}.lora_B.bias",
+    "transformer.norm_out.weight",
+)
 
 
 @pytest.mark.parametrize("key", FOREIGN)
@@ -129,10 +129,11 @@ def test_keys_that_a_loader_would_leave_out_are_refused_by_name(trained, tiny, p
     save_file(trained | {key: torch.zeros(2)}, path)
     with pytest.raises(InputError) as error:
         build_model(recipe(tiny(), init_from=str(path)))
-    assert f"trainable.lora: {path} {FOREIGN[key]}" in str(error.value)
+    message = f"{path} is not a plain LoRA: 1 of its 69 keys would be left out: {key}; expected"
+    assert f"trainable.lora: {message}" in str(error.value)
     with pytest.raises(InputError) as error:
         load_lora(pipeline, path, EDIT_PLUS)
-    assert f"--checkpoint: {path} {FOREIGN[key]}" in str(error.value)
+    assert f"--checkpoint: {message}" in str(error.value)
 
 
 def test_half_an_adapter_is_refused(trained, tmp_path):

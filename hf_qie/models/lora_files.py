@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LoraBaseMixin
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,21 +17,12 @@ from hf_qie.errors import InputError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PREFIX = "transformer."  # of diffusers' keys
-PEFT_CONFIG = "adapter_config.json"
 PEFT = "base_model.model."
 # Before a layer's name: of peft, of peft around a pipeline's part, of ComfyUI, of diffusers and OneTrainer
 PREFIXES = (f"{PEFT}transformer.", PEFT, "model.diffusion_model.", "diffusion_model.", PREFIX)
 FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
 ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight|.+\.alpha")
 DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")
-OTHER_KINDS = {  # by a part of their keys
-    r"dora_scale|lora_magnitude_vector": "DoRA",
-    r"lokr_": "LoKr",
-    r"hada_": "LoHa",
-    r"oft_": "OFT",
-    r"ia3_": "IA3",
-    r"\.diff(_b)?$": "file of whole differences",
-}
 UNEVEN = ("use_rslora", "alpha_pattern")  # where metadata says so, alpha / rank is not the factor of every layer
 Tensors = dict[str, Tensor]
 
@@ -95,19 +87,13 @@ def _find(source: str) -> str:
 
 def _check_keys(tensors: Tensors, where: str) -> None:
     """Every key is one half of an adapter, or its alpha."""
-    for part, kind in OTHER_KINDS.items():
-        if of_kind := [key for key in tensors if re.search(part, key)]:
-            raise InputError(
-                f"{where} is a {kind}: {len(of_kind)} of its {len(tensors)} keys, as {of_kind[0]}, do not belong to a "
-                "plain LoRA and would be left out; merge it into the checkpoint with the tool that made it, and name "
-                "that as model"
-            )
     foreign = sorted(key for key in tensors if not ADAPTER.fullmatch(key))
     if foreign or not tensors:
         some = f": {', '.join(foreign[:3])}" if foreign else ""
         raise InputError(
-            f"{where} is not a LoRA: {len(foreign)} of its {len(tensors)} keys would be left out{some}; wanted those "
-            "of lora_A and lora_B, or lora_down and lora_up"
+            f"{where} is not a plain LoRA: {len(foreign)} of its {len(tensors)} keys would be left out{some}; "
+            "expected those of lora_A and lora_B, or lora_down and lora_up. Merge another kind (DoRA, LoKr, LoHa) "
+            "into the checkpoint with the tool that made it, and name that as model"
         )
 
 
@@ -122,17 +108,13 @@ def _named(key: str) -> str:
 
 def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]:
     """Rank and alpha, which peft writes into a file of their own."""
-    path = (source if source.is_dir() else source.parent) / PEFT_CONFIG
     try:
-        if not source.exists():  # a Hub id
-            path = Path(hf_hub_download(str(source), PEFT_CONFIG))
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = config["r"], config["lora_alpha"]
-        uneven = [key for key in UNEVEN if config.get(key)]
+        config = LoraConfig.from_pretrained(str(source.parent if source.is_file() else source))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{where} has peft's layout, which keeps alpha in {PEFT_CONFIG} beside it; {path} cannot be read: {error}"
+            f"{where} has peft's layout, which keeps alpha in adapter_config.json beside it; cannot read it: {error}"
         ) from error
     layers = sorted({_named(key).removeprefix("diffusion_model.").partition(".lora_")[0] for key in tensors})
-    metadata = {"r": rank, "lora_alpha": alpha, "target_modules": layers} | {key: config[key] for key in uneven}
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layers}
+    metadata |= {key: value for key in UNEVEN if (value := getattr(config, key))}
     return {PREFIX + key: value for key, value in metadata.items()}

@@ -19,13 +19,12 @@ from hf_qie.models.qwen_image.vae import pack_latents
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLP = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
-BLOCK_MODULATION = ["img_mod.1", "txt_mod.1"]
-TIME = ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
-OUTER = ["img_in", "txt_in", *TIME, "norm_out.linear", "proj_out"]
+OTHERS = ["img_mod.1", "txt_mod.1", "img_in", "txt_in", "norm_out.linear", "proj_out"]
+OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
 LORA_PRESETS = {
     "attention": ATTENTION,
     "attention+mlp": ATTENTION + MLP,
-    "all-linear": ATTENTION + MLP + BLOCK_MODULATION + OUTER,
+    "all-linear": ATTENTION + MLP + OTHERS,
 }
 
 

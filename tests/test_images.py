@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
-from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNIT, with_exif
+from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNDEFINED, UNIT, with_exif
 from PIL import Image
 
 from hf_qie.data.images import BadImage, header_size, read_image, to_pixels
@@ -65,6 +65,7 @@ SIDEWAYS = ORIENTATION, SHORT, b"\6\0"
     [
         ([SIDEWAYS], True),
         ([SIDEWAYS, (RESOLUTION, TEXT, b"72 dpi\0"), (UNIT, SHORT, b"\2\0")], True),
+        ([SIDEWAYS, (RESOLUTION, UNDEFINED, b"7"), (UNIT, SHORT, b"\2\0")], True),
         ([SIDEWAYS, (RESOLUTION, RATIONAL, b"\0" * 8)], True),
         ([SIDEWAYS, (SOFTWARE, FLOAT, b"\0\0\x80?")], True),
         ([SIDEWAYS, (0x8769, TEXT, b"nowhere\0"), (0x8825, SHORT, b"\xff\xff")], True),

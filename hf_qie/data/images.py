@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_ASPECT = 8  # beyond it the 32-pixel rounding of sizes distorts, and no checkpoint has seen it
 HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how a file begins after 4 bytes
@@ -33,11 +34,27 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says why, not where."""
 
 
+class _Jpeg(JpegImageFile):
+    """A JPEG whose EXIF is not read while it opens: for a resolution of the wrong type Pillow does not identify it."""
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
+def _open(file: Path | BytesIO) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with suppress(SyntaxError):
+            return _Jpeg(file if isinstance(file, Path) else BytesIO(file.getvalue()))
+        raise
+
+
 @contextmanager
 def _opened(file: Path | BytesIO | Image.Image) -> Iterator[Image.Image]:
     """An image whose header is valid. Only Pillow's work belongs inside: what it raises is the fault of this file."""
     try:
-        with file.copy() if isinstance(file, Image.Image) else Image.open(file) as image:
+        with file.copy() if isinstance(file, Image.Image) else _open(file) as image:
             width, height = image.size
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise BadImage(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")

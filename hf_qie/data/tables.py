@@ -3,13 +3,11 @@
 Only the columns that the recipe names are read, so the others may be of any type. Images may be embedded.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from glob import escape
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +26,7 @@ from hf_qie.runtime.files import disk_trouble, samples
 DataRow = tuple[str, str, dict[str, Any]]  # where it stands, the folder of its relative paths, its values by column
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>\S+))?")
-EMBEDDED = re.compile(r"row-(?P<row>\d+)-(?P<role>\w+?)(-(?P<place>\d+))?")
+EMBEDDED = re.compile(r"row-(\d+)-(\w+)(?:-(\d+))?")
 BATCH_ROWS = 1000
 WHOLE_BYTES = 1 << 30  # beyond it only size and samples of a file are hashed: terabytes of images take seconds
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
@@ -47,12 +45,19 @@ class Table:
     parts: list[tuple[str, str, int]]  # of each of its files the name, the folder of relative paths, the rows
     columns: Columns
 
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """The columns that hold images by their part of an `Embedded` name: target, source, or source-0, source-1."""
+        found = {}
+        for image in columns_of("image"):
+            role, names = image.name.removesuffix("_image"), image.data_columns(self.columns)
+            found |= {f"{role}-{i}" if len(names) > 1 else role: name for i, name in enumerate(names)}
+        return found
+
     def rows(self, digest: Any) -> Iterator[DataRow]:
         """Its rows, placed by file and 0-based row; `digest`, of hashlib, is updated with what they hold."""
         places = ((f"{name}, row {row}", root) for name, root, num_rows in self.parts for row in range(num_rows))
-        labels = {}
-        for role, names in self._images().items():
-            labels |= {name: f"{role}-{i}" if len(names) > 1 else role for i, name in enumerate(names)}
+        labels = {name: label for label, name in self.labels.items()}
         for start in range(0, len(self.dataset), BATCH_ROWS):
             batch = self.dataset[start : start + BATCH_ROWS]
             values = {name: [None] * len(batch) for name in (*self.names, *batch.column_names)}
@@ -63,20 +68,17 @@ class Table:
                 digest.update(repr(row).encode())
                 yield *next(places), dict(zip(values, row, strict=True))
 
-    def _images(self) -> dict[str, tuple[str, ...]]:
-        """The columns that hold images, by their part of an `Embedded` name."""
-        return {image.name.removesuffix("_image"): image.data_columns(self.columns) for image in columns_of("image")}
-
     def read(self, name: str) -> bytes | None:
         """The content of the image with an `Embedded` name; None for any other path."""
-        found = EMBEDDED.fullmatch(name)
-        names = self._images().get(found["role"], ()) if found else ()
-        place = found and found["place"] and int(found["place"])
-        column = names[place or 0] if len(names) > 1 else names[0] if names else None
+        if not (found := EMBEDDED.fullmatch(name)):
+            return None
+        row, label, place = found.groups()
+        column = self.labels.get(f"{label}-{place}")  # one of several columns, else a place in a list
+        column, place = (column, None) if column else (self.labels.get(label), place)
         if column not in self.dataset.column_names:
             return None
-        value = self.dataset[int(found["row"])][column][0]
-        content = _bytes_of(value if place is None or len(names) > 1 else value[place])
+        value = self.dataset[int(row)][column][0]
+        content = _bytes_of(value[int(place)] if place else value)
         return None if content is None else content.as_py()
 
 
@@ -129,7 +131,6 @@ def parquet_table(task: Task, files: list[Path], digest: Any) -> Table:
             columns=names,
             features=datasets.Features.from_arrow_schema(pa.schema([schema.field(name) for name in names])),
         )
-        _check_cache(task, builder, sum(_copied_bytes(footers[file], names) for file in some))
         with _data_errors(task, partial(_damaged, some, names)):
             builder.download_and_prepare()
             found.append(builder.as_dataset("train"))
@@ -158,27 +159,9 @@ def _common_schema(task: Task, schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
     return common
 
 
-def _copied_bytes(footer: parquet.FileMetaData, names: Sequence[str]) -> int:
-    """About what the columns `names` of a Parquet file take in the cache."""
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    columns = (group.column(i) for group in groups for i in range(footer.num_columns))
-    return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.partition(".")[0] in names)
-
-
-def _check_cache(task: Task, builder: datasets.DatasetBuilder, num_bytes: int) -> None:
-    """Raise InputError if the cache of datasets lacks room for `num_bytes`, unless the copy is there or being made."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
-    if num_bytes > free and not any(os.path.isdir(builder.cache_dir + ending) for ending in ("", ".incomplete")):
-        raise InputError(
-            f"tasks.{task.name}.data: its copy in the cache of datasets, {cache}: about {num_bytes:,} bytes to write, "
-            f"{free:,} free; make room, or let HF_DATASETS_CACHE name a folder on a larger disk"
-        )
-
-
 @contextmanager
 def _data_errors(task: Task, explain: Callable[[Exception], str]) -> Iterator[None]:
-    """Raise InputError for what datasets raises: of the cache's disk, or as `explain` says it of the data."""
+    """What datasets raises as InputError: of the cache's disk, or as `explain` says it of the data."""
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:

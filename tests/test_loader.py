@@ -40,15 +40,8 @@ def sets(tmp_path_factory):
     return {"edits": opened(edits, folder / "edits"), "texts": opened(embedding_set([(B,)] * 3), folder / "texts")}
 
 
-def rank_batches(rank=0, world_size=1, micro_batch=4, first_step=0, num_steps=4):
-    return RankBatches(
-        first_step=first_step,
-        num_steps=num_steps,
-        global_batch_size=G,
-        per_device_batch_size=micro_batch,
-        rank=rank,
-        world_size=world_size,
-    )
+def rank_batches(rank=0, world_size=1, micro_batch=4, num_steps=4):
+    return RankBatches(num_draws=num_steps * G, batch_size=micro_batch, rank=rank, world_size=world_size)
 
 
 def stored(data: Dataset, row: int, column: str) -> np.ndarray:
@@ -213,12 +206,6 @@ def test_a_step_is_the_same_draws_however_ranks_and_accumulation_cut_it(world_si
 def test_ranks_take_turns_within_a_step():
     second = list(rank_batches(rank=1, world_size=2, micro_batch=2, num_steps=2))
     assert list(map(list, second)) == [[2, 3], [6, 7], [10, 11], [14, 15]]
-
-
-def test_a_resumed_run_goes_on_with_the_draws_that_the_whole_one_had_there():
-    whole, resumed = rank_batches(rank=1, world_size=2, micro_batch=2), rank_batches(1, 2, 2, first_step=3)
-    assert list(resumed) == list(whole)[3 * 2 :]
-    assert (len(whole), len(resumed)) == (8, 2)
 
 
 def all_batches(sets, num_workers):

@@ -190,25 +190,14 @@ def _matrix(value: pa.ListScalar) -> np.ndarray:
 
 
 class RankBatches:
-    """The micro-batches of one rank, as ranges of draw numbers: a batch sampler that knows its place by arithmetic.
+    """A batch sampler: the micro-batches of one rank as ranges of draw numbers.
 
     Step k is the draws k * G onward, however ranks and accumulation cut it.
     """
 
-    def __init__(
-        self,
-        *,
-        first_step: int,
-        num_steps: int,
-        global_batch_size: int,
-        per_device_batch_size: int,
-        rank: int,
-        world_size: int,
-    ):
-        at_once = per_device_batch_size * world_size
-        assert global_batch_size % at_once == 0, "a global batch is ranks x micro-batch x accumulation"
-        self.batch_size, first = per_device_batch_size, first_step * global_batch_size + rank * per_device_batch_size
-        self.starts = range(first, num_steps * global_batch_size, at_once)
+    def __init__(self, *, num_draws: int, batch_size: int, rank: int, world_size: int):
+        self.batch_size = batch_size
+        self.starts = range(rank * batch_size, num_draws, world_size * batch_size)
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -115,10 +115,8 @@ class EditTrainer(Trainer):
         """The rank's part of every step, from the first on; a resumed Trainer skips batches without reading rows."""
         args = self.args
         batches = RankBatches(
-            first_step=0,
-            num_steps=args.max_steps,
-            global_batch_size=self.global_batch_size,
-            per_device_batch_size=args.per_device_train_batch_size,
+            num_draws=args.max_steps * self.global_batch_size,
+            batch_size=args.per_device_train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
         )

@@ -147,14 +147,7 @@ def loaders(folder: Path) -> Iterator[Figure]:
 
 def loader_of(data: Dataset, num_steps: int, workers: int, *, batch_size: int) -> DataLoader:
     """The trainer's, over a plan of that many steps."""
-    batches = RankBatches(
-        first_step=0,
-        num_steps=num_steps,
-        global_batch_size=batch_size,
-        per_device_batch_size=batch_size,
-        rank=0,
-        world_size=1,
-    )
+    batches = RankBatches(num_draws=num_steps * batch_size, batch_size=batch_size, rank=0, world_size=1)
     return open_loader(
         draws_of(data, max(BATCH, num_steps * batch_size)), batches, collate=collate, num_workers=workers
     )

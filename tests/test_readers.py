@@ -334,6 +334,11 @@ def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
     [
         ("a.xlsx", "cannot read {folder}/a.xlsx: a spreadsheet; save it as CSV"),
         ("a.tar", "cannot read {folder}/a.tar: an archive; unpack it"),
+        (
+            "folder/a.jpg",
+            "cannot read {folder}/folder: images; give a data file with a row for each, as README.md has it "
+            "under Your data",
+        ),
         ("folder/part.csv", "cannot read {folder}/folder: a folder of .csv files; give {folder}/folder/*.csv"),
         (
             "folder/metadata.jsonl",
@@ -346,21 +351,6 @@ def test_what_others_read_is_named_with_the_way_on(tmp_path, name, told):
     (tmp_path / "folder").mkdir()
     (tmp_path / name).touch()
     assert message(task_of(tmp_path / name.partition("/")[0])) == (f"tasks.a.data: {told.format(folder=tmp_path)}")
-
-
-def test_the_command_that_is_told_for_a_folder_of_images_writes_its_data(tmp_path):
-    for folder in ("images", "sources"):
-        (tmp_path / folder).mkdir()
-        for name in ("a.jpg", "b.jpg"):
-            (tmp_path / folder / name).touch()
-    (tmp_path / "images" / "b.txt").write_text("Make it 红.", "utf-8")
-    told = message(task_of(tmp_path / "images"))
-    command = told.partition("writes the data file: ")[2].replace("SOURCES", f"{tmp_path}/sources")
-    subprocess.run(command, shell=True, check=True)
-    rows = read_rows(task_of(tmp_path / "images.jsonl", columns=Columns()), folder=tmp_path).table
-    assert [(row["sources"], row["target"], row["texts"]["instruction"]) for row in rows] == [
-        ([f"{tmp_path}/sources/b.jpg"], f"{tmp_path}/images/b.jpg", "Make it 红.")
-    ]
 
 
 @pytest.mark.parametrize(

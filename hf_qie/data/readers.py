@@ -20,22 +20,16 @@ from hf_qie.data.text_files import SUFFIXES, list_in, suffix_of, text_rows
 from hf_qie.errors import InputError
 
 KINDS = {**SUFFIXES, ".parquet": "Parquet"}
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes, of one dataset or of several splits
-# what to do with files of other kinds
 REMEDIES = {
     ".arrow": "an Arrow file; give the folder of save_to_disk that holds it",
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as CSV"),
+    **dict.fromkeys(
+        (".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+        "images; give a data file with a row for each, as README.md has it under Your data",
+    ),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".bz2", ".xz"), "an archive; unpack it"),
 }
-# run by test_readers.py as it stands
-FROM_FOLDER = (
-    'python -c "import json, pathlib; '
-    "[print(json.dumps(dict(source_image='SOURCES/' + i.name, target_image=str(i), "
-    "instruction=i.with_suffix('.txt').read_text('utf-8')))) "
-    "for i in sorted(pathlib.Path('{folder}').resolve().iterdir()) "
-    "if i.suffix != '.txt' and i.with_suffix('.txt').is_file()]\" > '{folder}.jsonl'"
-)
 
 
 def open_data(task: Task, digest: Any) -> tuple[Iterator[DataRow], Table | None]:
@@ -84,15 +78,8 @@ def _remedy(path: Path) -> str:
     if known := [file for file in inside if suffix_of(file) in KINDS]:
         target = ", and file_name as columns.target" if known[0].stem == "metadata" else ""
         return f"a folder of {known[0].suffix} files; give {path}/*{known[0].suffix}{target}"
-    if any(suffix_of(file) in IMAGES for file in inside):
-        command = FROM_FOLDER.format(folder=path if path.is_dir() else path.parent)
-        return (
-            "images. If the caption of each is in a .txt file of the same name, and the image to edit in a folder "
-            f"SOURCES under the same name, this writes the data file: {command}"
-        )
-    kinds = ", ".join(KINDS)
-    others = f"give {kinds} files, text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
-    return REMEDIES.get(path.suffix.lower(), others)
+    others = f"give {', '.join(KINDS)} files, text also as .gz, one folder of save_to_disk or one dataset of the Hub"
+    return next((REMEDIES[suffix_of(file)] for file in inside if suffix_of(file) in REMEDIES), f"{others} as org/name")
 
 
 def _with_paths(rows: Iterator[DataRow], task: Task) -> Iterator[DataRow]:

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.embedding_sets import check_columns
 from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.schema import matrix
-from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.export import main as export
 from hf_qie.hub.trained_run import find_trained, saved_tensors

@@ -15,7 +15,7 @@ LAYERS = (
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.transformer "
     "models.qwen_image.pipeline models.qwen_image.family data.seeding data.schema data.fetch "
     "data.text_files data.tables data.readers data.samples data.images data.provenance "
-    "data.validation data.embedding_sets hub.dataset_card hub.redact hub.publish extraction.plan "
+    "data.embedding_sets hub.dataset_card hub.redact hub.publish extraction.plan "
     "extraction.preprocess extraction.estimate extraction.batching extraction.manifest extraction.reuse "
     "extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered convert "
     "data.mixture data.collate data.online_latents data.loader training.objective "

@@ -13,8 +13,8 @@ from small_recipes import WIDTH, plans_of, write_recipe
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data import schema
+from hf_qie.data.embedding_sets import check_columns
 from hf_qie.data.schema import ALWAYS, TEXT, Column, matrix
-from hf_qie.data.validation import check_columns
 from hf_qie.errors import InputError
 from hf_qie.extract import main as extract
 from hf_qie.extraction.contact_sheet import given

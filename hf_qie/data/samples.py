@@ -30,8 +30,8 @@ from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
 from hf_qie.data.schema import columns_of
 from hf_qie.data.tables import DataRow, Embedded, Table, no_rows
-from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
+from hf_qie.runtime.rules import show
 
 THREADS = 64  # on a network disk a look at a file is a wait
 PART_ROWS, BATCH_ROWS = 16, 1000  # checked by a thread at a time, written together
@@ -254,7 +254,7 @@ def _check_values(values: Mapping[str, Any], task: Task, max_sources: int | None
 def _check_path(path: Any, *, column: str) -> None:
     """Raise BadRow for what is neither the path nor the URL of an image."""
     if not _is_text(path) or not path:
-        shown = None if path is None else clip(path).encode(errors="replace").decode()
+        shown = None if path is None else show(path).encode(errors="replace").decode()
         raise BadRow(f"got {_kind_of(path)}, expected the path or URL of an image", column=column, path=shown)
     if is_url(path) and holds_password(path):
         raise BadRow(PASSWORD, column=column, path=re.sub("//[^/?#]*@", "//", path, count=1))

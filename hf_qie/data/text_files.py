@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_qie.errors import InputError
+from hf_qie.runtime.rules import show
 
 SUFFIXES = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV"}
 DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of
@@ -57,7 +58,7 @@ def _json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:
         for item, row in enumerate(found if is_array else [found], start=1):
             place = f", item {item}" if is_array else f":{number}"
             if not isinstance(row, dict):
-                raise InputError(f"{file}{place}: got {clip(row)}, expected a JSON object with columns")
+                raise InputError(f"{file}{place}: got {show(row)}, expected a JSON object with columns")
             yield place, row
 
 
@@ -92,9 +93,3 @@ def list_in(text: str) -> list[str] | None:
             if isinstance(found, list) and all(isinstance(item, str) for item in found):
                 return found
     return None
-
-
-def clip(value: Any) -> str:
-    """A value for an error message, at most 80 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."

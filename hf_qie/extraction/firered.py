@@ -30,13 +30,13 @@ from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES, to_table
-from hf_qie.data.text_files import clip
 from hf_qie.errors import InputError
 from hf_qie.extraction.batching import fits_float16, to_float16
 from hf_qie.extraction.manifest import Counts, complete_chunk
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.preprocess import ImageCache, text_columns
 from hf_qie.extraction.set_writer import SetWriter, request_of
+from hf_qie.runtime.rules import show
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
@@ -235,7 +235,7 @@ def _file_of(line: Mapping[str, Any], key: str, *, where: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: {key}: {clip(value)} is not the path of a .pt file")
+        raise InputError(f"{where}: {key}: {show(value)} is not the path of a .pt file")
     beside = os.path.join(os.path.dirname(where), value)
     return value if not os.path.isfile(beside) and os.path.isfile(value) else beside
 

@@ -40,13 +40,8 @@ def read_groups(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: 
     Sorted, so that the order of the tasks in the recipe changes nothing. Raises InputError where a weighted task has
     no row.
     """
-    trained = sorted(task for task in sets if weights[task] > 0)
-    if not trained:
-        raise InputError(
-            f"tasks: every weight is 0 ({sorted(sets)}), so nothing is trained; give one a weight above 0"
-        )
     groups = []
-    for task in trained:
+    for task in sorted(task for task in sets if weights[task] > 0):
         if len(sets[task]) == 0:
             raise InputError(
                 f"tasks.{task}: weight {weights[task]:g}, but no row is left to train on; "

@@ -225,7 +225,7 @@ def test_several_columns_of_sources_may_hold_images(tmp_path):
     parquet.write_table(pa.table(data), tmp_path / "a.parquet")
     columns = Columns(sources=("control_0", "control_1"))
     lines, table = open_data(task_of(tmp_path / "a.parquet", columns=columns), hashlib.sha256())
-    sources = [line[columns.source_label] for *_, line in lines]
+    sources = [line[", ".join(columns.sources)] for *_, line in lines]
     assert [[table.read(name) for name in names] for names in sources] == [[b"one", b"two"], [b"one"]]
     assert sources == [["row-0-source-0", "row-0-source-1"], ["row-1-source-1"]]
 

@@ -79,16 +79,6 @@ class Columns(Section):
         named = [key for key in ("captions", "inverse_captions") if key in self.model_fields_set]
         return tuple(column for key in named for column in getattr(self, key))
 
-    @property
-    def source_columns(self) -> tuple[str, ...]:
-        """The columns that hold sources, in order."""
-        return (self.sources,) if isinstance(self.sources, str) else self.sources
-
-    @property
-    def source_label(self) -> str:
-        """The sources of a row in a message."""
-        return ", ".join(self.source_columns)
-
 
 class Task(Section):
     """One dataset and its part in the mix."""

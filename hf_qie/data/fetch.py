@@ -16,6 +16,7 @@ import re
 import socket
 import ssl
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -96,7 +97,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 async def _fetch(url: str, allow_private: bool) -> bytes:
     reason = "the server is too slow"
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(DEADLINE_S) as timeout:
             for pause_s in (*PAUSES_S, math.inf):
                 try:
@@ -106,8 +107,6 @@ async def _fetch(url: str, allow_private: bool) -> bytes:
                 if asyncio.get_running_loop().time() + max(pause_s, least_s) >= timeout.when():
                     break
                 await asyncio.sleep(max(pause_s, least_s))
-    except TimeoutError:
-        pass
     raise BadUrl(reason)
 
 

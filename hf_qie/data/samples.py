@@ -28,7 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from hf_qie.config.recipe import SET_COLUMNS, Columns, Extract, Task
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
-from hf_qie.data.schema import columns_of
+from hf_qie.data.schema import SOURCES, columns_of
 from hf_qie.data.tables import DataRow, Embedded, Table, no_rows
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import show
@@ -176,7 +176,8 @@ class _Found:
     def __init__(self, task: Task):
         self.task, self.num_rows, self.has_inverse, self.digest = task, 0, False, hashlib.sha256()
         self.names: set[str] = set()  # columns of the data
-        self.merged = {task.columns.source_label} - {*task.columns.source_columns}  # not a column of the data
+        images = [(image.label(task.columns), image.data_columns(task.columns)) for image in columns_of("image")]
+        self.merged = {label for label, names in images if len(names) > 1}  # which are not columns of the data
         self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
         self.examples: list[str] = []  # the first bad rows
         self.root = ""  # where paths start in the first of them
@@ -236,10 +237,9 @@ def _check_values(values: Mapping[str, Any], task: Task, max_sources: int | None
         row[image.row_key] = found = [] if image.many and task.t2i else values.get(label, [])
         for path in found if image.many and isinstance(found, list) else [found]:
             _check_path(path, column=label)
-    if max_sources is not None and (count := len(row["sources"])) > max_sources:
-        remedy = "use an Edit-Plus checkpoint" + f" or set tasks.{task.name}.t2i: true" * (not max_sources)
-        reason = f"{count} sources, this checkpoint takes {max_sources}; {remedy}"
-        raise BadRow(reason, column=task.columns.source_label)
+        if image.name == SOURCES and max_sources is not None and len(found) > max_sources:
+            remedy = "use an Edit-Plus checkpoint" + f" or set tasks.{task.name}.t2i: true" * (not max_sources)
+            raise BadRow(f"{len(found)} sources, this checkpoint takes {max_sources}; {remedy}", column=label)
     for column in text_columns(task.columns):
         found = values.get(column)
         found = found if isinstance(found, list) else [found]

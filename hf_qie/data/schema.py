@@ -66,8 +66,7 @@ class Column:
 
     def label(self, columns: Columns) -> str:
         """These images in a message."""
-        found = getattr(columns, self.key, self.name)
-        return found if isinstance(found, str) else ", ".join(found)
+        return ", ".join(self.data_columns(columns))
 
     def is_stored(self, prefix: str, *, other_area: bool) -> bool:
         """Whether a set has this column with a prefix, "" or `INVERSE`."""

@@ -17,8 +17,6 @@ import socket
 import ssl
 import threading
 from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urljoin
 from urllib.request import getproxies, proxy_bypass
@@ -186,7 +184,8 @@ def _explained(error: BaseException) -> BadUrl | _Retry:
 async def _body(response: httpx2.Response) -> bytes:
     status = f"HTTP {response.status_code} {httpx2.codes.get_reason_phrase(response.status_code)}".strip()
     if response.status_code == httpx2.codes.TOO_MANY_REQUESTS or response.is_server_error:
-        raise _Retry(status, _retry_after_s(response.headers.get("Retry-After", "")))
+        pause = response.headers.get("Retry-After", "")
+        raise _Retry(status, int(pause) if pause.isdecimal() else 0)  # in place of seconds it may hold a date
     if response.status_code != httpx2.codes.OK:
         raise BadUrl(status)
     if response.headers.get("Content-Type", "").lower().startswith("text/html"):
@@ -200,13 +199,3 @@ async def _body(response: httpx2.Response) -> bytes:
         else:
             return bytes(body)
     raise BadUrl(f"more than {MAX_BYTES:,} bytes")
-
-
-def _retry_after_s(header: str) -> float:
-    """Seconds by a Retry-After header, which holds seconds or a date; 0 where it holds neither."""
-    if header.strip().isdecimal():
-        return float(header)
-    try:
-        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-    except (TypeError, ValueError):
-        return 0.0

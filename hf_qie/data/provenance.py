@@ -137,15 +137,15 @@ def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mappi
     `checkpoint` is `checkpoint_compat` of the model that trains. What a set does not know is not compared: see
     `unverified`.
     """
-    fellows = {f"the checkpoint {model}": checkpoint}
+    others = {f"the checkpoint {model}": checkpoint}
     for task, provenance in provenances.items():
-        for fellow, compat in fellows.items():
+        for other, compat in others.items():
             if differing := _differences(provenance["compat"], compat):
                 raise InputError(
-                    f"tasks.{task}: its embedding set does not fit {fellow}: {', '.join(differing)} differ; "
+                    f"tasks.{task}: its embedding set does not fit {other}: {', '.join(differing)} differ; "
                     f"it was made from {provenance['record']['model']}. Extract it again, or train without it"
                 )
-        fellows[f"the set of task {task}"] = provenance["compat"]
+        others[f"the set of task {task}"] = provenance["compat"]
 
 
 def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:

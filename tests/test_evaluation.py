@@ -267,7 +267,7 @@ def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_p
     ("overrides", "message"),
     [
         (["tasks.edit.eval_rows=9"], "tasks.edit.eval_rows: 9, but its set has 8 rows; hold out fewer"),
-        (["tasks.edit.eval_rows=8"], "tasks.edit: weight 1, but no row is left to train on; lower its eval_rows"),
+        (["tasks.edit.eval_rows=8"], "tasks.edit: weight 1, but no row is left; lower eval_rows"),
         (
             ["tasks.edit.eval_rows=0", "tasks.text_to_image.eval_rows=0"],
             "training.eval_strategy: no task holds out rows to evaluate on; set tasks.<name>.eval_rows",

@@ -36,8 +36,13 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     for prompt, length, row in zip(prompts, lengths, rows, strict=True):
         np.concatenate(row["prompt_parts"], out=prompt[:length])
         prompt[length:] = 0
+    names = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
+    arrays = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
+    if "images" in rows[0]:
+        places = zip(*(row["images"] for row in rows), strict=True)
+        arrays["images"] = [torch.from_numpy(np.stack(place)) for place in places]
     return Batch(
-        **_stacked(rows),
+        **arrays,
         prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         grids=grids,
@@ -45,13 +50,3 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         row=[row["row"] for row in rows],
         draw=[row["draw"] for row in rows],
     )
-
-
-def _stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The arrays of the rows under their names, and their images place by place."""
-    names = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
-    arrays = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
-    if "images" in rows[0]:
-        places = zip(*(row["images"] for row in rows), strict=True)
-        arrays["images"] = [torch.from_numpy(np.stack(place)) for place in places]
-    return arrays

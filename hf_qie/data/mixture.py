@@ -43,10 +43,7 @@ def read_groups(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: 
     groups = []
     for task in sorted(task for task in sets if weights[task] > 0):
         if len(sets[task]) == 0:
-            raise InputError(
-                f"tasks.{task}: weight {weights[task]:g}, but no row is left to train on; "
-                "lower its eval_rows, give it more rows, or set its weight to 0"
-            )
+            raise InputError(f"tasks.{task}: weight {weights[task]:g}, but no row is left; lower eval_rows or weight")
         num_sources = _column(sets[task], "num_sources").to_numpy()
         targets, sources = (grids_in(_column(sets[task], name)) for name in ("target_grid", "source_grids"))
         first_source = np.cumsum(num_sources, dtype=np.int64) - num_sources
@@ -115,10 +112,7 @@ def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:
                 f"{missing} sources; name these too, with weight 0 to leave them out"
             )
         if not any(mix.source_count_weights[count] for count in occur):
-            raise InputError(
-                f"mix.source_count_weights: all counts that occur, {occur}, have weight 0, so nothing is trained; "
-                "give one of them a weight above 0"
-            )
+            raise InputError(f"mix.source_count_weights: all counts that occur, {occur}, have weight 0; weigh one")
         count = np.array([group.num_sources for group in groups])
         part = weight / np.bincount(count, weight)[count] * [mix.source_count_weights[c] for c in count]
     return part / part.sum()

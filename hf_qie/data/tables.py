@@ -143,19 +143,16 @@ def _common_schema(task: Task, schemas: Mapping[Path, pa.Schema]) -> pa.Schema:
     """The columns that the task needs, of types that hold those of all files; raises InputError."""
     common = pa.schema([])
     for file, schema in schemas.items():
-        fields = [schema.field(name) for name in _named_columns(task) if name in schema.names]
+        at, named = f"tasks.{task.name}.data: {file}", _named_columns(task)
+        fields = [schema.field(name) for name in named if name in schema.names]
         if not fields:
-            there, named = ", ".join(schema.names), ", ".join(_named_columns(task))
-            raise InputError(
-                f"tasks.{task.name}.data: {file}: has {there}, and none of {named}; name its columns, or leave it out"
-            )
+            there, named = ", ".join(schema.names), ", ".join(named)
+            raise InputError(f"{at}: has {there}, and none of {named}; name its columns, or leave it out")
         fields = [one.with_type(one.type.value_type) if pa.types.is_dictionary(one.type) else one for one in fields]
         try:
             common = pa.unify_schemas([common, pa.schema(fields)], promote_options="permissive")
         except pa.ArrowException as error:
-            raise InputError(
-                f"tasks.{task.name}.data: {file}: {error}; write a column with the same type in all files"
-            ) from error
+            raise InputError(f"{at}: {error}; write a column with the same type in all files") from error
     return common
 
 
@@ -165,12 +162,11 @@ def _data_errors(task: Task, explain: Callable[[Exception], str]) -> Iterator[No
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:
+        at, cache = f"tasks.{task.name}.data", datasets.config.HF_DATASETS_CACHE
         if trouble := disk_trouble(error) or ("Not enough disk space" in str(error) and str(error)):
-            raise InputError(
-                f"tasks.{task.name}.data: its copy in the cache of datasets, {datasets.config.HF_DATASETS_CACHE}: "
-                f"{trouble}; or let HF_DATASETS_CACHE name a folder on another disk"
-            ) from error
-        raise InputError(f"tasks.{task.name}.data: {explain(error)}") from error
+            remedy = "or let HF_DATASETS_CACHE name a folder on another disk"
+            raise InputError(f"{at}: its copy in the cache of datasets, {cache}: {trouble}; {remedy}") from error
+        raise InputError(f"{at}: {explain(error)}") from error
 
 
 def _damaged(files: Sequence[Path], names: Sequence[str], error: Exception) -> str:
@@ -223,10 +219,8 @@ def hub_table(task: Task, digest: Any) -> Table:
 def _table_of(task: Task, data: datasets.Dataset, parts: list[tuple[str, str, int]], names: Sequence[str]) -> Table:
     """The columns of `data` that the task needs; `names` are those that the data has. Raises InputError."""
     if task.columns.target not in names:
-        raise InputError(
-            f"tasks.{task.name}.columns.target: no row has {task.columns.target}; there are "
-            f"{', '.join(sorted(names))}: name the column"
-        )
+        target, there = task.columns.target, ", ".join(sorted(names))
+        raise InputError(f"tasks.{task.name}.columns.target: no row has {target}; there are {there}: name the column")
     data = data.select_columns([name for name in _named_columns(task) if name in data.column_names])
     return Table(dataset=data.with_format("arrow"), names=names, parts=parts, columns=task.columns)
 

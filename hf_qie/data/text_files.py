@@ -5,7 +5,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -32,15 +32,9 @@ def text_rows(file: Path, digest: Any) -> Iterator[TextRow]:
     rows_of = _json_rows if SUFFIXES[suffix_of(file)] == "JSON" else _csv_rows
     with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as binary:
         try:
-            yield from rows_of(file, _hashed(binary, digest))
+            yield from rows_of(file, (digest.update(line) or line for line in binary))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{file}: cannot be decompressed ({error}); compress it with gzip again") from error
-
-
-def _hashed(lines: Iterable[bytes], digest: Any) -> Iterator[bytes]:
-    for line in lines:
-        digest.update(line)
-        yield line
 
 
 def _json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:

@@ -4,7 +4,6 @@ Of a set columns, types and offsets are checked before training reads a row: a s
 in memory. No embedding or latent is read.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,21 +34,14 @@ def open_set(folder: Path) -> Dataset:
     """
     if not (folder / PROVENANCE).is_file():
         raise InputError(f"{folder}: no finished embedding set; run hf_qie/extract.py with this recipe first")
-    if _checks_sets():
-        check_sizes(folder, files_of(read_provenance(folder)))
+    check_sizes(folder, files_of(read_provenance(folder)))
     try:
         data = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{folder}: does not open as a dataset ({reason}); {DAMAGED}") from error
-    if _checks_sets():
-        check_columns(data, where=str(folder))
+    check_columns(data, where=str(folder))
     return data
-
-
-def _checks_sets() -> bool:
-    """Of the ranks of a machine the first checks its sets."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict[str, Any]]:
@@ -84,8 +76,7 @@ def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict
     if not files:
         raise InputError(f"{at}: nothing at {shards}, as its provenance wants; push the set again")
     data = load_dataset("parquet", data_files=files, split="train")
-    if _checks_sets():
-        check_columns(data, where=at)
+    check_columns(data, where=at)
     return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
 
 

@@ -1,13 +1,20 @@
 """The data of a task as rows, of whatever kind: text files, Parquet, a folder of `save_to_disk`, a dataset of the Hub.
 
 A row is where it stands, the folder that its relative paths start from, and its values by column. It holds no pixels:
-an embedded image has an `Embedded` name, by which `Table.read` gives its content.
+an embedded image has an `Embedded` name, by which `Table.read` gives its content. Text files are read here, tables
+in tables.py.
 """
 
+import ast
+import csv
+import gzip
+import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,10 +23,12 @@ from urllib.request import url2pathname
 from hf_qie.config.recipe import Task
 from hf_qie.data.schema import columns_of
 from hf_qie.data.tables import HUB_ID, DataRow, Embedded, Table, hub_table, parquet_table, refuse_split, saved_table
-from hf_qie.data.text_files import SUFFIXES, list_in, suffix_of, text_rows
 from hf_qie.errors import InputError
+from hf_qie.runtime.rules import show
 
-KINDS = {**SUFFIXES, ".parquet": "Parquet"}
+KINDS = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
+DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of
+BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark of UTF-8
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes, of one dataset or of several splits
 REMEDIES = {
     ".arrow": "an Arrow file; give the folder of save_to_disk that holds it",
@@ -31,6 +40,8 @@ REMEDIES = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".bz2", ".xz"), "an archive; unpack it"),
 }
 
+TextRow = tuple[str, dict[str, Any]]  # place in the file, as `:3` or `, item 3` of an array; its values by column
+
 
 def open_data(task: Task, digest: Any) -> tuple[Iterator[DataRow], Table | None]:
     """The rows of a task's data, and its table where images may be embedded.
@@ -41,14 +52,12 @@ def open_data(task: Task, digest: Any) -> tuple[Iterator[DataRow], Table | None]
     first, *more = task.data
     if not more and any(os.path.isfile(os.path.join(first, name)) for name in SAVED):
         table = saved_table(task, digest)
-    elif not more and not os.path.exists(first) and HUB_ID.fullmatch(first) and suffix_of(first) not in KINDS:
+    elif not more and not os.path.exists(first) and HUB_ID.fullmatch(first) and _suffix_of(first) not in KINDS:
         table = hub_table(task, digest)
     else:
         kind, files = _data_files(task)
         if kind != "Parquet":
-            found = ((file, place, row) for file in files for place, row in text_rows(file, digest))
-            rows = ((f"{file}{place}", task.image_root or str(file.parent), row) for file, place, row in found)
-            return _with_paths(rows, task), None
+            return _with_paths((row for file in files for row in _text_rows(file, task, digest)), task), None
         table = parquet_table(task, files, digest)
     return _with_paths(table.rows(digest), task), table
 
@@ -63,7 +72,7 @@ def _data_files(task: Task) -> tuple[str, list[Path]]:
         if not names:
             raise InputError(f"{at}: file not found: {pattern} (from {Path.cwd()})")
         files += map(Path, names)
-    kinds = {KINDS.get(suffix_of(file)) if file.is_file() else None: file for file in reversed(files)}
+    kinds = {KINDS.get(_suffix_of(file)) if file.is_file() else None: file for file in reversed(files)}
     if None in kinds:
         raise InputError(f"{at}: cannot read {kinds[None]}: {_remedy(kinds[None])}")
     if len(kinds) > 1:
@@ -75,11 +84,81 @@ def _data_files(task: Task) -> tuple[str, list[Path]]:
 def _remedy(path: Path) -> str:
     """What to give in place of a file or folder that cannot be read."""
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
-    if known := [file for file in inside if suffix_of(file) in KINDS]:
+    if known := [file for file in inside if _suffix_of(file) in KINDS]:
         target = ", and file_name as columns.target" if known[0].stem == "metadata" else ""
         return f"a folder of {known[0].suffix} files; give {path}/*{known[0].suffix}{target}"
-    others = f"give {', '.join(KINDS)} files, text also as .gz, one folder of save_to_disk or one dataset of the Hub"
-    return next((REMEDIES[suffix_of(file)] for file in inside if suffix_of(file) in REMEDIES), f"{others} as org/name")
+    if named := [suffix for suffix in map(_suffix_of, inside) if suffix in REMEDIES]:
+        return REMEDIES[named[0]]
+    others = "text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
+    return f"give {', '.join(KINDS)} files, {others}"
+
+
+def _suffix_of(path: str | Path) -> str:
+    """The ending that tells the kind of a file, in lower case and without `.gz`."""
+    path = Path(str(path).lower())
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _text_rows(file: Path, task: Task, digest: Any) -> Iterator[DataRow]:
+    rows_of, root = _json_rows if KINDS[_suffix_of(file)] == "JSON" else _csv_rows, task.image_root or str(file.parent)
+    with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as binary:
+        try:
+            for place, row in rows_of(file, (digest.update(line) or line for line in binary)):
+                yield f"{file}{place}", root, row
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{file}: cannot be decompressed ({error}); compress it with gzip again") from error
+
+
+def _json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:
+    """The object of each line that is not blank, or those of one array that is the whole file."""
+    is_array = None  # until the first of these lines
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(BLANK):
+            continue
+        is_array = line.lstrip(BLANK).startswith(b"[") if is_array is None else False
+        try:
+            found = json.loads(b"".join([line, *lines]) if is_array else line)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            expected = "one JSON array in the file" if is_array else "one JSON object in each line"
+            raise InputError(f"{file}:{number}: invalid JSON ({error}); expected {expected}") from error
+        for item, row in enumerate(found if is_array else [found], start=1):
+            place = f", item {item}" if is_array else f":{number}"
+            if not isinstance(row, dict):
+                raise InputError(f"{file}{place}: got {show(row)}, expected a JSON object with columns")
+            yield place, row
+
+
+def _csv_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:
+    """Fields by the names in the first line, placed by their last line; an empty field is null, one may be a list."""
+    first = next(lines, b"")
+    delimiter = max(DELIMITERS, key=lambda one: first.count(one.encode()))
+    texts = (line.decode("utf-8-sig") for line in chain([first], lines))  # Excel puts a byte order mark first
+    reader = csv.DictReader(texts, strict=True, delimiter=delimiter)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise InputError(f"{file}:1: a column occurs twice in {', '.join(names)}")
+        for row in reader:
+            place = f":{reader.line_num}"
+            if None in row:
+                raise InputError(f"{file}{place}: more fields than the {len(names)} names in the first line")
+            lists = {name: _list_in(value or "") for name, value in row.items()}
+            yield place, {name: (row[name] or None) if found is None else found for name, found in lists.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}, after line {reader.line_num}: invalid CSV, expected UTF-8 ({error})") from error
+
+
+def _list_in(text: str) -> list[str] | None:
+    """The list of strings in a field of CSV, as JSON or Python write one; None for other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        # a path or a caption may look like a list
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            found = read(text)
+            if isinstance(found, list) and all(isinstance(item, str) for item in found):
+                return found
+    return None
 
 
 def _with_paths(rows: Iterator[DataRow], task: Task) -> Iterator[DataRow]:
@@ -99,7 +178,7 @@ def _with_paths(rows: Iterator[DataRow], task: Task) -> Iterator[DataRow]:
 
 def _sources(given: Any) -> list[Any] | Any:
     """The sources of a row as a list; what is neither a path nor a list as it is."""
-    found = list_in(given) if isinstance(given, str) else given
+    found = _list_in(given) if isinstance(given, str) else given
     if found is None:
         found = [given] if given else []
     return [_local_path(path) for path in found] if isinstance(found, list) else found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from glob import escape
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetsError
 from pyarrow import parquet
 
-from hf_qie.config.recipe import Columns, Task
+from hf_qie.config.recipe import Task
 from hf_qie.data.schema import columns_of
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import disk_trouble, samples
@@ -43,16 +43,7 @@ class Table:
     dataset: datasets.Dataset  # in Arrow format, which decodes nothing; the columns that the task needs
     names: Sequence[str]  # of all columns of the data
     parts: list[tuple[str, str, int]]  # of each of its files the name, the folder of relative paths, the rows
-    columns: Columns
-
-    @cached_property
-    def labels(self) -> dict[str, str]:
-        """The columns that hold images by their part of an `Embedded` name: target, source, or source-0, source-1."""
-        found = {}
-        for image in columns_of("image"):
-            role, names = image.name.removesuffix("_image"), image.data_columns(self.columns)
-            found |= {f"{role}-{i}" if len(names) > 1 else role: name for i, name in enumerate(names)}
-        return found
+    labels: dict[str, str]  # columns of images by their part of an `Embedded` name: target, source, or source-0, ...
 
     def rows(self, digest: Any) -> Iterator[DataRow]:
         """Its rows, placed by file and 0-based row; `digest`, of hashlib, is updated with what they hold."""
@@ -222,7 +213,11 @@ def _table_of(task: Task, data: datasets.Dataset, parts: list[tuple[str, str, in
         target, there = task.columns.target, ", ".join(sorted(names))
         raise InputError(f"tasks.{task.name}.columns.target: no row has {target}; there are {there}: name the column")
     data = data.select_columns([name for name in _named_columns(task) if name in data.column_names])
-    return Table(dataset=data.with_format("arrow"), names=names, parts=parts, columns=task.columns)
+    labels = {}
+    for image in columns_of("image"):
+        role, some = image.name.removesuffix("_image"), image.data_columns(task.columns)
+        labels |= {f"{role}-{i}" if len(some) > 1 else role: name for i, name in enumerate(some)}
+    return Table(dataset=data.with_format("arrow"), names=names, parts=parts, labels=labels)
 
 
 def _named_columns(task: Task) -> list[str]:

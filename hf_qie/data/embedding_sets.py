@@ -92,7 +92,6 @@ def check_columns(data: Dataset, *, where: str) -> None:
 
 
 def _wrong_type(features: Features) -> str | None:
-    """The first column that is missing, or of another type."""
     for prefix in ("", INVERSE) if f"{INVERSE}image_embeds" in features else ("",):
         for column in columns_of():
             is_stored = column.is_stored(prefix, other_area=f"{INVERSE}target_grid" in features)
@@ -151,7 +150,6 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
 
 
 def _found(column: str, wrong: np.ndarray, words: str) -> Iterator[str]:
-    """The first row that is wrong, if there is one."""
     if wrong.any():
         yield f"place {int(wrong.argmax()):,}, column {column}: {words} ({int(wrong.sum()):,} such rows)"
 

@@ -252,7 +252,6 @@ def _check_values(values: Mapping[str, Any], task: Task, max_sources: int | None
 
 
 def _check_path(path: Any, *, column: str) -> None:
-    """Raise BadRow for what is neither the path nor the URL of an image."""
     if not _is_text(path) or not path:
         shown = None if path is None else show(path).encode(errors="replace").decode()
         raise BadRow(f"got {_kind_of(path)}, expected the path or URL of an image", column=column, path=shown)

@@ -171,7 +171,6 @@ def matrix_width(feature: Any) -> int | None:
 
 
 def _matrix_array(values: Sequence[np.ndarray | None], width: int) -> pa.ListArray:
-    """Matrices `[L, width]` as one Arrow array, by their buffers."""
     lengths = [0 if value is None else len(value) for value in values]
     flat = [np.ascontiguousarray(value, dtype=np.float16).ravel() for value in values if value is not None]
     data = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float16))

@@ -221,7 +221,6 @@ def _table_of(task: Task, data: datasets.Dataset, parts: list[tuple[str, str, in
 
 
 def _named_columns(task: Task) -> list[str]:
-    """The columns of its data that a task needs, as far as it has them."""
     images = [image for image in columns_of("image") if not (task.t2i and image.many)]
     names = [name for image in images for name in image.data_columns(task.columns)]
     return list(dict.fromkeys((*names, *task.columns.captions, *task.columns.inverse_captions)))

@@ -210,7 +210,7 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
         ),
         (
             "a: &a [1]\nb: {<<: *a}\n",
-            "lora.yaml, line 1: expected a mapping for merging, but found scalar",
+            "lora.yaml, line 1: expected a mapping or list of mappings for merging, but found scalar",
         ),
         (
             '{"<<": 1}',

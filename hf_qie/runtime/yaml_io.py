@@ -44,11 +44,14 @@ class _Loader(yaml.SafeLoader):
     yaml_constructors: ClassVar = {}
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse a key that occurs twice, then replace merge keys by what they bring."""
+        """Refuse a key that occurs twice, then replace merge keys by what they bring: of several the first goes first.
+
+        PyYAML's own does the same up to 6.0.3; in 6.0.4 the last of a list of mappings goes first.
+        """
         if getattr(node, "is_flat", False):
             return
-        node.is_flat, lines = True, {}
-        for key_node, _ in node.value:
+        node.is_flat, lines, merged, own = True, {}, [], []
+        for key_node, value_node in node.value:
             key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
             if not isinstance(key_node, yaml.ScalarNode):
                 problem = f"got {show(key)} as a key, expected a word or number"
@@ -57,7 +60,20 @@ class _Loader(yaml.SafeLoader):
                 problem = f"key {show(key)} again, it is in line {lines[key]} already"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
             lines[key] = mark.line + 1
-        super().flatten_mapping(node)
+            if key_node.tag.endswith(":merge"):
+                merged = self._brought(value_node) + merged
+            else:
+                own.append((key_node, value_node))
+        node.value = merged + own  # of two equal keys the later one counts
+
+    def _brought(self, node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+        mappings = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        for one in mappings:
+            if not isinstance(one, yaml.MappingNode):
+                problem = f"expected a mapping or list of mappings for merging, but found {one.id}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=one.start_mark)
+            self.flatten_mapping(one)
+        return [pair for one in reversed(mappings) for pair in one.value]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -51,6 +51,23 @@ def test_a_module_imports_only_what_comes_before_it(name):
     assert uses <= set(LAYERS[: LAYERS.index(name)])
 
 
+# Rooms on one line never import each other; a room imports itself and what stands below it.
+ROOMS = ("scripts", "demo", "hub", "extraction training", "data", "models", "config", "runtime", "errors plots")
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rooms_import_down_only_and_nothing_imports_a_script(name):
+    def room(module: str) -> str:
+        return "scripts" if "." not in module and module not in FLOOR else module.split(".")[0]
+
+    for node in ast.walk(ast.parse(path_of(name).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_qie."):
+            used = node.module.removeprefix("hf_qie.")
+            inside = room(used) == room(name) != "scripts"
+            assert inside or FLOOR[room(used)] > FLOOR[room(name)], f"{name} imports {used}"
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_files_and_functions_stay_readable(name):
     text = path_of(name).read_text()

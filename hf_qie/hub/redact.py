@@ -1,4 +1,4 @@
-"""What others may see of this machine's paths and URLs: what is needed to find a picture again, and no more."""
+"""What others may see of this machine's paths and URLs: what is needed to find an image again, and no more."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def public_path(path: str | None, roots: Sequence[Path]) -> str | None:
 def public(value: Any) -> Any:
     """A recorded value without folders of this machine, and with its URLs without user and query.
 
-    Where pictures lie is left out, as their paths are shown from there.
+    The folder of the images is left out: their paths are shown relative to it.
     """
     if isinstance(value, Mapping):
         return {key: public(item) for key, item in value.items() if key != "image_root"}

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Something the user wrote is wrong: says where, what came, what was wanted and what to do."""
+    """Something the user wrote is wrong: says where, what was found, what was expected and what to do."""
 
 
 class Misfit(Exception):

@@ -59,7 +59,7 @@ def _check_output(path: Path) -> None:
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--output: {path}: wanted the name of an image, as out.png")
+        raise InputError(f"--output: {path}: expected the name of an image, as out.png")
     if not path.parent.is_dir():
         raise InputError(f"--output: the folder {path.parent} does not exist; make it, or name another")
 

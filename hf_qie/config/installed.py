@@ -42,13 +42,16 @@ _PIP = {  # where the package is not named like the module
     "dagshub": "dagshub mlflow",
 }
 
+# What reading the source of a later release raises when it is written in another way
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError)
+
 
 @functools.cache
 def training_arguments() -> dict[str, tuple[Any, Any]]:
     """(type in YAML, default) of each of TrainingArguments' fields; a default that is computed shows as None."""
     try:
         known = _fields_in_source()
-    except Exception:  # whatever a later release writes there
+    except UNREADABLE:
         known = _fields_imported()
     return known | {"fsdp": (bool | None, None)}  # annotated as a string, but documented and used as a bool
 
@@ -106,7 +109,7 @@ def choices(key: str) -> list[str]:
             return [*map(ast.literal_eval, table.keys), "all", "none"]
         place = ("training_args.py", "OptimizerNames") if key == "optim" else ("trainer_utils.py", "SchedulerType")
         return [node.value.value for node in _class(*place) if isinstance(node, ast.Assign)]
-    except Exception:  # as above; TrainingArguments and Trainer check the names themselves
+    except UNREADABLE:  # TrainingArguments and Trainer check the names themselves
         return []
 
 

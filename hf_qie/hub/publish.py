@@ -207,9 +207,7 @@ class _Repo:
 
     def describe(self, sets: Sequence[_Publication], *, license: str | None) -> None:
         """Commit card and provenance of these sets, and delete their shards that no config names any more."""
-        head = self.api.dataset_info(
-            self.name
-        ).sha  # a change by others after this makes the commit fail, so none is lost
+        head = self.api.dataset_info(self.name).sha  # a later commit by others makes ours fail, so none is lost
         files = self.files()
         present, provenances = self.recorded(files)
         card = dataset_card(

@@ -150,7 +150,7 @@ def enable_activation_checkpointing(model: nn.Module, options: Mapping[str, Any]
     """
     if options not in (None, {}, {"use_reentrant": False}):
         raise InputError(
-            f"training.activation_checkpointing_kwargs: got {options}, wanted no more than use_reentrant: false; "
+            f"training.activation_checkpointing_kwargs: got {options}, expected no more than use_reentrant: false; "
             "leave it out"
         )
     base_of(model).enable_gradient_checkpointing()

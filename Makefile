@@ -39,7 +39,7 @@ quality: $(INSTALLED)  ## check style; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(INSTALLED)  ## mend style
+style: $(INSTALLED)  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

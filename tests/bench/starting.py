@@ -1,4 +1,4 @@
-"""Point 9: how long a user waits for `--help`, and for the word that a recipe is wrong.
+"""Point 9: how long `--help` takes, and the error on a recipe that is wrong.
 
 The usual way is a script that imports what it trains with at its top, as most do, and then reads its arguments.
 """
@@ -22,7 +22,9 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--learning_rate", type=float)
 parser.parse_args()
 """
-ALLOWED = {"hf_qie", "yaml", "_yaml", "cython_runtime"}  # the last, and `_cython_` of a version, come with yaml
+# the recipe's reader, with what pydantic and yaml bring (cython also under the name of its version), and progress bars
+ALLOWED = {"hf_qie", "yaml", "_yaml", "cython_runtime", "tqdm"}
+ALLOWED |= {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
 LOADED = """
 import json, runpy, sys
 script, sys.argv = sys.argv[1], sys.argv[1:]
@@ -55,7 +57,7 @@ def imported(arguments: list[str]) -> list[str]:
 
 def unwanted(found: list[str]) -> list[str]:
     """Those that neither the recipe nor its reader needs."""
-    return [name for name in found if name not in ALLOWED and not name.startswith("_cython_")]
+    return [name for name in found if name not in ALLOWED and not name.startswith(("_cython_", "_sysconfigdata"))]
 
 
 def measure(folder: Path) -> list[Figure]:

@@ -13,7 +13,7 @@ LAYERS = (
     "runtime.lock config.installed config.training_args config.overrides config.recipe config.launch "
     "runtime.hub_errors models.checkpoint models.lora_files models.base models.qwen_image.prompts "
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.transformer "
-    "models.qwen_image.pipeline models.qwen_image.family data.seeding data.schema data.fetch "
+    "models.qwen_image.pipeline models.qwen_image.tiny models.qwen_image.family data.seeding data.schema data.fetch "
     "data.tables data.readers data.samples data.images data.provenance "
     "data.embedding_sets hub.dataset_card hub.redact hub.publish extraction.plan "
     "extraction.preprocess extraction.estimate extraction.batching extraction.manifest extraction.reuse "

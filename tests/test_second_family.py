@@ -17,8 +17,8 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.data.provenance import read_provenance
 from hf_qie.data.schema import matrix_width
-from hf_qie.demo.tiny import VAE_CONFIG
 from hf_qie.models import base
+from hf_qie.models.qwen_image.tiny import VAE_CONFIG
 
 CPU = {"revision": None, "dtype": torch.float32, "device": torch.device("cpu")}
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from train_tiny_vae import HELD_OUT, FlatConvolutions, images, psnr_db
 
-from hf_qie.demo.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
+from hf_qie.models.qwen_image.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
 
 
 @pytest.fixture(scope="module")

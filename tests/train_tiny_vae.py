@@ -2,8 +2,8 @@
 
     python tests/train_tiny_vae.py --steps 9000 [--batch_size 8] [--learning_rate 2e-3] [--seed 0]
 
-makes hf_qie/demo/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal 3-D
-convolution the slice that a single image meets, as float16, with the mean and std of the latents, and the command
+makes hf_qie/models/qwen_image/tiny_vae.safetensors anew, in about an hour on one core. The file holds of every causal
+3-D convolution the slice that a single image meets, as float16, with the mean and std of the latents, and the command
 that made it.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hf_qie.demo.shapes import draw
-from hf_qie.demo.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
+from hf_qie.models.qwen_image.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
 from hf_qie.runtime.cli import Options, run_script, wanted
 from hf_qie.runtime.rules import Count, Positive, Seed
 

@@ -6,7 +6,7 @@ A grid is (height, width) in tokens, a size (width, height) in pixels.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -231,10 +231,19 @@ class Family(ABC):
     def compat_folders(self) -> dict[str, tuple[str, ...]]:
         """Folders of a checkpoint whose files decide them: of the encoder, the processor and the VAE."""
 
+    @abstractmethod
+    def save_tiny(self, folder: Path, *, texts: Iterable[str], variant: str = "", seed: int = 0) -> None:
+        """Write a tiny checkpoint for tests and the demo, with random weights and a vocabulary of `texts`."""
+
 
 def families() -> Iterator[Family]:
     """All that are registered."""
-    return map(resolve_name, FAMILIES.values())
+    return map(family_of, FAMILIES)
+
+
+def family_of(pipeline: str) -> Family:
+    """The family of a pipeline class of diffusers, one of `FAMILIES`."""
+    return resolve_name(FAMILIES[pipeline])
 
 
 def read_family(model: str, *, revision: str | None = None) -> Family:
@@ -245,7 +254,7 @@ def read_family(model: str, *, revision: str | None = None) -> Family:
     pipeline = read_config(model, "model_index.json", revision=revision).get("_class_name")
     if pipeline not in FAMILIES:
         raise InputError(f"model: {model} is a {pipeline}; hf_qie trains {', '.join(FAMILIES)}")
-    family: Family = resolve_name(FAMILIES[pipeline])
+    family = family_of(pipeline)
     transformer = read_config(model, "transformer/config.json", revision=revision)
     for flag in family.unsupported:
         if transformer.get(flag):

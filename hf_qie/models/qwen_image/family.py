@@ -12,6 +12,7 @@ from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, S
 from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
 from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
 from hf_qie.models.qwen_image.text_encoder import Encoder
+from hf_qie.models.qwen_image.tiny import save_tiny
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
     denoise,
@@ -65,6 +66,7 @@ class QwenImage(Family):
     load_encoder = Encoder
     load_pipeline = load_pipeline
     generate = generate
+    save_tiny = save_tiny
     load_transformer = staticmethod(load_transformer)
     without_gradient = staticmethod(without_gradient)
     predict = staticmethod(predict)

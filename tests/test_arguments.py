@@ -116,9 +116,7 @@ bf16: true
 fp16: true
 tf32: false
 activation_checkpointing: true
-activation_checkpointing_kwargs: {use_reentrant: false}
 gradient_checkpointing: true
-gradient_checkpointing_kwargs: {use_reentrant: false}
 torch_compile: true
 torch_compile_backend: eager
 torch_compile_mode: default

@@ -15,7 +15,7 @@ from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.transformer import without_gradient
 from hf_qie.training.cost import POINTS, RowFlops, count, utilisation
 from hf_qie.training.metrics import Throughput
-from hf_qie.training.model import model_on_paper
+from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 
@@ -41,7 +41,7 @@ def trainer_of(recipe):
 @pytest.mark.parametrize("way", WAYS)
 def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, way):
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=WAYS[way], training={"max_steps": 8}))
-    row_flops, shapes = RowFlops(model_on_paper(trainer.recipe), EDIT_PLUS), set()
+    row_flops, shapes = RowFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS), set()
     for batch in trainer.get_train_dataloader():
         # the counter does not know the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -76,7 +76,7 @@ def test_blocks_that_are_alike_are_counted_once_and_others_one_by_one(trains):
 
 
 def test_rows_of_a_batch_add_up(tiny, tmp_path):
-    row_flops = RowFlops(model_on_paper(load_recipe(write_recipe(tmp_path, tiny()))), EDIT_PLUS)
+    row_flops = RowFlops(build_model(load_recipe(write_recipe(tmp_path, tiny())), empty=True), EDIT_PLUS)
     apart = [row_flops(24, np.array([length])) for length in (7, 9, 30)]
     assert row_flops(24, np.array([7, 9, 30])) == pytest.approx(sum(apart))
 
@@ -84,7 +84,7 @@ def test_rows_of_a_batch_add_up(tiny, tmp_path):
 @pytest.mark.parametrize("name", [*DEVICES, "NVIDIA L40", "NVIDIA GeForce RTX 9090"])
 def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone(tiny, tmp_path, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    on_paper = partial(model_on_paper, load_recipe(write_recipe(tmp_path, tiny())))
+    on_paper = partial(build_model, empty=True, recipe=load_recipe(write_recipe(tmp_path, tiny())))
     found = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
     assert (found and found.peak) == DEVICES.get(name)
     assert utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="no") is None
@@ -94,7 +94,7 @@ def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone
 def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     trainer = trainer_of(write_recipe(tmp_path, tiny()))
-    on_paper = partial(model_on_paper, trainer.recipe)
+    on_paper = partial(build_model, empty=True, recipe=trainer.recipe)
     known = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
     pace, (batch, *_) = Throughput(trainer.accelerator, known), trainer.get_train_dataloader()
     with pace.fetching():

@@ -23,7 +23,7 @@ from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
 from hf_qie.training.cost import Footprint, footprint
 from hf_qie.training.fsdp import fsdp_arguments
-from hf_qie.training.model import model_on_paper
+from hf_qie.training.model import build_model
 from hf_qie.training.setup import training_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,9 @@ def words_of(launch: str) -> list[str]:
 
 @cache
 def on_paper(recipe: Path, released: Path, num_shards: int) -> Footprint:
-    model = model_on_paper(load_recipe(recipe).model_copy(update={"model": str(released)}), mixed_precision="bf16")
+    model = build_model(
+        load_recipe(recipe).model_copy(update={"model": str(released)}), mixed_precision="bf16", empty=True
+    )
     return footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
 
 

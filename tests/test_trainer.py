@@ -210,7 +210,7 @@ def test_checkpointing_options_that_would_be_ignored_are_refused(tiny, tmp_path)
         "training.activation_checkpointing=true",
         "training.activation_checkpointing_kwargs={every_n_layers: 2}",
     )
-    with pytest.raises(InputError, match=r"training.activation_checkpointing_kwargs: got \{'every_n_layers': 2\}"):
+    with pytest.raises(InputError, match=r"training.activation_checkpointing_kwargs: got .*every_n_layers"):
         trainer_of(path, *overrides)
 
 

@@ -52,6 +52,9 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "eval_do_concat_batches": (True,),
         "prediction_loss_only": (False,),
     },
+    "every block is checkpointed, as torch recommends": dict.fromkeys(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), (None, {}, {"use_reentrant": False})
+    ),
     "evaluation uses the precision of training": {"bf16_full_eval": (False,), "fp16_full_eval": (False,)},
     "a loss that is not finite must show": {"logging_nan_inf_filter": (False,)},
     "DeepSpeed is not available here; training.fsdp shards": {"deepspeed": (None,)},

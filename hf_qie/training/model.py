@@ -28,19 +28,9 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     """The transformer of `recipe.model`, on the CPU, with `requires_grad` on what trains.
 
     What trains is float32; what is frozen is bfloat16 where `mixed_precision` is "bf16", as in the pipeline. An
-    `empty` one has no values yet, though memory of its own: accelerate tells parameters apart by their addresses.
-    Raises InputError where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
+    `empty` one lies on the meta device: its shapes and what trains, for no memory and in seconds. Raises InputError
+    where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
-    model = _build(recipe, mixed_precision=mixed_precision, empty=empty)
-    return model.to_empty(device="cpu") if empty else model
-
-
-def model_on_paper(recipe: Recipe, *, mixed_precision: str = "no") -> nn.Module:
-    """The same on the meta device: its shapes and what trains, for no memory and in seconds."""
-    return _build(recipe, mixed_precision=mixed_precision, empty=True)
-
-
-def _build(recipe: Recipe, *, mixed_precision: str, empty: bool) -> nn.Module:
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora, where = recipe.trainable.lora, {"revision": recipe.revision}
     family = read_family(recipe.model, **where)
@@ -143,24 +133,6 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def enable_activation_checkpointing(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
-    """What Trainer calls activation checkpointing, by diffusers' name; its models lack Trainer's.
-
-    Raises InputError for options that it does not know: every block is checkpointed, the way torch recommends.
-    """
-    if options not in (None, {}, {"use_reentrant": False}):
-        raise InputError(
-            f"training.activation_checkpointing_kwargs: got {options}, expected no more than use_reentrant: false; "
-            "leave it out"
-        )
-    base_of(model).enable_gradient_checkpointing()
-
-
-def compile_blocks(model: nn.Module, *, backend: str, mode: str | None) -> None:
-    """Compile the transformer block by block: all are alike, so it takes a sixtieth of the whole."""
-    base_of(model).compile_repeated_blocks(backend=backend, mode=mode)
-
-
 # --- weights on disk -------------------------------------------------------------------------------------------------
 
 
@@ -188,20 +160,17 @@ def save_weights(
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read back, bit for bit, what `save_weights` wrote; raises InputError where it is for another model."""
+    """Read back, bit for bit, what `save_weights` wrote; raises InputError where it is not all of the model."""
     if isinstance(model, PeftModel):
         _load_lora(model, Path(folder) / LORA_FILE, convert=dict)
         return
-    wanted, seen = {key: value.shape for key, value in model.state_dict().items()}, set()
+    unmatched = set(model.state_dict())
     for path in sorted((Path(folder) / TRANSFORMER_FOLDER).glob("*.safetensors")):
         tensors = load_file(path)
-        for key, tensor in tensors.items():
-            if tensor.shape != wanted.get(key) or not tensor.is_floating_point():
-                raise InputError(f"{path}: {key} of shape {list(tensor.shape)} is not the model's; take another one")
         model.load_state_dict(tensors, strict=False)  # one shard at a time; together they are all of it
-        seen |= tensors.keys()
-    if missing := sorted(wanted.keys() - seen):
-        raise InputError(f"{folder}: has no {missing[0]}, which the model has; take another checkpoint")
+        unmatched ^= tensors.keys()
+    if unmatched:
+        raise InputError(f"{folder}: {min(unmatched)} is in it or in the model alone; take another checkpoint")
 
 
 def adapters(model: PeftModel) -> dict[str, nn.Parameter]:

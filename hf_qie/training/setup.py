@@ -37,7 +37,7 @@ from hf_qie.training.cost import footprint
 from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
-from hf_qie.training.model import build_model, compile_blocks, model_on_paper
+from hf_qie.training.model import base_of, build_model
 from hf_qie.training.resume import changes, checkpoint_of, run_identity
 from hf_qie.training.run_record import run_record
 from hf_qie.training.trainer import EditTrainer
@@ -97,7 +97,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
     section = dict(recipe.training)
     epochs = section.pop("num_train_epochs", None)
     section.pop("save_total_limit", None)  # RunCallback deletes older checkpoints, once the new one is complete
-    for key in COMPILE:  # `compile_blocks` compiles; Trainer would compile the whole
+    for key in COMPILE:  # `make_model` compiles the blocks; Trainer would compile the whole
         section.pop(key, None)
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
@@ -187,16 +187,18 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
-    on_paper = model_on_paper(recipe, mixed_precision=precision)
+    on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     num_shards = arguments.world_size if arguments.fsdp else 1
     logger.info(str(footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
-    model = build_model(recipe, mixed_precision=precision, empty=empty)
+    # an empty one has memory of its own: accelerate tells parameters apart by their addresses
+    model = on_paper.to_empty(device="cpu") if empty else build_model(recipe, mixed_precision=precision)
     if any(map(recipe.training.get, COMPILE)):
         backend = recipe.training.get("torch_compile_backend", "inductor")
-        compile_blocks(model, backend=backend, mode=recipe.training.get("torch_compile_mode"))
+        mode = recipe.training.get("torch_compile_mode")
+        base_of(model).compile_repeated_blocks(backend=backend, mode=mode)  # all alike: a sixtieth of the time
     return model
 
 

@@ -27,13 +27,7 @@ from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit
 from hf_qie.training.cost import utilisation
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
-from hf_qie.training.model import (
-    enable_activation_checkpointing,
-    load_weights,
-    low_lr_parameters,
-    model_on_paper,
-    save_weights,
-)
+from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
 from hf_qie.training.objective import Objective
 from hf_qie.training.resume import settings_of
 
@@ -91,7 +85,7 @@ class EditTrainer(Trainer):
         """
         assert args.max_steps > 0, "the mixture plan has a fixed length"
         if args.activation_checkpointing:
-            enable_activation_checkpointing(model, args.activation_checkpointing_kwargs)
+            base_of(model).enable_gradient_checkpointing()  # diffusers' name; its models lack Trainer's
             args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
@@ -102,7 +96,7 @@ class EditTrainer(Trainer):
         self.recipe, self.identity, self.record, self.encoder = recipe, identity, record, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
-        on_paper, precision = partial(model_on_paper, recipe), args.mixed_precision
+        on_paper, precision = partial(build_model, recipe, empty=True), args.mixed_precision
         self.losses = LossMeter(self.accelerator, list(recipe.tasks))
         self.throughput = Throughput(
             self.accelerator, utilisation(on_paper, self.objective.family, args.device, precision=precision)

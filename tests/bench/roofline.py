@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from hf_qie.config.recipe import load_recipe  # noqa: E402
 from hf_qie.training.cost import PEAKS  # noqa: E402
-from hf_qie.training.model import model_on_paper  # noqa: E402
+from hf_qie.training.model import build_model  # noqa: E402
 
 PEAK_FLOPS, PEAK_BYTES = 1e12 * PEAKS["H100"], 3.35e12  # of an H100 SXM a second: dense bfloat16, HBM3
 SHARE = 0.4  # of the peak that a well tuned run reaches
@@ -44,7 +44,7 @@ def blocks_flops(lora: bool, target_px: int, num_layers: int, training: bool) ->
         recipe["trainable"] = {"lora": {"rank": 32, "target_modules": "attention"} if lora else None}
         path = Path(folder) / "recipe.yaml"
         path.write_text(json.dumps(recipe))
-        transformer = torch.nn.Module.to(model_on_paper(load_recipe(path)), torch.bfloat16)
+        transformer = torch.nn.Module.to(build_model(load_recipe(path), empty=True), torch.bfloat16)
     grids = [TARGETS[target_px], SOURCE]
     num_latents = sum(height * width for height, width in grids)
     empty = {"dtype": torch.bfloat16, "device": "meta"}

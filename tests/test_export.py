@@ -322,7 +322,7 @@ def tampered(done: Path, tmp_path: Path, change) -> Path:
         changed = change(pickle.load(file))
     path.write_bytes(pickle.dumps(changed))
     (run / "checkpoint-4" / COMPLETE).unlink()
-    mark_complete(run / "checkpoint-4", step=4, ranks=2, identity={})
+    mark_complete(run / "checkpoint-4", step=4, ranks=2, identity={}, settings={})
     return run / "checkpoint-4"
 
 
@@ -403,7 +403,7 @@ def test_a_checkpoint_of_weights_alone_is_exported_once_it_is_named(done, tmp_pa
         (run / name).unlink()
     for step in (2, 4):
         (run / f"checkpoint-{step}" / COMPLETE).unlink()
-        mark_complete(run / f"checkpoint-{step}", step=step, ranks=1, identity={})
+        mark_complete(run / f"checkpoint-{step}", step=step, ranks=1, identity={}, settings={})
     with pytest.raises(InputError, match=r"name a checkpoint-N that holds weights alone"):
         exported(run, tmp_path / "to")
     exported(run / "checkpoint-2", tmp_path / "to")

@@ -16,8 +16,8 @@ import hf_qie.training.setup
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.train import train
+from hf_qie.training.checkpoints import apply_settings, settings_of
 from hf_qie.training.model import parameters
-from hf_qie.training.resume import apply_settings, settings_of
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 

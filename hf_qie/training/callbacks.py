@@ -7,9 +7,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_qie.training.checkpoints import mark_complete, read_complete
+from hf_qie.training.checkpoints import apply_settings, mark_complete, read_complete
 from hf_qie.training.fsdp import check_sharded
-from hf_qie.training.resume import apply_settings
 
 PATIENCE = 0.9  # of ddp_timeout: before the collectives of other ranks time out
 

@@ -32,13 +32,12 @@ from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import StackTraces
-from hf_qie.training.checkpoints import step_of
+from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
 from hf_qie.training.cost import footprint
 from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
-from hf_qie.training.resume import changes, checkpoint_of, run_identity
 from hf_qie.training.run_record import run_record
 from hf_qie.training.trainer import EditTrainer
 

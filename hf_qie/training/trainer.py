@@ -23,13 +23,12 @@ from hf_qie.data.mixture import realised_shares
 from hf_qie.data.online_latents import encode_images
 from hf_qie.errors import InputError
 from hf_qie.training.callbacks import RunCallback, StackTraces
-from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit
+from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit, settings_of
 from hf_qie.training.cost import utilisation
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
 from hf_qie.training.objective import Objective
-from hf_qie.training.resume import settings_of
 
 logger = get_logger(__name__)
 

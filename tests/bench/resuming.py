@@ -55,7 +55,7 @@ def forge(early: Path, late: Path) -> None:
     (late / "trainer_state.json").write_text(json.dumps(state, indent=2))
     schedule = torch.load(late / "scheduler.pt", weights_only=True)
     torch.save(schedule | {"last_epoch": LATE, "_step_count": LATE + 1}, late / "scheduler.pt")
-    mark_complete(late, step=LATE, ranks=1, identity=complete["identity"])
+    mark_complete(late, step=LATE, ranks=1, identity=complete["identity"], settings=complete["settings"])
 
 
 def first_step(recipe: Path, checkpoint: Path, *, step: int) -> float:

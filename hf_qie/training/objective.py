@@ -131,8 +131,8 @@ class Objective:
         self.family = read_family(recipe.model, revision=recipe.revision)
         self.scheduler_config, self.global_batch_size = scheduler_config, global_batch_size
 
-    def of_draws(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses `[B]` and predicted velocities `[B, S, C]`; the draw numbers seed the noise."""
+    def of_draws(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses `[B]`; the draw numbers seed the noise."""
         draws, of_step = batch["draw"], self.global_batch_size
         noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
         sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=self._mu(batch))
@@ -142,17 +142,17 @@ class Objective:
         """Losses `[B]` and noise levels `[B]` of held-out rows with u = `fractions[B]`; the same at every call."""
         noise = noise_for(batch["row"], batch["target_latents"].shape[1:], seed=self.seed, purpose="eval noise")
         sigma = shifted(fractions, self._mu(batch))
-        losses, _ = self._losses(model, batch, noise, sigma)
+        losses = self._losses(model, batch, noise, sigma)
         return losses, sigma.to(losses.device)
 
     def _mu(self, batch: Batch) -> float | None:
         return mu_of(self.loss, batch["target_latents"].shape[1], self.family, self.scheduler_config)
 
-    def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
         latents = batch["target_latents"].float()
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
         prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
-        return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma)), prediction
+        return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma))
 
 
 def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:

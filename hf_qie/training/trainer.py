@@ -135,7 +135,7 @@ class EditTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
-        """Trainer's, timed."""
+        """Trainer's; measures the time spent waiting for data."""
         with self.throughput.fetching():
             batches, _ = super().get_batch_samples(*args)
         self.throughput.add(batches)
@@ -159,11 +159,11 @@ class EditTrainer(Trainer):
         self.settings = settings_of(self.args, self.optimizer, schedule)
         return schedule
 
-    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        per_row, prediction = self.objective.of_draws(model, self.with_latents(inputs))
+        per_row = self.objective.of_draws(model, self.with_latents(inputs))
         self.losses.add(inputs, per_row)
-        return (per_row.mean(), {"prediction": prediction}) if return_outputs else per_row.mean()
+        return per_row.mean()
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """No loss of the batch; of each row (loss, sigma), and its number.

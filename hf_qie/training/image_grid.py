@@ -64,7 +64,9 @@ class ImageGrid(TrainerCallback):
         if state.is_world_process_zero:
             with generators_kept(args.device):
                 self.rows = [self._row(number) for number in self.numbers]
-            self._discard(after=state.global_step)
+            for step in self._steps():  # of another run, or lost with their step
+                if state.global_step == 0 or step > state.global_step:
+                    shutil.rmtree(self.folder / f"step-{step:06d}")
         if state.global_step == 0:
             self._sample(0)
 
@@ -86,7 +88,10 @@ class ImageGrid(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             for place, row in enumerate(self.rows):
                 self.vae.decode(*found[place]).save(folder / f"{row.name}.png")
-            draw_grid(self.rows, self._steps(), self.folder).save(self.folder.with_name(GRID))
+            steps = self._steps()
+            shown = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int)
+            grid = draw_grid(self.rows, [steps[place] for place in shown], self.folder)
+            grid.save(self.folder.with_name(GRID))
             self._track(draw_grid(self.rows, [step], self.folder), step)
             seconds = time.monotonic() - started
             logger.info("%d images of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
@@ -122,18 +127,8 @@ class ImageGrid(TrainerCallback):
         name = f"{task}-{self.held_out.rows[number]}"
         return GridRow(name=name, instruction=instruction, sources=sources, target=target)
 
-    def _discard(self, *, after: int) -> None:
-        """Delete the images of steps that the run has not done: of another run, or lost with their step."""
-        for step in self._steps(most=None):
-            if after == 0 or step > after:
-                shutil.rmtree(self.folder / f"step-{step:06d}")
-
-    def _steps(self, most: int | None = MOST_STEPS) -> list[int]:
-        """The steps with images, evenly spread where there are more than `most`, first and last among them."""
-        steps = sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))
-        if most is None or len(steps) <= most:
-            return steps
-        return [steps[round(place * (len(steps) - 1) / (most - 1))] for place in range(most)]
+    def _steps(self) -> list[int]:
+        return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))
 
     def _track(self, image: Image.Image, step: int) -> None:
         """Log an image to those trackers of `training.report_to` that take some."""

@@ -223,9 +223,5 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
-    if arguments.fsdp:
-        told = arguments.fsdp_plugin_args
-        loading = "rank 0 loads and broadcasts" if told["cpu_ram_efficient_loading"] else "every rank loads"
-        logger.info("FSDP2: checkpoints of %s; %s the transformer", told["state_dict_type"], loading)
     if checkpoint and step_of(checkpoint) >= arguments.max_steps:
         logger.warning("%s is the end of this run; raise training.max_steps to train further", checkpoint)

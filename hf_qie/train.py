@@ -8,6 +8,7 @@ training.output_dir as pytorch_lora_weights.safetensors, or as the folder transf
 recipe. Started again, a run resumes from its last complete checkpoint.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from hf_qie.config.launch import fsdp_settings, num_started, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.config.training_args import check_packages
 from hf_qie.runtime.cli import run_script
-from hf_qie.runtime.files import prove_writable
+from hf_qie.runtime.files import prove_writable, write_durably
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,14 +53,14 @@ def run(recipe: Recipe) -> "EditTrainer":
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the start, or from the last complete checkpoint of the output folder; save the weights."""
     from hf_qie.plots import loss_chart
-    from hf_qie.training.run_record import STATE, write_record
+    from hf_qie.training.run_record import RECORD, STATE
     from hf_qie.training.setup import build_trainer
 
     trainer, checkpoint = build_trainer(recipe, sets)
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         save_recipe(recipe, folder / "recipe.yaml")
-        write_record(folder, trainer.record)
+        write_durably(folder / RECORD, json.dumps(trainer.record, indent=2, allow_nan=False))
         (folder / STATE).unlink(missing_ok=True)  # the run has not ended yet
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()

@@ -44,10 +44,10 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     model = family.load_transformer(recipe.model, dtype=dtype, empty=empty, **where)
     unused = family.without_gradient(model)
     if lora:
-        model = add_lora(model, lora, family, empty=empty)
+        model = _add_lora(model, lora, family, empty=empty)
     else:
         model.requires_grad_(False)
-        for parameter in matching(parameters(model), recipe.trainable.modules, "trainable.modules").values():
+        for parameter in _matching(parameters(model), recipe.trainable.modules, "trainable.modules").values():
             parameter.requires_grad_(True)
     for name, parameter in parameters(model).items():
         if any(_matches(name, part) for part in unused):
@@ -61,7 +61,7 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     return model
 
 
-def add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool = False) -> PeftModel:
+def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool) -> PeftModel:
     """`transformer` with adapters, float32 whatever its own dtype; nothing else trains.
 
     Always peft's own wrapper: with diffusers' `add_adapter` Trainer would save the whole base at every checkpoint.
@@ -97,7 +97,7 @@ def lora_targets(
 def low_lr_parameters(model: nn.Module, modules: Sequence[str]) -> list[nn.Parameter]:
     """What trains at half the rate. Raises InputError for a name that matches nothing that trains."""
     trainable = {name: parameter for name, parameter in parameters(model).items() if parameter.requires_grad}
-    return list(matching(trainable, modules, "trainable.low_lr_modules").values())
+    return list(_matching(trainable, modules, "trainable.low_lr_modules").values())
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,8 +108,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def matching(named: Mapping[str, nn.Parameter], parts: Iterable[str], field: str) -> dict[str, nn.Parameter]:
-    """Those of `named` that some part matches; InputError for a part that matches none of them."""
+def _matching(named: Mapping[str, nn.Parameter], parts: Iterable[str], field: str) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for part in parts:
         hits = {name: parameter for name, parameter in named.items() if _matches(name, part)}

@@ -1,6 +1,5 @@
 """`run.json`, written as a run starts, beside the recipe: what its model card needs."""
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +12,8 @@ from transformers import TrainingArguments
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.mixture import Group
 from hf_qie.models.checkpoint import checkpoint_file
-from hf_qie.runtime.files import write_durably
 
-RECORD = "run.json"
+RECORD = "run.json"  # beside the recipe
 STATE = "trainer_state.json"  # Trainer's name; in the output folder it says that the run there has ended
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "peft", "datasets")
 
@@ -51,8 +49,3 @@ def base_commit(recipe: Recipe) -> str | None:
     if Path(recipe.model).is_dir():
         return None
     return checkpoint_file(recipe.model, "model_index.json", revision=recipe.revision).parent.name
-
-
-def write_record(output_dir: str | Path, record: dict[str, Any]) -> None:
-    """Leave it where export.py looks."""
-    write_durably(Path(output_dir, RECORD), json.dumps(record, indent=2, allow_nan=False))

@@ -66,7 +66,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)
-    draws, record = plan_mixture(recipe, trained, arguments)
+    draws, record = _plan_mixture(recipe, trained, arguments)
     batch = global_batch_size(arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape, global_batch_size=batch)
     checkpoint = checkpoint_of(arguments, identity)
@@ -159,7 +159,7 @@ def global_batch_size(arguments: TrainingArguments) -> int:
     return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
-def plan_mixture(
+def _plan_mixture(
     recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments
 ) -> tuple[Draws, dict[str, Any]]:
     """Every draw of the run, and its run record; logs how often each group is drawn."""

@@ -53,7 +53,7 @@ def run(recipe: Recipe) -> "EditTrainer":
 def train(recipe: Recipe, sets: Mapping[str, "Dataset"]) -> "EditTrainer":
     """Train from the start, or from the last complete checkpoint of the output folder; save the weights."""
     from hf_qie.plots import loss_chart
-    from hf_qie.training.run_record import RECORD, STATE
+    from hf_qie.training.checkpoints import RECORD, STATE
     from hf_qie.training.setup import build_trainer
 
     trainer, checkpoint = build_trainer(recipe, sets)

@@ -21,7 +21,7 @@ LAYERS = (
     "data.mixture data.collate data.online_latents data.loader training.objective "
     "training.fsdp training.model training.cost training.metrics training.evaluation "
     "training.image_grid training.checkpoints training.dcp_reader training.callbacks "
-    "training.trainer training.run_record training.sets training.setup train hub.trained_run "
+    "training.trainer training.sets training.setup train hub.trained_run "
     "hub.export_formats hub.model_card export hub.sampler sampling extraction.stats "
     "extraction.contact_sheet extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()

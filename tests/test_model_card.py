@@ -123,7 +123,7 @@ import re, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from huggingface_hub import ModelCard
-from hf_qie.training.run_record import base_commit
+from hf_qie.training.setup import base_commit
 
 def run(card, name):
     torch.manual_seed(0)

@@ -21,10 +21,9 @@ from hf_qie.errors import InputError
 from hf_qie.models.checkpoint import read_config
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, read_lora
 from hf_qie.runtime.hub_errors import hub_errors
-from hf_qie.training.checkpoints import WEIGHTS_ALONE, last_checkpoint, misfit, step_of
+from hf_qie.training.checkpoints import RECORD, STATE, WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.training.dcp_reader import sharded_tensors
 from hf_qie.training.model import TRANSFORMER_FOLDER
-from hf_qie.training.run_record import RECORD, STATE
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
 PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # files of a base that are fetched and copied: no code
@@ -63,7 +62,7 @@ class Trained:
     folder: Path  # with the weights: a checkpoint, or `output_dir` itself
     recipe: Recipe
     state: Mapping[str, Any]  # Trainer's own: steps, losses
-    record: Mapping[str, Any]  # of hf_qie/training/run_record.py; {} if the run left none
+    record: Mapping[str, Any]  # of hf_qie/training/setup.py; {} if the run left none
 
     @property
     def name(self) -> str:

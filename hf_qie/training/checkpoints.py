@@ -27,6 +27,8 @@ from hf_qie.runtime.files import flush, samples, write_durably
 logger = get_logger(__name__)
 
 COMPLETE = "complete.json"
+RECORD = "run.json"  # in the output folder, beside the recipe: what the model card needs
+STATE = "trainer_state.json"  # Trainer's name; in the output folder it says that the run there has ended
 WEIGHTS_ALONE = "it holds weights alone (save_only_model)"
 WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading would tell little more
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20

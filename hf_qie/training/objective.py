@@ -16,6 +16,7 @@ from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.collate import Batch
 from hf_qie.data.seeding import draw_rng
 from hf_qie.models.base import Family, read_family
+from hf_qie.models.checkpoint import read_config
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 SMALLEST_SIGMA = 1e-3  # below it the weight 1 / sigma^2 of a single row would exceed that of a step
@@ -126,10 +127,11 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
 class Objective:
     """The recipe's loss, for draws and for held-out rows."""
 
-    def __init__(self, recipe: Recipe, scheduler_config: Mapping[str, Any], *, global_batch_size: int):
+    def __init__(self, recipe: Recipe, *, global_batch_size: int):
         self.loss, self.seed = recipe.loss, recipe.seed
         self.family = read_family(recipe.model, revision=recipe.revision)
-        self.scheduler_config, self.global_batch_size = scheduler_config, global_batch_size
+        self.global_batch_size = global_batch_size
+        self.scheduler_config = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
 
     def of_draws(self, model: nn.Module, batch: Batch) -> Tensor:
         """Losses `[B]`; the draw numbers seed the noise."""

@@ -3,11 +3,13 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -19,6 +21,7 @@ from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.mixture import (
+    Group,
     group_shares,
     mix_table,
     mix_warnings,
@@ -29,7 +32,7 @@ from hf_qie.data.mixture import (
 from hf_qie.data.online_latents import has_latents, load_vae
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
-from hf_qie.models.checkpoint import read_config
+from hf_qie.models.checkpoint import checkpoint_file, read_config
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
@@ -38,11 +41,11 @@ from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, tra
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
-from hf_qie.training.run_record import run_record
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
 
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "peft", "datasets")  # of the run record
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
@@ -78,7 +81,6 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
         draws=draws,
         held_out=HeldOut(held_out, recipe) if held_out else None,
         encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
-        scheduler_config=read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision),
         identity=identity,
         record=record,
     )
@@ -177,7 +179,40 @@ def _plan_mixture(
     plan = mixture_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_batches=num_batches)
     family = read_family(recipe.model, revision=recipe.revision)
     draws = Draws(sets, plan, seed=recipe.seed, mix=recipe.mix, family=family)
-    return draws, run_record(recipe, arguments, groups, shares)
+    return draws, _run_record(recipe, arguments, groups, shares)
+
+
+def _run_record(
+    recipe: Recipe, arguments: TrainingArguments, groups: Sequence[Group], shares: np.ndarray
+) -> dict[str, Any]:
+    """What neither the recipe nor Trainer's state has: the groups of the mixture, defaults, machine and versions."""
+    device = arguments.device
+    return {
+        "commit": base_commit(recipe),
+        "started_in": str(Path.cwd()),  # where relative paths of the recipe start
+        "mix": [
+            {"task": one.task, "sources": one.num_sources, "rows": one.num_rows, "weight": one.weight, "share": share}
+            for one, share in zip(groups, shares.tolist(), strict=True)
+        ],
+        "steps": arguments.max_steps,
+        "ranks": arguments.world_size,
+        "rows_a_rank": arguments.per_device_train_batch_size,
+        "accumulated": arguments.gradient_accumulation_steps,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "sharded": bool(arguments.fsdp),
+        "arithmetic": {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[arguments.mixed_precision],
+        "learning_rate": arguments.learning_rate,
+        "schedule": str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
+        "optimizer": str(getattr(arguments.optim, "value", arguments.optim)),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def base_commit(recipe: Recipe) -> str | None:
+    """The commit of a base from the Hub, whose cache has a folder for each."""
+    if Path(recipe.model).is_dir():
+        return None
+    return checkpoint_file(recipe.model, "model_index.json", revision=recipe.revision).parent.name
 
 
 def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:

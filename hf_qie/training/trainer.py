@@ -74,11 +74,10 @@ class EditTrainer(Trainer):
         draws: Draws,
         held_out: HeldOut | None = None,
         encoder: Any = None,
-        scheduler_config: Mapping[str, Any],
         identity: Mapping[str, Any],
         record: Mapping[str, Any],
     ):
-        """`args.max_steps` is the run; `identity`: what a resumed run must share; `record`: see run_record.py.
+        """`args.max_steps` is the run; `identity`: what a resumed run must share; `record`: see setup.py.
 
         `encoder` encodes images where a set has no latents.
         """
@@ -94,7 +93,7 @@ class EditTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
         self.recipe, self.identity, self.record, self.encoder = recipe, identity, record, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
-        self.objective = Objective(recipe, scheduler_config, global_batch_size=self.global_batch_size)
+        self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
         on_paper, precision = partial(build_model, recipe, empty=True), args.mixed_precision
         self.losses = LossMeter(self.accelerator, list(recipe.tasks))
         self.throughput = Throughput(

@@ -58,17 +58,6 @@ class Restricted(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _ShardReader(dcp.FileSystemReader):
-    """torch's reader, which reads tensors with `weights_only=True`, with metadata that was read once and checked."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.metadata = _read_metadata(folder)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-
 def _read_metadata(folder: Path) -> Metadata:
     """The checked `.metadata` of `folder`: of tensors alone, in files of the folder."""
     path = folder / ".metadata"
@@ -94,15 +83,17 @@ def sharded_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
 
     Raises InputError where the files hold anything but tensors.
     """
-    reader = _ShardReader(folder / MODEL_FOLDER)
-    return {
-        name.removeprefix("model.").replace("_checkpoint_wrapped_module.", ""): partial(_read_tensor, reader, name)
-        for name in reader.metadata.state_dict_metadata
-    }
+    folder = folder / MODEL_FOLDER
+    reader, metadata = dcp.FileSystemReader(folder), _read_metadata(folder)
+    reader.read_metadata = lambda *_, **__: metadata  # its own would unpickle it; tensors it reads as weights only
+    tensors = {}
+    for name, described in metadata.state_dict_metadata.items():
+        own = name.removeprefix("model.").replace("_checkpoint_wrapped_module.", "")
+        tensors[own] = partial(_read_tensor, reader, name, described)
+    return tensors
 
 
-def _read_tensor(reader: _ShardReader, name: str) -> Tensor:
-    described = reader.metadata.state_dict_metadata[name]
+def _read_tensor(reader: dcp.FileSystemReader, name: str, described: TensorStorageMetadata) -> Tensor:
     tensor = torch.empty(described.size, dtype=described.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by no_dist

@@ -4,12 +4,13 @@ Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level,
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
 from hf_qie.config.recipe import Loss, Recipe
@@ -106,22 +107,9 @@ def velocity_mse(prediction: Tensor, latents: Tensor, noise: Tensor, weight: Ten
     return weight.float() * (prediction.float() - velocity).square().mean(dim=(1, 2))
 
 
-def sigma_sqrt(sigma: Tensor) -> Tensor:
-    """1 / sigma^2, by its name in SD3: diffusers/training_utils.py, compute_loss_weighting_for_sd3."""
-    return sigma.float().clamp_min(SMALLEST_SIGMA) ** -2.0
-
-
-def cosmap(sigma: Tensor) -> Tensor:
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)): diffusers/training_utils.py, compute_loss_weighting_for_sd3."""
-    sigma = sigma.float().clamp_min(SMALLEST_SIGMA)
-    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-
-
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.ones_like,
-    "sigma_sqrt": sigma_sqrt,
-    "cosmap": cosmap,
-}
+def loss_weight(weighting: str, sigma: Tensor) -> Tensor:
+    """The weight of a row at `sigma`, by SD3's names."""
+    return compute_loss_weighting_for_sd3(weighting, sigma.float().clamp_min(SMALLEST_SIGMA))
 
 
 class Objective:
@@ -154,7 +142,7 @@ class Objective:
         latents = batch["target_latents"].float()
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
         prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
-        return velocity_mse(prediction, latents, noise, WEIGHTINGS[self.loss.weighting](sigma))
+        return velocity_mse(prediction, latents, noise, loss_weight(self.loss.weighting, sigma))
 
 
 def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +163,7 @@ def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, 
     how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
     return {
         "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / num_draws,
-        "weights": WEIGHTINGS[loss.weighting]((torch.arange(num_parts) + 0.5) / num_parts).double().numpy(),
+        "weights": loss_weight(loss.weighting, (torch.arange(num_parts) + 0.5) / num_parts).double().numpy(),
         "sampled": scheduler.sigmas[:-1].double().numpy(),
         "title": f"{how}; {num_tokens:,} target tokens",
     }

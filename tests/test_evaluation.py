@@ -18,7 +18,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.collate import collate
 from hf_qie.errors import InputError
 from hf_qie.train import train
-from hf_qie.training.evaluation import HeldOut, held_out_part
+from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
@@ -113,7 +113,7 @@ def test_a_batch_is_of_one_shape(tiny, tmp_path):
     write_set(tmp_path / "sets" / "edit", tiny(), grids=((4, 4), (2, 4)))
     write_set(tmp_path / "sets" / "text_to_image", tiny(), grids=((4, 4), (4, 2)))
     loaded = load_recipe(write_recipe(tmp_path, tiny(), tasks=TASKS))
-    held_out = HeldOut(held_out_part(open_sets(loaded), loaded.tasks), loaded)
+    held_out = HeldOut(split_sets(open_sets(loaded), loaded.tasks)[1], loaded)
     for batch in held_out.batches(8, rank=0, world_size=1):
         collate([held_out[number] for number in batch])  # asserts it
 

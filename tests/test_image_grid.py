@@ -29,7 +29,7 @@ from hf_qie.models.qwen_image.transformer import denoise, predict
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX
 from hf_qie.train import train
-from hf_qie.training.evaluation import HeldOut, held_out_part
+from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.image_grid import BOX_PX, GridRow, draw_grid, spread
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
@@ -137,7 +137,7 @@ def drawn(extracted, tmp_path_factory) -> Path:
 def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, step, checkpoint):
     recipe = load_recipe(drawn / "recipe.yaml")
     sampler, sets = Sampler(recipe, checkpoint=checkpoint), open_sets(recipe)
-    held_out = HeldOut(held_out_part(sets, recipe.tasks), recipe)
+    held_out = HeldOut(split_sets(sets, recipe.tasks)[1], recipe)
     for task in ("edit", "combine"):
         row = sets[task][-1]
         place = next(n for n, (name, _) in enumerate(held_out.places) if name == task)
@@ -164,7 +164,7 @@ def test_the_tracker_has_the_pictures_of_each_step(drawn):
 
 def test_rows_come_from_each_task_in_turn(recipe):
     loaded = load_recipe(recipe)
-    held_out = HeldOut(held_out_part(open_sets(loaded), loaded.tasks), loaded)
+    held_out = HeldOut(split_sets(open_sets(loaded), loaded.tasks)[1], loaded)
     assert [held_out.places[number] for number in spread(held_out, 9)] == [
         ("edit", 0),
         ("text_to_image", 0),

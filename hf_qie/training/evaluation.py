@@ -23,24 +23,23 @@ from hf_qie.training.objective import eval_fractions
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
 
 
-def training_part(sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task]) -> dict[str, datasets.Dataset]:
-    """The sets of the weighted tasks without their held-out rows, the last `eval_rows` of each."""
-    return {
-        task: data.select(range(len(data) - tasks[task].eval_rows))
-        for task, data in sets.items()
-        if tasks[task].weight > 0
-    }
+def split_sets(
+    sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task]
+) -> tuple[dict[str, datasets.Dataset], dict[str, datasets.Dataset]]:
+    """The rows to train on, of weighted tasks, and the held-out ones, the last `eval_rows` of a set.
 
-
-def held_out_part(sets: Mapping[str, datasets.Dataset], tasks: Mapping[str, Task]) -> dict[str, datasets.Dataset]:
-    """The held-out rows of the tasks that have some. Raises InputError where a set has fewer."""
-    held_out = {}
-    for task in sorted(task for task in sets if tasks[task].eval_rows):
-        count, total = tasks[task].eval_rows, len(sets[task])
+    Raises InputError where a set has fewer.
+    """
+    trained, held_out = {}, {}
+    for task, data in sets.items():
+        count, total = tasks[task].eval_rows, len(data)
         if count > total:
             raise InputError(f"tasks.{task}.eval_rows: {count}, but its set has {total} rows; hold out fewer")
-        held_out[task] = sets[task].select(range(total - count, total))
-    return held_out
+        if tasks[task].weight > 0:
+            trained[task] = data.select(range(total - count))
+        if count:
+            held_out[task] = data.select(range(total - count, total))
+    return trained, dict(sorted(held_out.items()))
 
 
 def check_metric(metric: str | None, held_out: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
 from hf_qie.training.cost import footprint
-from hf_qie.training.evaluation import HeldOut, check_metric, held_out_part, training_part
+from hf_qie.training.evaluation import HeldOut, check_metric, split_sets
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
@@ -65,7 +65,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
 
     Raises InputError where the output folder holds a run that this one cannot resume.
     """
-    held_out, trained = held_out_part(sets, recipe.tasks), training_part(sets, recipe.tasks)
+    trained, held_out = split_sets(sets, recipe.tasks)
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
     check_metric(arguments.metric_for_best_model, held_out)

@@ -27,10 +27,10 @@ from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import text_to_image
 from hf_qie.models.qwen_image.transformer import denoise, predict
 from hf_qie.models.qwen_image.vae import LatentEncoder
-from hf_qie.plots import GAP_PX
+from hf_qie.plots import GAP_PX, Card
 from hf_qie.train import train
 from hf_qie.training.evaluation import HeldOut, split_sets
-from hf_qie.training.image_grid import BOX_PX, GridRow, draw_grid, spread
+from hf_qie.training.image_grid import BOX_PX, draw_grid, spread
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 
@@ -177,8 +177,9 @@ def test_the_grid_has_sources_target_and_steps_in_columns(tmp_path):
     def plain(colour: str) -> Image.Image:
         return Image.new("RGB", (BOX_PX, BOX_PX), colour)
 
-    one = GridRow(name="a", instruction="x", sources=[plain("red"), plain("lime")], target=plain("blue"))
-    two = GridRow(name="b", instruction="x" * 999, sources=[], target=plain("blue"))
+    boxes = [("source 1", plain("red")), ("source 2", plain("lime")), ("target", plain("blue"))]
+    one = Card(heading="a", boxes=boxes, texts={"instruction": "x"})
+    two = Card(heading="b", boxes=boxes[2:], texts={"instruction": "x" * 999})
     (tmp_path / "step-000004").mkdir()
     plain("yellow").save(tmp_path / "step-000004" / "b.png")
     grid = draw_grid([one, two], [0, 4], tmp_path)

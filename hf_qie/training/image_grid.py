@@ -4,10 +4,8 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +28,6 @@ BOX_PX = 256  # side of the square that an image is fitted into
 MOST_STEPS = 24  # in the grid; more would be too wide to look at, and all are in the folder
 
 
-@dataclass(kw_only=True)
-class GridRow:
-    """One held-out row of the grid."""
-
-    name: str  # of its files
-    instruction: str
-    sources: list[Image.Image]
-    target: Image.Image
-
-
 class ImageGrid(TrainerCallback):
     """Makes images of the same held-out rows before the first step and every `sampling.every` steps.
 
@@ -57,13 +45,13 @@ class ImageGrid(TrainerCallback):
         self.settings, self.seed = recipe.sampling, recipe.seed
         self.numbers = spread(self.held_out, self.settings.rows)
         self.folder = Path(trainer.args.output_dir, FOLDER)
-        self.rows: list[GridRow] = []
+        self.cards: list[Card] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Images of the model at the start; a resumed run keeps those of the steps before."""
         if state.is_world_process_zero:
             with generators_kept(args.device):
-                self.rows = [self._row(number) for number in self.numbers]
+                self.cards = [self._card(number) for number in self.numbers]
             for step in self._steps():  # of another run, or lost with their step
                 if state.global_step == 0 or step > state.global_step:
                     shutil.rmtree(self.folder / f"step-{step:06d}")
@@ -77,7 +65,7 @@ class ImageGrid(TrainerCallback):
 
     def _sample(self, step: int) -> None:
         """Each rank samples its part of the rows, as sharded ranks need each other; rank 0 decodes and writes all."""
-        started, args = time.monotonic(), self.trainer.args
+        args = self.trainer.args
         turns = -(-len(self.numbers) // args.world_size)
         places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
         self.trainer.model.eval()  # Trainer sets it to train in each step
@@ -86,15 +74,13 @@ class ImageGrid(TrainerCallback):
         if self.trainer.is_world_process_zero():
             folder = self.folder / f"step-{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
-            for place, row in enumerate(self.rows):
-                self.vae.decode(*found[place]).save(folder / f"{row.name}.png")
+            for place, card in enumerate(self.cards):
+                self.vae.decode(*found[place]).save(folder / f"{card.heading}.png")
             steps = self._steps()
             shown = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int)
-            grid = draw_grid(self.rows, [steps[place] for place in shown], self.folder)
-            grid.save(self.folder.with_name(GRID))
-            self._track(draw_grid(self.rows, [step], self.folder), step)
-            seconds = time.monotonic() - started
-            logger.info("%d images of step %d in %.0f s: %s", len(found), step, seconds, self.folder.with_name(GRID))
+            draw_grid(self.cards, [steps[place] for place in shown], self.folder).save(self.folder.with_name(GRID))
+            self._track(draw_grid(self.cards, [step], self.folder), step)
+            logger.info("%d images of step %d: %s", len(found), step, self.folder.with_name(GRID))
 
     @torch.no_grad()
     def _latents(self, number: int) -> tuple[Tensor, tuple[int, int]]:
@@ -116,16 +102,19 @@ class ImageGrid(TrainerCallback):
             )
         return latents[0].cpu(), batch["grids"][0]
 
-    def _row(self, number: int) -> GridRow:
+    def _card(self, number: int) -> Card:
         """Sources and target as the VAE decodes them, and the caption that the row is evaluated with."""
-        task, _ = self.held_out.places[number]
-        batch = self.trainer.on_device(collate([self.held_out[number]]))
+        (task, index), row = self.held_out.places[number], self.held_out[number]
+        batch = self.trainer.on_device(collate([row]))
         lengths = [height * width for height, width in batch["grids"]]
         latents = torch.cat([batch["target_latents"], batch["source_latents"]], dim=1)[0].split(lengths)
         target, *sources = (fit(self.vae.decode(*one), BOX_PX) for one in zip(latents, batch["grids"], strict=True))
-        instruction = self.held_out.instruction(number) or self.trainer.recipe.extract.drop_caption
-        name = f"{task}-{self.held_out.rows[number]}"
-        return GridRow(name=name, instruction=instruction, sources=sources, target=target)
+        boxes = [*((f"source {place}", source) for place, source in enumerate(sources, 1)), ("target", target)]
+        instruction = self.trainer.recipe.extract.drop_caption
+        if row["caption"] != "drop":
+            instruction = self.held_out.tasks[task].rows.value(index, row["caption"]).as_py()
+        heading = f"{task}-{self.held_out.rows[number]}"
+        return Card(heading=heading, boxes=boxes, texts={"instruction": instruction})
 
     def _steps(self) -> list[int]:
         return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))
@@ -142,20 +131,18 @@ class ImageGrid(TrainerCallback):
 
 def spread(held_out: HeldOut, count: int) -> list[int]:
     """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
-    by_task = [[n for n, place in enumerate(held_out.places) if place[0] == task] for task in held_out.tasks]
-    return [number for number in chain(*zip_longest(*by_task)) if number is not None][:count]
+    return sorted(range(len(held_out)), key=lambda number: held_out.places[number][1])[:count]
 
 
-def draw_grid(rows: Sequence[GridRow], steps: Sequence[int], folder: Path) -> Image.Image:
-    """One card a row: its sources, the target, its images of `steps` in `folder`, and below them its instruction."""
-    most = max(len(row.sources) for row in rows)
-    labels = [f"source {place + 1}" if most > 1 else "source" for place in range(most)]
-    labels += ["target", *(f"step {step:,}" for step in steps)]
-    cards = []
-    for row in rows:
-        paths = [folder / f"step-{step:06d}" / f"{row.name}.png" for step in steps]
-        # sampling.rows may have been smaller before
-        made = [fit(Image.open(path), BOX_PX) if path.is_file() else None for path in paths]
-        boxes = zip(labels, [*row.sources, *[None] * (most - len(row.sources)), row.target, *made], strict=True)
-        cards.append(Card(heading=row.name, boxes=list(boxes), target=most, texts={"instruction": row.instruction}))
-    return labelled_sheet(cards, title="Held-out rows", box_px=BOX_PX)
+def draw_grid(cards: Sequence[Card], steps: Sequence[int], folder: Path) -> Image.Image:
+    """The cards of rows, with sources and target, and beside these the row's images of `steps` in `folder`."""
+    most, full = max(len(card.boxes) for card in cards), []
+    for card in cards:
+        *sources, target = card.boxes
+        boxes = [*sources, *[("", None)] * (most - len(card.boxes)), target]
+        for step in steps:
+            path = folder / f"step-{step:06d}" / f"{card.heading}.png"
+            # sampling.rows may have been smaller before
+            boxes.append((f"step {step:,}", fit(Image.open(path), BOX_PX) if path.is_file() else None))
+        full.append(replace(card, boxes=boxes, target=most - 1))
+    return labelled_sheet(full, title="Held-out rows", box_px=BOX_PX)

@@ -1,6 +1,6 @@
 """Operations on paper are those that a step runs, and the log has its part of the peak where that is known."""
 
-from functools import partial
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_qie.config.recipe import load_recipe
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.transformer import without_gradient
-from hf_qie.training.cost import POINTS, RowFlops, count, utilisation
+from hf_qie.training.cost import POINTS, RowFlops, count, peak_flops
 from hf_qie.training.metrics import Throughput
 from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
@@ -81,27 +81,22 @@ def test_rows_of_a_batch_add_up(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*DEVICES, "NVIDIA L40", "NVIDIA GeForce RTX 9090"])
-def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone(tiny, tmp_path, name, monkeypatch):
+def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    on_paper = partial(build_model, empty=True, recipe=load_recipe(write_recipe(tmp_path, tiny())))
-    found = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
-    assert (found and found.peak) == DEVICES.get(name)
-    assert utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="no") is None
-    assert utilisation(on_paper, EDIT_PLUS, torch.device("cpu"), precision="bf16") is None
+    assert peak_flops(torch.device("cuda"), precision="bf16") == DEVICES.get(name)
+    assert peak_flops(torch.device("cuda"), precision="no") is None
+    assert peak_flops(torch.device("cpu"), precision="bf16") is None
 
 
-def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path):
     trainer = trainer_of(write_recipe(tmp_path, tiny()))
-    on_paper = partial(build_model, empty=True, recipe=trainer.recipe)
-    known = utilisation(on_paper, EDIT_PLUS, torch.device("cuda"), precision="bf16")
-    pace, (batch, *_) = Throughput(trainer.accelerator, known), trainer.get_train_dataloader()
-    with pace.fetching():
-        pass
-    pace.add([batch, batch])
+    row_flops = RowFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS)
+    pace = Throughput(trainer.accelerator, row_flops=row_flops, peak=312e12)
+    batch, *_ = trainer.get_train_dataloader()
+    pace.add([batch, batch], started=time.perf_counter())
     pace.end_step()
     seconds = pace.seconds
     log = pace.read()
     num_latents = sum(height * width for height, width in batch["grids"])
-    flops = 2 * known.row_flops(num_latents, batch["prompt_mask"].sum(dim=1).numpy())
+    flops = 2 * row_flops(num_latents, batch["prompt_mask"].sum(dim=1).numpy())
     assert log["model_flops_utilisation"] == pytest.approx(flops / seconds / 312e12)

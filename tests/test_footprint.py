@@ -11,7 +11,7 @@ from released import NUM_PARAMETERS, write_released
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.training.cost import footprint
+from hf_qie.training.cost import Footprint
 from hf_qie.training.model import build_model
 from hf_qie.training.setup import make_model, training_arguments
 
@@ -43,7 +43,7 @@ def released(tmp_path, **sections):
 )
 def test_of_the_released_checkpoint_a_lora_trains_what_its_preset_says(tmp_path, preset, num_layers, num_trained):
     recipe = released(tmp_path, trainable={"lora": {"rank": RANK, "target_modules": preset}})
-    found = footprint(build_model(recipe, mixed_precision="bf16", empty=True), optimizer="adamw_torch", num_shards=1)
+    found = Footprint(build_model(recipe, mixed_precision="bf16", empty=True), optimizer="adamw_torch", num_shards=1)
     # the last block's output of the text stream, and its MLP, get no gradient
     unused = 2 * RANK * HIDDEN + ("mlp" in preset) * 2 * RANK * (HIDDEN + MLP)
     assert (found.num_lora_layers, found.num_trained) == (num_layers, num_trained - unused)
@@ -53,7 +53,7 @@ def test_of_the_released_checkpoint_a_lora_trains_what_its_preset_says(tmp_path,
 
 
 def test_sharded_full_fine_tuning_takes_sixteen_bytes_a_parameter_over_the_devices(tmp_path):
-    found = footprint(build_model(released(tmp_path), empty=True), optimizer="adamw_torch", num_shards=8)
+    found = Footprint(build_model(released(tmp_path), empty=True), optimizer="adamw_torch", num_shards=8)
     assert found.num_parameters == NUM_PARAMETERS
     total = found.weight_bytes + found.gradient_bytes + found.state_bytes
     assert total == pytest.approx(16 * NUM_PARAMETERS / 8, rel=0.01)  # but for the last block's frozen tensors
@@ -62,7 +62,7 @@ def test_sharded_full_fine_tuning_takes_sixteen_bytes_a_parameter_over_the_devic
 def test_of_four_blocks_that_train_the_frozen_rest_takes_two_bytes_a_parameter(tmp_path):
     blocks = [f"transformer_blocks.{i}" for i in range(56, 60)]
     recipe = released(tmp_path, trainable={"modules": blocks})
-    found = footprint(build_model(recipe, mixed_precision="bf16", empty=True), optimizer="adamw_torch", num_shards=1)
+    found = Footprint(build_model(recipe, mixed_precision="bf16", empty=True), optimizer="adamw_torch", num_shards=1)
     assert found.weight_bytes == 2 * NUM_PARAMETERS + 2 * found.num_trained
     total_gb = (found.weight_bytes + found.gradient_bytes + found.state_bytes) / 1e9
     assert total_gb == pytest.approx(58.7, abs=0.05)  # with 3.6 GB of activations it fits 80
@@ -89,15 +89,15 @@ def test_on_paper_is_as_loaded(tiny, tmp_path, trainable):
         build_model(recipe, mixed_precision="bf16"),
     )
     how = {"optimizer": "adafactor", "num_shards": 2}
-    assert footprint(on_paper, **how) == footprint(loaded, **how)
+    assert vars(Footprint(on_paper, **how)) == vars(Footprint(loaded, **how))
     storages = {parameter.untyped_storage().data_ptr(): parameter for parameter in loaded.parameters()}.values()
-    assert sum(p.untyped_storage().nbytes() for p in storages) / 2 == footprint(loaded, **how).weight_bytes
+    assert sum(p.untyped_storage().nbytes() for p in storages) / 2 == Footprint(loaded, **how).weight_bytes
     assert {parameter.device.type for parameter in on_paper.parameters()} == {"meta"}
     assert isinstance(loaded.get_base_model() if "lora" in trainable else loaded, QwenImageTransformer2DModel)
 
 
 def test_an_optimizer_that_is_not_known_is_not_guessed_at(tiny, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, tiny()))
-    found = footprint(build_model(recipe, empty=True), optimizer="stable_adamw", num_shards=1)
+    found = Footprint(build_model(recipe, empty=True), optimizer="stable_adamw", num_shards=1)
     assert found.state_bytes is None
     assert "an unknown amount of optimizer state" in str(found)

@@ -165,12 +165,11 @@ def test_seconds_are_those_of_the_steps_alone(tiny, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("hf_qie.training.metrics.time.perf_counter", lambda: now[0])
     trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA))
-    pace = Throughput(trainer.accelerator, None)
+    pace = Throughput(trainer.accelerator)
     batch = next(iter(trainer.get_train_dataloader()))
     for _ in range(3):
-        with pace.fetching():
-            now[0] += 1
-        pace.add([batch, batch])
+        now[0] += 1
+        pace.add([batch, batch], started=now[0] - 1)
         now[0] += 4
         pace.end_step()
         now[0] += 100  # evaluation, or a checkpoint

@@ -21,7 +21,7 @@ from hf_qie.config.launch import fsdp_settings, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
-from hf_qie.training.cost import Footprint, footprint
+from hf_qie.training.cost import Footprint
 from hf_qie.training.fsdp import fsdp_arguments
 from hf_qie.training.model import build_model
 from hf_qie.training.setup import training_arguments
@@ -72,7 +72,7 @@ def on_paper(recipe: Path, released: Path, num_shards: int) -> Footprint:
     model = build_model(
         load_recipe(recipe).model_copy(update={"model": str(released)}), mixed_precision="bf16", empty=True
     )
-    return footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
+    return Footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
 
 
 def test_every_recipe_and_launch_file_is_offered_and_explained():

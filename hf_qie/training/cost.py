@@ -4,8 +4,6 @@ Letters: S latent tokens of target and sources, L prompt tokens.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -47,16 +45,23 @@ PEAKS = {
 POINTS = ((16, 16), (32, 16), (16, 32), (48, 48))  # (S, L) at which operations are counted: one for each unknown
 
 
-@dataclass(frozen=True, kw_only=True)
 class Footprint:
     """Parameters in all, and bytes on one device; activations, gathered weights and the VAE come on top."""
 
-    num_parameters: int
-    num_trained: int
-    num_lora_layers: int
-    weight_bytes: float
-    gradient_bytes: float
-    state_bytes: float | None  # None: of an optimizer that is not known here
+    def __init__(self, model: nn.Module, *, optimizer: str, num_shards: int):
+        """Of `model`, which may be on the meta device, sharded over `num_shards` devices.
+
+        `optimizer` is TrainingArguments' name for it.
+        """
+        parameters = list(model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.num_parameters = sum(parameter.numel() for parameter in parameters)
+        self.num_trained = sum(parameter.numel() for parameter in trained)
+        self.num_lora_layers = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+        self.weight_bytes = sum(parameter.nbytes for parameter in parameters) / num_shards
+        self.gradient_bytes = sum(parameter.nbytes for parameter in trained) / num_shards
+        of_one = STATE_BYTES.get(optimizer)  # None: of an optimizer that is not known here
+        self.state_bytes = None if of_one is None else of_one * self.num_trained / num_shards
 
     def __str__(self) -> str:
         lora = f" (LoRA on {self.num_lora_layers:,} linear layers)" if self.num_lora_layers else ""
@@ -68,45 +73,12 @@ class Footprint:
         )
 
 
-def footprint(model: nn.Module, *, optimizer: str, num_shards: int) -> Footprint:
-    """The footprint of `model`, which may be on the meta device, sharded over `num_shards` devices.
-
-    `optimizer` is TrainingArguments' name for it.
-    """
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    num_trained = sum(parameter.numel() for parameter in trained)
-    state_bytes = STATE_BYTES.get(optimizer)
-    return Footprint(
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        num_trained=num_trained,
-        num_lora_layers=sum(isinstance(module, BaseTunerLayer) for module in model.modules()),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters) / num_shards,
-        gradient_bytes=sum(parameter.nbytes for parameter in trained) / num_shards,
-        state_bytes=None if state_bytes is None else state_bytes * num_trained / num_shards,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Utilisation:
-    """What the share of a device's peak is computed from."""
-
-    row_flops: "RowFlops"
-    peak: float  # operations a second of one device
-
-
-def utilisation(
-    model: Callable[[], nn.Module], family: Family, device: torch.device, *, precision: str
-) -> Utilisation | None:
-    """For training of `model`, made on the meta device when called, in `precision` (no, bf16, fp16) on `device`.
-
-    None where the peak of such a device in that precision is not known here.
-    """
+def peak_flops(device: torch.device, *, precision: str) -> float | None:
+    """Operations a second of `device` at its peak in `precision` (no, bf16, fp16); None where it is not known here."""
     if device.type != "cuda" or precision == "no":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((1e12 * peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
-    return None if peak is None else Utilisation(row_flops=RowFlops(model(), family), peak=peak)
+    return next((1e12 * peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 class RowFlops:
@@ -118,7 +90,7 @@ class RowFlops:
     """
 
     def __init__(self, model: nn.Module, family: Family):
-        """`model` lies on the meta device, where it is left as it was."""
+        """`model` lies on the meta device."""
         counted = [count_by_blocks(model, family, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
         terms = [self._terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
         self.numbers = np.linalg.solve(terms, counted)
@@ -145,12 +117,10 @@ def count_by_blocks(model: nn.Module, family: Family, num_latents: int, num_toke
     if len(blocks) < 4 or any(one != trains[1] for one in trains[1:-1]):
         return count(model, family, num_latents, num_tokens)
     few = []
-    try:
-        for kept in (2, 3):
-            setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
-            few.append(count(model, family, num_latents, num_tokens))
-    finally:
-        setattr(owner, name, blocks)
+    for kept in (2, 3):
+        setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
+        few.append(count(model, family, num_latents, num_tokens))
+    setattr(owner, name, blocks)
     return few[0] + (len(blocks) - 2) * (few[1] - few[0])
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_qie.data.loader import TaskRows
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
-from hf_qie.training.metrics import NAMED, NotFinite
+from hf_qie.training.metrics import NotFinite, named
 from hf_qie.training.objective import eval_fractions
 
 QUARTERS = ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")  # of the noise level
@@ -31,7 +31,7 @@ def split_sets(
     Raises InputError where a set has fewer.
     """
     trained, held_out = {}, {}
-    for task, data in sets.items():
+    for task, data in sorted(sets.items()):
         count, total = tasks[task].eval_rows, len(data)
         if count > total:
             raise InputError(f"tasks.{task}.eval_rows: {count}, but its set has {total} rows; hold out fewer")
@@ -39,23 +39,19 @@ def split_sets(
             trained[task] = data.select(range(total - count))
         if count:
             held_out[task] = data.select(range(total - count, total))
-    return trained, dict(sorted(held_out.items()))
-
-
-def check_metric(metric: str | None, held_out: Iterable[str]) -> None:
-    """Raise InputError where evaluation of the `held_out` tasks gives no such metric."""
-    known = ["loss", *(f"loss/{task}" for task in held_out)]
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
+    return trained, held_out
 
 
 class HeldOut(Dataset):
     """Number -> held-out row, tasks in order; a caption and a noise level belong to each row for the whole run.
 
-    Raises InputError as `TaskRows` does.
+    Raises InputError as `TaskRows` does, and where `metrics` has no `training.metric_for_best_model`.
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], recipe: Recipe):
+        metric = recipe.training.get("metric_for_best_model", "loss")
+        if metric.removeprefix("eval_") not in (known := ["loss", *(f"loss/{task}" for task in sets)]):
+            raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
         family = read_family(recipe.model, revision=recipe.revision)
         self.tasks = {task: TaskRows(task, data, mix=recipe.mix, family=family) for task, data in sets.items()}
         self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
@@ -75,12 +71,6 @@ class HeldOut(Dataset):
         task, index = self.places[number]
         caption = draw_rng(self.seed, "eval caption", self.rows[number]).random()
         return self.tasks[task].read(index, inverse=False, caption=caption) | {"draw": number}
-
-    def instruction(self, number: int) -> str | None:
-        """The caption of a row in words; None for the drop caption."""
-        task, index = self.places[number]
-        caption = self[number]["caption"]
-        return None if caption == "drop" else self.tasks[task].rows.value(index, caption).as_py()
 
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.
@@ -108,11 +98,8 @@ class HeldOut(Dataset):
         assert len(numbers) == len(self), "every held-out row is evaluated"
         losses, sigma = gathered.predictions[first].astype(np.float64).T
         tasks = np.array([task for task, _ in self.places])
-        if bad := np.flatnonzero(~np.isfinite(losses)).tolist():
-            named = [f"{tasks[number]} row {self.rows[number]} ({losses[number]:g})" for number in bad[:NAMED]]
-            raise NotFinite(
-                f"evaluation: the loss of {', '.join(named)} is not finite. Nothing is saved of this state"
-            )
+        if bad := [(tasks[n], self.rows[n], losses[n]) for n in np.flatnonzero(~np.isfinite(losses))]:
+            raise NotFinite(f"evaluation: the loss of {named(bad)} is not finite. Nothing is saved of this state")
         quarter = np.minimum(sigma * len(QUARTERS), len(QUARTERS) - 1).astype(int)
         parts = {"loss": np.ones(len(self), bool)}
         parts |= {f"loss/{task}": tasks == task for task in self.tasks}
@@ -125,8 +112,6 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     """Restore python's, numpy's and torch's generators afterwards."""
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
+        yield
+    random.setstate(python)
+    np.random.set_state(legacy)

@@ -4,9 +4,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -14,43 +12,33 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_qie.data.collate import Batch
-from hf_qie.training.cost import Utilisation
-
-NAMED = 16  # rows of an error message
+from hf_qie.training.cost import RowFlops
 
 
 class NotFinite(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 
-class _MicroBatch(NamedTuple):
-    """This rank's rows of a micro-batch, their losses on its device."""
-
-    task: list[str]
-    row: list[int]
-    losses: Tensor  # [B]
-
-
 class LossMeter:
     """The losses and groups of this rank's rows since the last log, and whether the latest losses are finite."""
 
-    def __init__(self, accelerator: Accelerator, tasks: Sequence[str]):
-        self.accelerator, self.tasks = accelerator, sorted(tasks)
-        self.sums = torch.zeros(2, len(self.tasks), dtype=torch.float64)  # of the losses, of the rows
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums: Counter[str] = Counter()  # of the losses since the last log, by task
         self.drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mixture
         self.drawn_in_all: Counter[tuple[str, int]] = Counter()
-        self.of_step: list[_MicroBatch] = []
-        self.checked: list[_MicroBatch] = []  # of the latest step that was checked
-        self.unchecked: list[tuple[int, list[_MicroBatch], Tensor]] = []
+        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B] of micro-batches
+        self.checked: list[tuple[str, int, float]] = []  # task, row and loss, of the latest step that was checked
+        self.unchecked: list[tuple[int, list, Tensor]] = []  # step, its micro-batches, whether a loss is not finite
 
     def add(self, batch: Batch, losses: Tensor) -> None:
         """Add the losses `[B]` of a micro-batch."""
-        self.of_step.append(_MicroBatch(batch["task"], batch["row"], losses.detach()))
+        self.of_step.append((batch["task"], batch["row"], losses.detach()))
         self.drawn.update((task, len(batch["grids"]) - 1) for task in batch["task"])
 
     def end_step(self, step: int) -> None:
         """End a step, without waiting for the device: `check` asks for the result."""
-        broken = ~torch.isfinite(torch.cat([part.losses for part in self.of_step])).all()
+        broken = ~torch.isfinite(torch.cat([losses for _, _, losses in self.of_step])).all()
         # reduced, so that all ranks end at the same step
         self.unchecked.append((step, self.of_step, self.accelerator.reduce(broken.float())))
         self.of_step = []
@@ -58,42 +46,37 @@ class LossMeter:
     def check(self, *, last: bool) -> None:
         """Raise NotFinite for a step with a loss that is not finite; unless `last`, the latest step waits."""
         while len(self.unchecked) > (0 if last else 1):
-            step, self.checked, broken = self.unchecked.pop(0)
+            step, parts, broken = self.unchecked.pop(0)
+            self.checked = [row for tasks, rows, loss in parts for row in zip(tasks, rows, loss.tolist(), strict=True)]
             if broken:
-                bad = [row for row in self._rows() if not abs(row[2]) < float("inf")]
-                raise NotFinite(_message(f"step {step}: the loss of {_names(bad)}"))
-            index = torch.tensor([self.tasks.index(task) for part in self.checked for task in part.task])
-            losses = torch.cat([part.losses for part in self.checked]).cpu().double()
-            self.sums[0].index_add_(0, index, losses)
-            self.sums[1].index_add_(0, index, torch.ones_like(losses))
+                bad = [row for row in gather_object(self.checked) if not abs(row[2]) < float("inf")]
+                raise NotFinite(_message(f"step {step}: the loss of {named(bad)}"))
+            for task, _, loss in self.checked:
+                self.sums[task] += loss
 
     def check_gradient(self, step: int, norm: float) -> None:
         """Raise NotFinite for a gradient `norm`, the same on all ranks, that is not finite."""
         if not abs(norm) < float("inf"):
-            what = f"the norm of the gradient ({norm:g}), though not the loss of {_names(self._rows())},"
+            what = f"the norm of the gradient ({norm:g}), though not the loss of {named(gather_object(self.checked))},"
             raise NotFinite(_message(f"step {step}: {what}"))
 
-    def _rows(self) -> list[tuple[str, int, float]]:
-        """Task, row and loss of the rows of the latest step that was checked, on all ranks."""
-        mine = [row for part in self.checked for row in zip(part.task, part.row, part.losses.tolist(), strict=True)]
-        return sorted(gather_object(mine))
-
-    def by_task(self) -> dict[str, float]:
-        """The mean over each task's draws since the last log, on all ranks, in float64."""
-        total, count = self.accelerator.reduce(self.sums.to(self.accelerator.device)).tolist()
-        self.sums.zero_()
-        return {f"loss/{task}": total[i] / count[i] for i, task in enumerate(self.tasks) if count[i]}
-
-    def drawn_since_log(self) -> Counter[tuple[str, int]]:
-        """The rows since the last log on all ranks, by group of the mixture."""
-        drawn = sum(gather_object([self.drawn]), Counter())
+    def read(self) -> tuple[dict[str, float], Counter[tuple[str, int]]]:
+        """Since the last log, on all ranks: the mean loss by task, in float64, and rows by group of the mixture."""
+        self.check(last=True)  # what is counted in `drawn` is in `sums` too
+        sums, drawn = Counter(), Counter()
+        for one in gather_object([(self.sums, self.drawn)]):
+            sums.update(one[0])
+            drawn.update(one[1])
+        rows = Counter(task for task, _ in drawn.elements())
+        self.sums.clear()
         self.drawn.clear()
         self.drawn_in_all += drawn
-        return drawn
+        return {f"loss/{task}": sums[task] / rows[task] for task in sorted(rows)}, drawn
 
 
-def _names(rows: Sequence[tuple[str, int, float]]) -> str:
-    return ", ".join(f"{task} row {row} ({loss:g})" for task, row, loss in rows[:NAMED])
+def named(rows: Iterable[tuple[str, int, float]]) -> str:
+    """Task, row and loss of the first 16 of some rows, as a message has them."""
+    return ", ".join(f"{task} row {row} ({loss:g})" for task, row, loss in sorted(rows)[:16])
 
 
 def _message(what: str) -> str:
@@ -106,10 +89,9 @@ def _message(what: str) -> str:
 class Throughput:
     """Rows, tokens and seconds of this rank's steps since the last log; evaluation, images and saving do not count."""
 
-    def __init__(self, accelerator: Accelerator, utilisation: Utilisation | None):
-        """`utilisation`: how operations are counted, where the device's peak is known."""
-        self.accelerator, self.utilisation = accelerator, utilisation
-        self.started = 0.0
+    def __init__(self, accelerator: Accelerator, *, row_flops: RowFlops | None = None, peak: float | None = None):
+        """`row_flops` counts the operations of a row, and `peak` is how many the device can do a second, if known."""
+        self.accelerator, self.row_flops, self.peak = accelerator, row_flops, peak
         self.reset()
 
     def reset(self) -> None:
@@ -117,22 +99,17 @@ class Throughput:
         self.rows = self.tokens = 0
         self.flops = self.seconds = self.waited = 0.0
 
-    @contextmanager
-    def fetching(self) -> Iterator[None]:
-        """Around the fetch of a step's batches, with which the step begins."""
-        self.started = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - self.started
-
-    def add(self, batches: Sequence[Batch]) -> None:
-        """Add the batches of a step, still on the CPU."""
+    def add(self, batches: Sequence[Batch], *, started: float) -> None:
+        """Add the batches of a step, still on the CPU; with the wait for them the step `started`."""
+        self.started = started
+        self.waited += time.perf_counter() - started
         for batch in batches:
             self.rows += len(batch["row"])
             num_latents = sum(height * width for height, width in batch["grids"])
             num_tokens = batch["prompt_mask"].sum(dim=1).numpy()
             self.tokens += len(batch["row"]) * num_latents + int(num_tokens.sum())
-            if self.utilisation:
-                self.flops += self.utilisation.row_flops(num_latents, num_tokens)
+            if self.row_flops:
+                self.flops += self.row_flops(num_latents, num_tokens)
 
     def end_step(self) -> None:
         """End a step."""
@@ -155,8 +132,8 @@ class Throughput:
             "seconds_waiting_for_data": waited,
             "peak_memory_gb": memory,
         }
-        if self.utilisation:
-            found["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.utilisation.peak)
+        if self.row_flops:
+            found["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.peak)
         return found
 
 

@@ -36,8 +36,8 @@ from hf_qie.models.checkpoint import checkpoint_file, read_config
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
-from hf_qie.training.cost import footprint
-from hf_qie.training.evaluation import HeldOut, check_metric, split_sets
+from hf_qie.training.cost import Footprint
+from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
@@ -68,7 +68,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     trained, held_out = split_sets(sets, recipe.tasks)
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
-    check_metric(arguments.metric_for_best_model, held_out)
+    evaluated = HeldOut(held_out, recipe) if held_out else None
     draws, record = _plan_mixture(recipe, trained, arguments)
     batch = global_batch_size(arguments)
     identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape, global_batch_size=batch)
@@ -79,7 +79,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
         arguments,
         recipe=recipe,
         draws=draws,
-        held_out=HeldOut(held_out, recipe) if held_out else None,
+        held_out=evaluated,
         encoder=None if all(map(has_latents, sets.values())) else load_vae(recipe, arguments.device),
         identity=identity,
         record=record,
@@ -223,7 +223,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     num_shards = arguments.world_size if arguments.fsdp else 1
-    logger.info(str(footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
+    logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process

@@ -4,8 +4,8 @@ Letters: B rows, S target tokens.
 """
 
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from hf_qie.data.online_latents import encode_images
 from hf_qie.errors import InputError
 from hf_qie.training.callbacks import RunCallback, StackTraces
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit, settings_of
-from hf_qie.training.cost import utilisation
+from hf_qie.training.cost import RowFlops, peak_flops
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
@@ -94,23 +94,21 @@ class EditTrainer(Trainer):
         self.recipe, self.identity, self.record, self.encoder = recipe, identity, record, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
-        on_paper, precision = partial(build_model, recipe, empty=True), args.mixed_precision
-        self.losses = LossMeter(self.accelerator, list(recipe.tasks))
-        self.throughput = Throughput(
-            self.accelerator, utilisation(on_paper, self.objective.family, args.device, precision=precision)
-        )
+        self.losses = LossMeter(self.accelerator)
+        peak = peak_flops(args.device, precision=args.mixed_precision)
+        row_flops = peak and RowFlops(build_model(recipe, empty=True), self.objective.family)
+        self.throughput = Throughput(self.accelerator, row_flops=row_flops, peak=peak)
         self.add_callback(RunCallback(self))
         if args.world_size > 1:
             self.add_callback(StackTraces(args.ddp_timeout))
 
     def get_train_dataloader(self) -> DataLoader:
         """The rank's part of every step, from the first on; a resumed Trainer skips batches without reading rows."""
-        args = self.args
         batches = RankBatches(
-            num_draws=args.max_steps * self.global_batch_size,
-            batch_size=args.per_device_train_batch_size,
-            rank=args.process_index,
-            world_size=args.world_size,
+            num_draws=self.args.max_steps * self.global_batch_size,
+            batch_size=self.args.per_device_train_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
         )
         return self._open_loader(self.train_dataset, batches)
 
@@ -123,21 +121,20 @@ class EditTrainer(Trainer):
         return self._open_loader(held_out, batches)
 
     def _open_loader(self, rows: Dataset, batches: Iterable[Sequence[int]]) -> DataLoader:
-        args = self.args
         return open_loader(
             rows,
             batches,
             collate=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            prefetch_factor=args.dataloader_prefetch_factor,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], None]:
-        """Trainer's; measures the time spent waiting for data."""
-        with self.throughput.fetching():
-            batches, _ = super().get_batch_samples(*args)
-        self.throughput.add(batches)
+        """Trainer's, timed."""
+        started = time.perf_counter()
+        batches, _ = super().get_batch_samples(*args)
+        self.throughput.add(batches, started=started)
         return batches, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -160,7 +157,7 @@ class EditTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:
         """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        per_row = self.objective.of_draws(model, self.with_latents(inputs))
+        per_row = self.objective.of_draws(model, self.on_device(inputs))
         self.losses.add(inputs, per_row)
         return per_row.mean()
 
@@ -177,11 +174,8 @@ class EditTrainer(Trainer):
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
 
     def on_device(self, batch: Batch) -> Batch:
-        """A collated batch on this rank's device, with latents."""
-        return self.with_latents(self._prepare_inputs(batch))
-
-    def with_latents(self, batch: Batch) -> Batch:
-        """A batch with its images, if it has any, encoded to latents, in the dtype of extraction."""
+        """A collated batch on this rank's device; images, if it has any, are encoded in the dtype of extraction."""
+        batch = self._prepare_inputs(batch)
         if "images" in batch:
             with torch.autocast(self.args.device.type, enabled=False):
                 encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
@@ -200,8 +194,9 @@ class EditTrainer(Trainer):
         if "loss" in logs:
             if not self.accelerator.optimizer_step_was_skipped:  # float16's loss scale was too large: no harm
                 self.losses.check_gradient(self.state.global_step, logs["grad_norm"])
-            logs |= self.losses.by_task() | self.throughput.read()
-            logger.info("drawn since the last log: %s", realised_shares(self.losses.drawn_since_log()))
+            losses, drawn = self.losses.read()
+            logs |= losses | self.throughput.read()
+            logger.info("drawn since the last log: %s", realised_shares(drawn))
         elif "train_runtime" in logs and self.losses.drawn_in_all:
             logger.info("drawn since the start: %s", realised_shares(self.losses.drawn_in_all))
         super().log(logs, start_time)

@@ -4,7 +4,7 @@ import faulthandler
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.training.checkpoints import apply_settings, mark_complete, read_complete
@@ -27,8 +27,8 @@ class RunCallback(TrainerCallback):
             check_sharded(model, optimizer)
         if state.global_step > 0:
             state.compute_steps(args, state.max_steps)
-            was = read_complete(self._folder(args, state))["settings"]
-            apply_settings(was, self.trainer.settings, optimizer, lr_scheduler)
+            was = read_complete(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            apply_settings(was["settings"], self.trainer.settings, optimizer, lr_scheduler)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """The best metric is that of a step with a checkpoint."""
@@ -58,13 +58,10 @@ class RunCallback(TrainerCallback):
         if args.should_save:
             settings = trainer.settings | {"changes": trainer.record["changes"]}
             known = {"step": state.global_step, "ranks": args.world_size, "identity": trainer.identity}
-            mark_complete(self._folder(args, state), **known, settings=settings)
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            mark_complete(folder, **known, settings=settings)
             limit = trainer.recipe.training.get("save_total_limit")
             rotate_checkpoints(args.output_dir, limit, state.best_model_checkpoint, use_mtime=True)
-
-    @staticmethod
-    def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class StackTraces(TrainerCallback):

@@ -104,17 +104,10 @@ def read_complete(folder: Path) -> dict[str, Any]:
     return {key: complete[key] for key in ("files", "identity", "settings")}
 
 
-# --- resuming ---
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def run_identity(
-    recipe: Recipe,
-    sets: Mapping[str, Dataset],
-    arguments: TrainingArguments,
-    *,
-    same_shape: int,
-    global_batch_size: int,
-) -> dict[str, Any]:
+def run_identity(recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments) -> dict[str, Any]:
     """What decides the course of a run, by address: a run of another identity cannot resume its checkpoints.
 
     The number of ranks, the cut of a step at the same global batch, the number of steps and all else of `training`
@@ -128,13 +121,13 @@ def run_identity(
             identity[f"tasks.{name}.embeddings"] = data._fingerprint
     if arguments.fsdp:  # full and sharded checkpoints have different files
         identity["training.fsdp_config.state_dict_type"] = arguments.fsdp_plugin_args["state_dict_type"]
-    return identity | {"mix.same_shape": same_shape, "global batch": global_batch_size}
+    return identity
 
 
 def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> Path | None:
     """The last complete checkpoint in the output folder, by rank 0, so that all resume from the same one.
 
-    Raises InputError where it belongs to another run than `identity`, or is not on this machine.
+    Raises InputError where it belongs to another run than `identity`, has other states, or is not on this machine.
     """
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
@@ -144,7 +137,9 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
         raise InputError(
             f"{checkpoint}: not found on this machine; output_dir must be a folder that all machines share"
         )
-    was, identity = read_complete(checkpoint)["identity"], _plain(identity)
+    complete = read_complete(checkpoint)
+    was = complete["identity"] | _kinds(complete["settings"]["keys"])
+    identity = _plain(identity) | _kinds(_keys(arguments))
     if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
         said = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing)
         raise InputError(
@@ -154,22 +149,18 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
     return checkpoint
 
 
-def changes(checkpoint: Path, arguments: TrainingArguments) -> list[dict[str, Any]]:
-    """With which settings a run was resumed at which steps, this time included: {step, changed: {key: [was, is]}}.
+def _kinds(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Optimizer and schedule, whose states only their like can use."""
+    optimizer, schedule = keys["optim"], keys["lr_scheduler_type"]
+    schedule = schedule if schedule in BY_METRIC else "one that goes by the step"
+    return {"training.optim": ALIKE.get(optimizer, optimizer), "training.lr_scheduler_type": schedule}
 
-    Raises InputError where what `arguments` ask for cannot use the checkpoint's state.
-    """
+
+def changes(checkpoint: Path, arguments: TrainingArguments) -> list[dict[str, Any]]:
+    """With which settings a run was resumed at which steps, this time included: {step, changed: {key: [was, is]}}."""
     before, now = read_complete(checkpoint)["settings"], _keys(arguments)
     was = before["keys"]
     changed = {key: [was[key], now[key]] for key in KEYS if was[key] != now[key]}
-    optimizers = {ALIKE.get(name, name) for name in changed.get("optim", ())}
-    schedules = set(changed.get("lr_scheduler_type", ()))
-    for key, apart in (("optim", len(optimizers) > 1), ("lr_scheduler_type", not schedules.isdisjoint(BY_METRIC))):
-        if apart:
-            raise InputError(
-                f"training.{key}: {now[key]}, but {checkpoint} was trained with {was[key]}, whose state it cannot "
-                "use; set it back, or give another training.output_dir"
-            )
     if changed:
         said = ", ".join(f"training.{key} {old} -> {new}" for key, (old, new) in changed.items())
         logger.info("from %s on: %s", checkpoint, said)
@@ -201,16 +192,15 @@ def apply_settings(was: Mapping[str, Any], now: Mapping[str, Any], optimizer: An
         optimizer.load_state_dict(optimizer.state_dict())  # moves the count of steps to the device they expect
     new = {key: value for key, value in now["schedule"].items() if was["schedule"].get(key) != value}
     schedule.load_state_dict(schedule.state_dict() | new)
-    rates = [group["lr"] for group in now["groups"]]
     if isinstance(schedule, LambdaLR):
-        schedule.base_lrs = rates
-        rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)]
-    else:  # no closed form: the reductions made so far are kept
-        groups = zip(optimizer.param_groups, was["groups"], rates, strict=True)
-        rates = [float(one["lr"]) * rate / old["lr"] if old["lr"] else rate for one, old, rate in groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        _put(group, "lr", rate)
-    schedule._last_lr = rates
+        schedule.base_lrs = [group["lr"] for group in now["groups"]]
+        schedule.last_epoch -= 1
+        schedule.step()  # to the step it was at, now with its new rate
+        return
+    for group, old, new in zip(optimizer.param_groups, was["groups"], now["groups"], strict=True):
+        reduced = float(group["lr"]) / old["lr"] if old["lr"] else 1.0  # no closed form: reductions made are kept
+        _put(group, "lr", reduced * new["lr"])
+    schedule._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _put(group: dict[str, Any], key: str, value: Any) -> None:

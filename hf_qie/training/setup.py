@@ -70,8 +70,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     refuse_inactive(arguments)
     evaluated = HeldOut(held_out, recipe) if held_out else None
     draws, record = _plan_mixture(recipe, trained, arguments)
-    batch = global_batch_size(arguments)
-    identity = run_identity(recipe, sets, arguments, same_shape=draws.same_shape, global_batch_size=batch)
+    identity = run_identity(recipe, sets, arguments)
+    identity |= {"mix.same_shape": draws.same_shape, "global batch": global_batch_size(arguments)}
     checkpoint = checkpoint_of(arguments, identity)
     record["changes"] = changes(checkpoint, arguments) if checkpoint else []
     trainer = EditTrainer(

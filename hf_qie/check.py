@@ -75,7 +75,6 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     from hf_qie.extraction.estimate import check_space
     from hf_qie.extraction.reuse import is_remade
     from hf_qie.extraction.stats import report, survey
-    from hf_qie.models.checkpoint import read_config
     from hf_qie.plots import noise_chart
     from hf_qie.training.objective import noise_levels
 
@@ -96,9 +95,8 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
         show(f"  {sheet}: check that sources and targets are not swapped\n")
         num_bytes[name] = found.num_bytes
         problems += found.problems()
-    scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
     chart = folder / "noise-levels.png"  # no task can have this name either
-    noise_chart(**noise_levels(recipe, family, scheduler)).savefig(chart)
+    noise_chart(**noise_levels(recipe)).savefig(chart)
     show(f"{chart}: the noise levels of training, and the steps of sampling")
     try:
         remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]

@@ -13,7 +13,6 @@ from small_recipes import BLUE, GREEN, RED, columns_of
 
 from hf_qie import plots
 from hf_qie.config.recipe import load_recipe
-from hf_qie.models.base import read_family
 from hf_qie.plots import Card, labelled_sheet, loss_chart, noise_chart
 from hf_qie.training.objective import loss_weight, noise_levels
 
@@ -65,10 +64,9 @@ MIDDLES = (np.arange(50) + 0.5) / 50
 
 
 def levels(tmp_path: Path, tiny: Path, **loss) -> dict:
-    recipe = {"tasks": {"edit": {"data": "edit.jsonl"}}, "loss": loss}
+    recipe = {"model": str(tiny), "tasks": {"edit": {"data": "edit.jsonl"}}, "loss": loss}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    config = json.loads((tiny / "scheduler" / "scheduler_config.json").read_text())
-    return noise_levels(load_recipe(tmp_path / "recipe.yaml"), read_family(str(tiny)), config)
+    return noise_levels(load_recipe(tmp_path / "recipe.yaml"))
 
 
 def test_bars_are_the_density_of_the_draws(tiny, tmp_path):

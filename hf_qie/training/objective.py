@@ -4,7 +4,7 @@ Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,11 @@ from torch import Tensor, nn
 from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.collate import Batch
 from hf_qie.data.seeding import draw_rng
-from hf_qie.models.base import Family, read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
 SMALLEST_SIGMA = 1e-3  # below it the weight 1 / sigma^2 of a single row would exceed that of a step
-
-
-def mu_of(loss: Loss, num_target_tokens: int, family: Family, scheduler_config: Mapping[str, Any]) -> float | None:
-    """The shift of sigma that `loss.shift` asks for at that size; None for none."""
-    if loss.shift == "auto":
-        return family.shift_mu(num_target_tokens, scheduler_config)
-    return None if loss.shift == "none" else loss.shift
 
 
 def shifted(u: Tensor, mu: float | None) -> Tensor:
@@ -125,18 +118,22 @@ class Objective:
         """Losses `[B]`; the draw numbers seed the noise."""
         draws, of_step = batch["draw"], self.global_batch_size
         noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
-        sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=self._mu(batch))
+        mu = self.mu(batch["target_latents"].shape[1])
+        sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=mu)
         return self._losses(model, batch, noise, sigma)
 
     def of_held_out(self, model: nn.Module, batch: Batch, fractions: Tensor) -> tuple[Tensor, Tensor]:
         """Losses `[B]` and noise levels `[B]` of held-out rows with u = `fractions[B]`; the same at every call."""
         noise = noise_for(batch["row"], batch["target_latents"].shape[1:], seed=self.seed, purpose="eval noise")
-        sigma = shifted(fractions, self._mu(batch))
+        sigma = shifted(fractions, self.mu(batch["target_latents"].shape[1]))
         losses = self._losses(model, batch, noise, sigma)
         return losses, sigma.to(losses.device)
 
-    def _mu(self, batch: Batch) -> float | None:
-        return mu_of(self.loss, batch["target_latents"].shape[1], self.family, self.scheduler_config)
+    def mu(self, num_target_tokens: int) -> float | None:
+        """The shift of sigma that `loss.shift` asks for at that size; None for none."""
+        if self.loss.shift == "auto":
+            return self.family.shift_mu(num_target_tokens, self.scheduler_config)
+        return None if self.loss.shift == "none" else self.loss.shift
 
     def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
         latents = batch["target_latents"].float()
@@ -145,24 +142,23 @@ class Objective:
         return velocity_mse(prediction, latents, noise, loss_weight(self.loss.weighting, sigma))
 
 
-def noise_levels(recipe: Recipe, family: Family, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+def noise_levels(recipe: Recipe) -> dict[str, Any]:
     """What `plots.noise_chart` shows of a recipe, for targets of its own size: training's draws and sampling's steps.
 
     `shares` of the draws and `weights` of the loss for each of 50 equal parts of sigma, `sampled`: the levels at which
     the pipeline calls the model, from high to low, and a `title`.
     """
-    num_draws, num_parts = 10_000, 50
-    loss, num_steps = recipe.loss, recipe.sampling.num_inference_steps
+    num_parts, objective = 50, Objective(recipe, global_batch_size=100)
+    loss, family, num_steps = recipe.loss, objective.family, recipe.sampling.num_inference_steps
     num_tokens = math.prod(family.grid_of(family.fit((1, 1), recipe.extract.image_sample_size**2)))
-    mu = mu_of(loss, num_tokens, family, scheduler_config)
-    sigma = sigmas_for(range(num_draws), loss=loss, seed=recipe.seed, global_batch_size=100, mu=mu)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+    sigma = sigmas_for(range(10_000), loss=loss, seed=recipe.seed, global_batch_size=100, mu=objective.mu(num_tokens))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(objective.scheduler_config)
     # diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750-770
     steps = np.linspace(1.0, 1 / num_steps, num_steps)
-    scheduler.set_timesteps(sigmas=steps, mu=family.shift_mu(num_tokens, scheduler_config))
+    scheduler.set_timesteps(sigmas=steps, mu=family.shift_mu(num_tokens, objective.scheduler_config))
     how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
     return {
-        "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / num_draws,
+        "shares": torch.histc(sigma, num_parts, 0, 1).double().numpy() / len(sigma),
         "weights": loss_weight(loss.weighting, (torch.arange(num_parts) + 0.5) / num_parts).double().numpy(),
         "sampled": scheduler.sigmas[:-1].double().numpy(),
         "title": f"{how}; {num_tokens:,} target tokens",

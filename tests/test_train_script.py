@@ -66,7 +66,8 @@ def test_a_run_leaves_weights_recipe_and_a_line_on_what_it_did(root, tiny, tmp_p
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     done = start(root, path, "training.max_steps=2")
     assert done.returncode == 0, done.stderr
-    assert "training 26,752 of 372,256 parameters in float32, computing in float32; 4 rows a step" in done.stderr
+    assert "372,256 parameters, of which 26,752 train (LoRA on 34 linear layers)" in done.stderr
+    assert "training in float32, computing in float32; 4 rows a step" in done.stderr
     assert "encoder: not loaded, VAE: not loaded" in done.stderr
     assert "8 draws\ntask" in done.stderr
     run = tmp_path / "run"

@@ -95,11 +95,9 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
 
     Raises InputError where TrainingArguments or the schedule refuses a value.
     """
-    section = dict(recipe.training)
-    epochs = section.pop("num_train_epochs", None)
-    section.pop("save_total_limit", None)  # RunCallback deletes older checkpoints, once the new one is complete
-    for key in COMPILE:  # `make_model` compiles the blocks; Trainer would compile the whole
-        section.pop(key, None)
+    # RunCallback deletes older checkpoints, once the new one is complete; `make_model` compiles, and only the blocks
+    ours, epochs = ("num_train_epochs", "save_total_limit", *COMPILE), recipe.training.get("num_train_epochs")
+    section = {key: value for key, value in recipe.training.items() if key not in ours}
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
     forced["greater_is_better"] = False  # every metric is a loss; Trainer goes by the name
@@ -132,11 +130,10 @@ def choose_precision(arguments: TrainingArguments, given: Mapping[str, Any]) -> 
         arguments.mixed_precision = "no"
     if arguments.mixed_precision == "no" and "bf16" not in given:
         device = arguments.device
+        why = f"this {device.type} device is not an accelerator with units for bfloat16; see training.bf16"
         if device.type != "cpu" and computes_bfloat16(device):
             arguments.bf16, arguments.mixed_precision = True, "bf16"
             why = f"this {device.type} device has units for bfloat16; training.bf16: false gives float32"
-        else:
-            why = f"this {device.type} device is not an accelerator with units for bfloat16; see training.bf16"
         dtype = "bfloat16" if arguments.bf16 else "float32"
         log_once(logging.INFO, f"training: {dtype}, as neither recipe nor launcher sets a precision, and {why}")
     elif arguments.mixed_precision == "bf16":
@@ -237,16 +234,12 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
 
 
 def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
-    """What trains, in which precision, on how many rows a step."""
-    arguments, parameters, every = trainer.args, list(trainer.model.parameters()), trainer.recipe.sampling.every
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    """In which precision it trains, on how many rows a step, and what else is loaded."""
+    arguments, every = trainer.args, trainer.recipe.sampling.every
     vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
-        "training %s of %s parameters in %s, computing in %s; %d rows a step: %d ranks x %d rows x %d accumulated; "
-        "%d steps, %s; encoder: not loaded, VAE: %s",
-        f"{sum(parameter.numel() for parameter in trained):,}",
-        f"{sum(parameter.numel() for parameter in parameters):,}",
-        "/".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
+        "training in float32, computing in %s; %d rows a step: %d ranks x %d rows x %d accumulated; %d steps, %s; "
+        "encoder: not loaded, VAE: %s",
         trainer.record["arithmetic"],
         global_batch_size(arguments),
         arguments.world_size,

@@ -40,7 +40,8 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
             f"trainable: the transformer of {recipe.model!r} is quantised ({quantised.get('quant_method')}), so its "
             "own weights cannot train; set trainable.lora, or name a checkpoint that is not quantised"
         )
-    dtype = torch.bfloat16 if lora and mixed_precision == "bf16" else torch.float32
+    half = mixed_precision == "bf16"
+    dtype = torch.bfloat16 if lora and half else torch.float32
     model = family.load_transformer(recipe.model, dtype=dtype, empty=empty, **where)
     unused = family.without_gradient(model)
     if lora:
@@ -52,12 +53,11 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
     for name, parameter in parameters(model).items():
         if any(_matches(name, part) for part in unused):
             parameter.requires_grad_(False)  # it would stall DDP
+        if half and not lora and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"trainable: nothing trains; what {recipe.model!r} has by those names gets no gradient")
     low_lr_parameters(model, recipe.trainable.low_lr_modules)  # a name that matches nothing shows before all else
-    for parameter in model.parameters() if mixed_precision == "bf16" and not lora else ():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
@@ -69,29 +69,19 @@ def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool
     names = lora_targets(transformer, lora.target_modules, family.lora_presets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
     model = get_peft_model(transformer, config)
-    if not empty:
-        logger.info("LoRA: %d linear layers, rank %d, alpha %g", len(names), lora.rank, lora.alpha)
-        if lora.init_from is not None:
-            _load_lora(model, lora.init_from, convert=family.convert_lora)
-            logger.info("LoRA: started from %s", lora.init_from)
+    if lora.init_from is not None and not empty:
+        _load_lora(model, lora.init_from, convert=family.convert_lora)
+        logger.info("LoRA: started from %s", lora.init_from)
     return model
 
 
 def lora_targets(
     transformer: nn.Module, wanted: str | Sequence[str], presets: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Full names of the linear layers that a preset, or a list of last parts of names, stands for."""
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    matched = set()
-    for part in presets[wanted] if isinstance(wanted, str) else wanted:
-        found = {name for name in layers if f".{name}".endswith(f".{part}")}
-        if not found:
-            raise InputError(
-                f"trainable.lora.target_modules: {part!r} is not the end of any linear layer's name; "
-                f"there are {', '.join(presets['all-linear'])}, and the presets {', '.join(presets)}"
-            )
-        matched |= found
-    return sorted(matched)
+    """Full names of the linear layers that a preset, or a list of parts of names, stands for."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    parts = presets[wanted] if isinstance(wanted, str) else wanted
+    return sorted(_matching(layers, parts, "trainable.lora.target_modules", what="linear layer"))
 
 
 def low_lr_parameters(model: nn.Module, modules: Sequence[str]) -> list[nn.Parameter]:
@@ -108,15 +98,18 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _matching(named: Mapping[str, nn.Parameter], parts: Iterable[str], field: str) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
+def _matching(
+    named: Mapping[str, Any], parts: Iterable[str], field: str, *, what: str = "parameter that could train"
+) -> dict[str, Any]:
+    """Those of `named` that some part matches; InputError for a part that matches none of them."""
+    found: dict[str, Any] = {}
     for part in parts:
-        hits = {name: parameter for name, parameter in named.items() if _matches(name, part)}
+        hits = {name: one for name, one in named.items() if _matches(name, part)}
         if not hits:
             some = sorted({name.split(".")[0] for name in named})
             raise InputError(
-                f"{field}: {part!r} matches no parameter that could train; it must be whole parts of a dotted name "
-                f"below {', '.join(some)}, as 'transformer_blocks.0.attn'"
+                f"{field}: {part!r} matches no {what}; it must be whole parts of a dotted name below "
+                f"{', '.join(some)}, as 'transformer_blocks.0.attn'"
             )
         found |= hits
     return found
@@ -186,10 +179,9 @@ def _load_lora(model: PeftModel, source: str | Path, *, convert: Any) -> None:
     where = f"trainable.lora: {source}"
     tensors, metadata = read_lora(source, where=where, convert=convert)
     wanted, config = adapters(model), model.peft_config["default"]
-    misfits = sorted(wanted.keys() ^ tensors.keys())
-    both = sorted(wanted.keys() & tensors.keys())
-    misfits += [key for key in both if wanted[key].shape != tensors[key].shape or not tensors[key].is_floating_point()]
-    if misfits:
+    expected = {key: parameter.shape for key, parameter in wanted.items()}
+    found = {key: tensor.is_floating_point() and tensor.shape for key, tensor in tensors.items()}
+    if misfits := sorted(key for key in wanted.keys() | tensors.keys() if expected.get(key) != found.get(key)):
         raise InputError(
             f"{where} is not a LoRA of rank {config.r} on the layers that the recipe names: {len(misfits)} tensors "
             f"differ, the first is {misfits[0]}; set trainable.lora.rank and .target_modules to those of the file"

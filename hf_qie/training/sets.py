@@ -24,24 +24,22 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     """
     if recipe.sampling.every:
         check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
-    opened = {
-        name: open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
-        for name, task in recipe.tasks.items()
-        if task.weight > 0 or task.eval_rows
-    }
+    sets, provenances = {}, {}
+    for name, task in recipe.tasks.items():
+        if task.weight > 0 or task.eval_rows:
+            found = open_embeddings(task.embeddings or Path(recipe.extract.output_dir, name), task=name)
+            sets[name], provenances[name] = found
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
-    provenances = {name: provenance for name, (_, provenance) in opened.items()}
     check_compat(provenances, checkpoint, model=recipe.model)
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     latent_width, width = family.widths(config)
-    expected = {"embeddings": ("image_embeds", width), "latents": ("target_latents", latent_width)}
-    for name, (data, _) in opened.items():
-        for kind, (column, wanted) in expected.items():
-            if (found := matrix_width(data.features[column])) != wanted:
+    for name, data in sets.items():
+        for column, expected in (("image_embeds", width), ("target_latents", latent_width)):
+            if (found := matrix_width(data.features[column])) != expected:
                 raise InputError(
-                    f"tasks.{name}: its {kind} have width {found}, but {recipe.model} expects {wanted}; extract the "
-                    "set for this checkpoint"
+                    f"tasks.{name}: its {column} have width {found}, but {recipe.model} expects {expected}; extract "
+                    "the set for this checkpoint"
                 )
     if rank() == 0:
         for warning in unverified(provenances):
@@ -49,10 +47,9 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     from hf_qie.data.loader import check_caption_weights
     from hf_qie.data.online_latents import has_latents, made_from, with_files
 
-    check_caption_weights(recipe, {name: data for name, (data, _) in opened.items()})
-    sets = {}
-    for name, (data, provenance) in opened.items():
-        # a set of the Hub does not say where it was made
-        roots = [recipe.tasks[name].image_root] if recipe.tasks[name].image_root else made_from(provenance) or ["."]
+    check_caption_weights(recipe, sets)
+    for name, data in sets.items():
+        root = recipe.tasks[name].image_root
+        roots = [root] if root else made_from(provenances[name]) or ["."]  # a set of the Hub does not say where
         sets[name] = data if has_latents(data) else with_files(data, task=name, roots=roots)
     return sets

@@ -4,14 +4,14 @@ And what the models made of it, as columns of a set.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 import torch
 
-from hf_qie.data.schema import SOURCES, Column
+from hf_qie.data.schema import SOURCES
 from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
 from hf_qie.models.base import Prompt, PromptEmbeddings, Size
@@ -75,15 +75,6 @@ def same_size(images: Sequence[SizedFile], *, batch_size: int) -> list[list[Size
     for image in dict.fromkeys(images):
         by_size[image[1]].append(image)
     return [alike[i : i + batch_size] for alike in by_size.values() for i in range(0, len(alike), batch_size)]
-
-
-def latent_columns(
-    direction: Direction, latents: Mapping[SizedFile, np.ndarray], columns: Sequence[Column], *, width: int
-) -> dict[str, np.ndarray]:
-    """The columns of latents `[S, width]` of one direction; those of several images one after the other."""
-    none = np.empty((0, width), np.float16)
-    parts = {column.name: [latents[image] for image in direction.images[column.of]] for column in columns}
-    return {direction.prefix + name: np.concatenate(some) if some else none for name, some in parts.items()}
 
 
 def to_float16(values: torch.Tensor) -> np.ndarray:

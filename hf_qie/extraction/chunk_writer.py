@@ -24,8 +24,7 @@ from PIL import Image
 from hf_qie.data.images import to_pixels
 from hf_qie.data.samples import BadRow
 from hf_qie.data.schema import to_table
-from hf_qie.errors import InputError
-from hf_qie.extraction.batching import fits_float16, latent_columns, like_length, same_size, shared_passes, to_float16
+from hf_qie.extraction.batching import fits_float16, like_length, same_size, shared_passes, to_float16
 from hf_qie.extraction.manifest import Counts, complete_chunk
 from hf_qie.extraction.plan import Plan, SizedFile
 from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
@@ -217,20 +216,19 @@ class ChunkWriter:
         counts: Counts,
     ) -> pa.Table:
         """The good rows in the order of the input; the bad ones are listed in `counts`."""
-        made, places, captions = [], [], self.plan.task.columns.captions
+        made, places = [], []
         for row, one in zip(rows, ready, strict=True):
             result = self._columns(one, embeds, latents) if isinstance(one, Prepared) else one
             if isinstance(result, BadRow):
-                note_bad(row, result, self.plan, counts)
+                counts.add_bad(row, result, self.plan, where=f"tasks.{self.plan.task.name}: row {row['row']}")
                 continue
+            counts.add_good(row, self.plan)
             if isinstance(result, pa.Table):
                 counts.rows_reused += 1
                 places.append(result)
             else:
                 places.append(len(made))
                 made.append(result)
-            counts.rows_without_caption += not any(row["texts"][caption] for caption in captions)
-        counts.rows_out += len(places)
         table = to_table(made, self.features)
         return in_order(table, places) if len(made) < len(places) else table
 
@@ -238,25 +236,15 @@ class ChunkWriter:
         self, row: Prepared, embeds: Mapping[int, dict[str, np.ndarray]], latents: Mapping[SizedFile, np.ndarray]
     ) -> dict[str, Any] | BadRow:
         """All columns of a row, or why its numbers cannot be stored."""
-        columns = dict(row.columns)
+        columns, none = dict(row.columns), np.empty((0, self.plan.family.latent_width), np.float16)
         for one in row.directions:
             columns |= embeds[id(one)]
-            if self.plan.extract.latents:
-                stored, width = self.plan.stored("latents", one.prefix), self.plan.family.latent_width
-                columns |= latent_columns(one, latents, stored, width=width)
+            for column in self.plan.stored("latents", one.prefix) if self.plan.extract.latents else ():
+                parts = [latents[image] for image in one.images[column.of]]  # of several images one after the other
+                columns[one.prefix + column.name] = np.concatenate([none, *parts])
         arrays = {name: columns[name] for name in self.features if isinstance(columns.get(name), np.ndarray)}
         unfit = [name for name, value in arrays.items() if not fits_float16(value)]
         return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
-
-
-def note_bad(row: Mapping[str, Any], bad: BadRow, plan: Plan, counts: Counts) -> None:
-    """List a bad row, or stop the run where the recipe says so: raises InputError."""
-    if plan.extract.on_bad_row == "fail":
-        raise InputError(
-            f"tasks.{plan.task.name}: row {row['row']}: {bad.named}; fix it, or set extract.on_bad_row: skip to list "
-            "such rows and go on"
-        ) from bad
-    counts.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
 
 
 def outside_loops(function: Callable[[], object]) -> None:

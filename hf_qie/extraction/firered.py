@@ -11,7 +11,7 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -194,28 +194,16 @@ def _write_chunk(foreign: Foreign, path: Path, rows: range, *, part: Path, reade
         for first in range(rows.start, rows.stop, WINDOW_ROWS):
             window = plan.rows.table.select(range(first, min(first + WINDOW_ROWS, rows.stop)))
             reads = [(row, readers.submit(foreign.columns, row)) for row in window]
-            good = [columns for row, read in reads if (columns := _kept(foreign, counts, row, read))]
-            counts.rows_out += len(good)
-            if good:
-                writer.write_table(to_table(good, features))
+            good = []
+            for row, read in reads:
+                try:
+                    good.append(read.result())
+                    counts.add_good(row, plan)
+                except BadRow as bad:
+                    counts.add_bad(row, bad, plan, where=foreign.table[row["row"]]["where"])
+            writer.write_table(to_table(good, features))
         writer.finalize()
     complete_chunk(part, path, counts)
-
-
-def _kept(foreign: Foreign, counts: Counts, row: Mapping[str, Any], read: Future) -> dict[str, Any] | None:
-    """The columns of a good row; a bad one is listed, or stops the run where the recipe says so."""
-    try:
-        columns = read.result()
-    except BadRow as bad:
-        if foreign.plan.extract.on_bad_row == "fail":
-            raise InputError(
-                f"{foreign.table[row['row']]['where']}: {bad.named}; fix it, or set extract.on_bad_row: skip to list "
-                "such rows and go on"
-            ) from bad
-        counts.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
-        return None
-    counts.rows_without_caption += not any(row["texts"][name] for name in foreign.plan.task.columns.captions)
-    return columns
 
 
 def _key_of(caption: str) -> str:

@@ -5,10 +5,14 @@ complete.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_qie.data.samples import BadRow
+from hf_qie.errors import InputError
+from hf_qie.extraction.plan import Plan
 from hf_qie.runtime.files import move_durably, size_misfit, write_durably, written
 
 STAGING = "staging"  # folder in that of a set, until the set is complete: what is not to be read as part of it
@@ -31,6 +35,18 @@ class Counts:
         """Add those of other rows."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def add_good(self, row: Mapping[str, Any], plan: Plan) -> None:
+        """Count a row that is written."""
+        self.rows_out += 1
+        self.rows_without_caption += not any(row["texts"][caption] for caption in plan.task.columns.captions)
+
+    def add_bad(self, row: Mapping[str, Any], bad: BadRow, plan: Plan, *, where: str) -> None:
+        """List a bad row, or stop the run where the recipe says so: raises InputError."""
+        if plan.extract.on_bad_row == "fail":
+            remedy = "fix it, or set extract.on_bad_row: skip to list such rows and go on"
+            raise InputError(f"{where}: {bad.named}; {remedy}") from bad
+        self.bad.append({"row": row["row"], "column": bad.column, "path": bad.path, "reason": bad.reason})
 
 
 def manifest_path(chunk: Path) -> Path:

@@ -73,22 +73,19 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
 
     from hf_qie.extraction.contact_sheet import contact_sheet
     from hf_qie.extraction.estimate import check_space
-    from hf_qie.extraction.reuse import is_remade
     from hf_qie.extraction.stats import report, survey
     from hf_qie.plots import noise_chart
     from hf_qie.training.objective import noise_levels
 
     processor = family.load_processor(recipe.model, revision=recipe.revision)
-    width = family.encoder_width(recipe.model, revision=recipe.revision)
     per_device = training_arguments()["per_device_train_batch_size"][1]
     batch_rows = recipe.mix.same_shape or recipe.training.get("per_device_train_batch_size", per_device)
-    output_dir = Path(recipe.extract.output_dir)
-    folder = output_dir / FIRST_LOOK
+    folder = Path(recipe.extract.output_dir, FIRST_LOOK)
     folder.mkdir(parents=True, exist_ok=True)
     num_bytes, problems = {}, []
     for name, plan in plans.items():
         with tqdm(desc=name, unit="row", total=len(plan.rows.table), disable=None) as bar:
-            found = survey(plan, processor, width=width, progress=bar.update)
+            found = survey(plan, processor, progress=bar.update)
         sheet = folder / f"{name}.png"
         contact_sheet(plan, seed=recipe.seed).save(sheet)
         show(report(found, recipe.mix, batch_rows=batch_rows, findings=folder / f"{name}.jsonl"))
@@ -99,8 +96,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     noise_chart(**noise_levels(recipe)).savefig(chart)
     show(f"{chart}: the noise levels of training, and the steps of sampling")
     try:
-        remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]
-        show(check_space(num_bytes, output_dir, remade=remade))
+        show(check_space(num_bytes, plans))
     except InputError as error:
         problems.append(str(error))
     return problems

@@ -31,37 +31,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--empty_text", type=to_path)
     arguments = parser.parse_intermixed_args(argv)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    recipe = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"latents": False})})
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, "extract.latents=false"])
     if arguments.empty_text and not arguments.empty_text.is_file():
         raise InputError(f"--empty_text: {arguments.empty_text} not found")
     if world_size() > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     from hf_qie.extraction.firered import convert_task, open_foreign
     from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, closing_line, has_too_many_bad
+    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, has_too_many_bad, log_set
     from hf_qie.hub.publish import open_repo, push_unless_bad
     from hf_qie.models.base import read_family
 
-    family, sources = read_family(recipe.model, revision=recipe.revision), {}
+    family, sources = read_family(recipe.model, revision=recipe.revision), []
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as name:
-        folder = Path(name)
-        for name, task in own_tasks(recipe).items():
-            plan = make_plan(recipe, task, family, folder, refuse=True)
-            sources[name] = open_foreign(plan, folder, recipe, empty_text=arguments.empty_text)
+        for task in own_tasks(recipe).values():
+            plan = make_plan(recipe, task, family, Path(name), refuse=True)
+            sources.append(open_foreign(plan, Path(name), empty_text=arguments.empty_text))
     if recipe.extract.push_to_hub:
         open_repo(recipe.extract)  # finds out before the work whether the sets can be published
-    check_disk(recipe, family, {name: foreign.plan for name, foreign in sources.items()})
-    code = 0
-    for name, foreign in sources.items():
-        started, folder = time.monotonic(), Path(recipe.extract.output_dir, name)
-        if not convert_task(foreign, recipe):
-            logger.info("%s: chunks are left to other launches; the one that writes the last finishes the set", name)
-            continue
-        logger.info(closing_line(name, folder, minutes=(time.monotonic() - started) / 60))
-        if has_too_many_bad(recipe, folder, log=True):
-            code = TOO_MANY_BAD
-    if recipe.extract.push_to_hub and are_finished(Path(recipe.extract.output_dir, name) for name in sources):
+    check_disk({source.plan.task.name: source.plan for source in sources})
+    for source in sources:
+        started = time.monotonic()
+        if convert_task(source):
+            log_set(recipe, source.plan.folder, minutes=(time.monotonic() - started) / 60)
+        else:
+            logger.info("%s: other launches write its last chunks, and finish it", source.plan.task.name)
+    finished = [source.plan.folder for source in sources if are_finished([source.plan.folder])]
+    code = TOO_MANY_BAD if any(has_too_many_bad(recipe, folder) for folder in finished) else 0
+    if recipe.extract.push_to_hub and len(finished) == len(sources):
         push_unless_bad(recipe, code)
     return code
 

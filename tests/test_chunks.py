@@ -54,17 +54,17 @@ class Job:
 
     @property
     def writer(self) -> SetWriter:
-        return SetWriter(self.plan, REQUEST, recipe=self.recipe)
+        return SetWriter(self.plan, REQUEST)
 
     def open(self) -> None:
         self.writer.open()
 
     def write(self, models: Models) -> None:
-        write_chunks(self.writer, lambda: models, self.plan.features(models.encoder.width))
+        write_chunks(self.writer, lambda: models)
 
     def finish(self, models: Models) -> bool:
         """Whether the set is complete, by this launch or another."""
-        self.writer.finish(self.plan.features(models.encoder.width), record_of(self.writer, torch.device("cpu")))
+        self.writer.finish(record_of(self.writer, torch.device("cpu")))
         return self.writer.is_finished
 
     def run(self, models: Models) -> dict[str, bytes]:

@@ -88,7 +88,7 @@ def test_the_outlook_of_a_row_is_what_it_is_prepared_to(kind, tmp_path, tiny, bu
     plans, processor = plans_of(write_recipe(tmp_path, model, rows, extract=sizes), tmp_path / "mapped")
     for plan in plans.values():
         given = list(plan.rows.table)
-        for row, look in zip(given, outlooks(given, plan, processor, width=WIDTH), strict=True):
+        for row, look in zip(given, outlooks(given, plan, processor), strict=True):
             prepared = prepare(row, ImageCache([row], plan), plan=plan, processor=processor)
             num_embeds = {}
             for direction in prepared.directions:
@@ -109,13 +109,13 @@ def test_the_estimate_is_what_extraction_writes(extracted, tmp_path, tiny):
         assert plan.family.encoder_width(str(tiny()), revision=None) == WIDTH
         written = sum(path.stat().st_size for path in (extracted.parent / "sets" / name).glob("*.arrow"))
         # left out are Arrow's own headers, some KB for the rows of a batch: of 7B's vectors it is nothing
-        assert 0 < written - estimate_bytes(plan, processor, width=WIDTH) < 0.02 * written + 6000
+        assert 0 < written - estimate_bytes(plan, processor) < 0.02 * written + 6000
 
 
 def test_the_outlook_counts_every_vector_of_a_set(extracted, tmp_path):
     plans, processor = plans_of(extracted, tmp_path)
     for name, plan in plans.items():
-        looks = outlooks(list(plan.rows.table), plan, processor, width=WIDTH)
+        looks = outlooks(list(plan.rows.table), plan, processor)
         for look, row in zip(looks, load_from_disk(extracted.parent / "sets" / name), strict=True):
             assert look.num_embeds == {name: len(v) for name, v in row.items() if "embeds" in name and v is not None}
             latents = [values for column, values in row.items() if "latents" in column and values]
@@ -128,6 +128,6 @@ def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):
     rows = [{"source_image": "p.png", "target_image": "p.png", "instruction": "x" * (i % 50)} for i in range(1200)]
     assert len(rows) > 2 * SAMPLE_ROWS
     plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"many": rows}), tmp_path / "mapped")
-    whole = survey(plans["many"], processor, width=WIDTH, progress=lambda rows: None).num_bytes
-    sample = estimate_bytes(plans["many"], processor, width=WIDTH)
+    whole = survey(plans["many"], processor, progress=lambda rows: None).num_bytes
+    sample = estimate_bytes(plans["many"], processor)
     assert sample == pytest.approx(whole, rel=0.01)  # every caption length as often, by turns

@@ -185,7 +185,7 @@ def test_what_is_reused_and_what_is_not_is_said_once_and_so_is_a_set_that_is_lef
     assert "6 rows in, 6 out (5 of them reused), 0 bad; " in caplog.text
     caplog.clear()
     task.run()
-    assert "task: finished before: 6 rows in, 6 out, 0 bad; delete " in caplog.text
+    assert "task: finished before: 6 rows in, 6 out (5 of them reused), 0 bad; delete " in caplog.text
     assert "tokens run" not in caplog.text
 
 
@@ -329,13 +329,15 @@ class Set(SetWriter):
     def __init__(self, home: Path, names: str):
         self.names = names.split()
         table = Dataset(pa.table({"digest": pa.array([name.encode().ljust(16) for name in self.names])}))
-        plan = SimpleNamespace(rows=SimpleNamespace(table=table), task=SimpleNamespace(name="task"))
-        extract = SimpleNamespace(output_dir=home, shard=None, overwrite=False, dtype="auto", chunk_rows=1)
+        extract = SimpleNamespace(shard=None, overwrite=False, dtype="auto", chunk_rows=1)
+        plan = SimpleNamespace(
+            rows=SimpleNamespace(table=table), folder=home / "task", extract=extract, features=FEATURES
+        )
         request = {"compat": {"format": 1}, "data": names, "identity": names}
-        super().__init__(plan, request, recipe=SimpleNamespace(extract=extract))
+        super().__init__(plan, request)
 
     def start(self) -> None:
-        self.open(digests_of(self.plan.rows.table))
+        self.open()
 
     def add_chunk(self) -> None:
         path, rows, lock = next(self.claims())
@@ -362,7 +364,7 @@ def test_a_launch_finds_out_that_another_one_has_begun_its_set_anew(tmp_path):
     for other in (one.add_chunk, lambda: next(one.claims())):
         with pytest.raises(InputError, match="task: another launch began it anew, from other data"):
             other()
-    assert not one.finish(FEATURES, {})
+    assert not one.finish({})
     two.add_chunk()
 
 
@@ -392,7 +394,7 @@ def test_a_set_is_not_begun_anew_while_a_chunk_of_it_is_written(tmp_path):
 def test_a_set_that_another_launch_has_finished_is_left_as_it_is(tmp_path):
     one = Set(tmp_path, "a").finished()
     before = content(tmp_path)
-    assert not one.finish(FEATURES, {})
+    assert not one.finish({})
     assert content(tmp_path) == before
 
 

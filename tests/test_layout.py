@@ -16,7 +16,7 @@ LAYERS = (
     "models.qwen_image.pipeline models.qwen_image.tiny models.qwen_image.family data.seeding data.schema data.fetch "
     "data.tables data.readers data.samples data.images data.provenance "
     "data.embedding_sets hub.dataset_card hub.redact hub.publish extraction.plan "
-    "extraction.preprocess extraction.estimate extraction.batching extraction.manifest extraction.reuse "
+    "extraction.preprocess extraction.manifest extraction.reuse extraction.estimate extraction.batching "
     "extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered convert "
     "data.mixture data.collate data.online_latents data.loader training.objective "
     "training.fsdp training.model training.cost training.metrics training.evaluation "

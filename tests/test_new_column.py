@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset, DatasetInfo, Features, List, Value, load_from_disk
 from PIL import Image
-from small_recipes import WIDTH, plans_of, write_recipe
+from small_recipes import plans_of, write_recipe
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data import schema
@@ -142,7 +142,7 @@ def test_a_new_column_is_validated(recipe, tmp_path):
 def test_a_new_column_is_looked_at_and_verified_before_and_after_extraction(recipe, tmp_path):
     plans, processor = plans_of(recipe, tmp_path / "mapped")
     plan, rows = plans["edit"], list(plans["edit"].rows.table)
-    *looks, bad = outlooks(rows, plan, processor, width=WIDTH)
+    *looks, bad = outlooks(rows, plan, processor)
     assert (bad.column, bad.path) == ("mask_image", "mask_5.png")
     assert [name for name, _ in given(rows[0])] == ["source", "mask"]
     assert extract([str(recipe)]) == 0

@@ -64,7 +64,7 @@ class ChunkWriter:
 
     def __init__(self, plan: Plan, models: Models, *, progress: Callable[[int], Any], reuse: Reuse | None = None):
         self.plan, self.models, self.progress, self.reuse = plan, models, progress, reuse
-        self.features = plan.features(models.encoder.width)
+        self.features = plan.features
         self.batch_size = plan.extract.batch_size
 
     def __enter__(self) -> "ChunkWriter":

@@ -5,7 +5,7 @@ No pixel is decoded and no model is loaded, so that it is known before anything 
 
 import hashlib
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
 from hf_qie.extraction.plan import File, Plan, files_of, image_files
+from hf_qie.extraction.reuse import is_remade
 from hf_qie.models.base import BadPrompt, PromptLengths
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
@@ -49,10 +50,8 @@ class Outlook:
     num_bytes: int  # in the set
 
 
-def outlooks(
-    rows: Sequence[Row], plan: Plan, processor: Any, *, width: int, fetch: bool = True
-) -> list[Outlook | BadRow]:
-    """What each row becomes, or why extraction will list it as bad; `width`: D of the encoder.
+def outlooks(rows: Sequence[Row], plan: Plan, processor: Any, *, fetch: bool = True) -> list[Outlook | BadRow]:
+    """What each row becomes, or why extraction will list it as bad.
 
     Without `fetch` an image behind a URL counts as a square: its shape hardly moves the size of a set.
     """
@@ -67,7 +66,7 @@ def outlooks(
         for _, images, captions in plan.ways(row)
     ]
     lengths = iter(plan.family.prompt_lengths(processor, prompts))
-    return [reason or _outlook(row, headers, plan, lengths, width) for row, reason in zip(rows, bad, strict=True)]
+    return [reason or _outlook(row, headers, plan, lengths) for row, reason in zip(rows, bad, strict=True)]
 
 
 def _header(file: File, *, plan: Plan, fetch: bool) -> Header | BadImage | BadUrl:
@@ -102,7 +101,7 @@ def _captions(row: Row, names: Sequence[str], plan: Plan) -> dict[str, str]:
 
 
 def _outlook(
-    row: Row, headers: Mapping[File, Header], plan: Plan, lengths: Iterator[PromptLengths | BadPrompt], width: int
+    row: Row, headers: Mapping[File, Header], plan: Plan, lengths: Iterator[PromptLengths | BadPrompt]
 ) -> Outlook | BadRow:
     """What a row becomes, in the steps of `prepare`; takes the lengths of its prompts from `lengths`."""
     num_tokens, num_embeds, grid_columns, num_latents = {}, {}, {}, 0
@@ -135,30 +134,30 @@ def _outlook(
         num_tokens=num_tokens,
         num_embeds=num_embeds,
         grids=grid_columns,
-        num_bytes=ROW_BYTES + len("".join(texts).encode()) + 2 * (width * sum(num_embeds.values()) + num_latents),
+        num_bytes=ROW_BYTES + len("".join(texts).encode()) + 2 * (plan.width * sum(num_embeds.values()) + num_latents),
     )
 
 
-def estimate_bytes(plan: Plan, processor: Any, *, width: int) -> int:
+def estimate_bytes(plan: Plan, processor: Any) -> int:
     """Bytes that the set of `plan` will take, from rows spread evenly over its data."""
     table = plan.rows.table
     sample = np.linspace(0, len(table) - 1, min(SAMPLE_ROWS, len(table))).round().astype(int)
-    looks = outlooks([table[int(row)] for row in sample], plan, processor, width=width, fetch=False)
+    looks = outlooks([table[int(row)] for row in sample], plan, processor, fetch=False)
     return round(len(table) * np.mean([look.num_bytes if isinstance(look, Outlook) else 0 for look in looks]))
 
 
-def check_space(num_bytes: Mapping[str, int], output_dir: Path, *, remade: Collection[str] = ()) -> str:
-    """What is still to be written under `output_dir`, and what is free; `num_bytes`: of each task's complete set.
+def check_space(num_bytes: Mapping[str, int], plans: Mapping[str, Plan]) -> str:
+    """What is still to be written for sets of `num_bytes`, by task, and what is free.
 
-    Of tasks that are `remade`, what is there stays until they are complete again.
-    Raises InputError where it does not fit. What is there already is kept, or deleted to make room for as much.
+    What is there already is kept, or deleted to make room for as much; but a set whose data changed stays until it is
+    complete again. Raises InputError where it does not fit.
     """
-    wanted = 0
-    for name, size in num_bytes.items():
-        if name in remade:
-            wanted += size
-        elif not (output_dir / name / PROVENANCE).exists():
-            wanted += max(0, size - sum(chunk.stat().st_size for chunk in (output_dir / name).glob("*.arrow")))
+    wanted, output_dir = 0, next(iter(plans.values())).folder.parent
+    for name, plan in plans.items():
+        if is_remade(plan):
+            wanted += num_bytes[name]
+        elif not (plan.folder / PROVENANCE).exists():
+            wanted += max(0, num_bytes[name] - sum(chunk.stat().st_size for chunk in plan.folder.glob("*.arrow")))
     folder = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
     words = f"{output_dir}: about {wanted:,} bytes to write ({wanted / 1e9:,.2f} GB)"

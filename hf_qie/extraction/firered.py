@@ -12,7 +12,7 @@ import pickle
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_qie.config.recipe import Recipe, as_dict
+from hf_qie.config.recipe import as_dict
 from hf_qie.data.fetch import is_url
 from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 from hf_qie.data.readers import open_data
@@ -61,7 +61,6 @@ class Foreign:
 
     plan: Plan
     table: Dataset
-    width: int  # D of the checkpoint's encoder
     empty_text: Path | None  # the embeddings of the empty text without images
 
     def columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,8 +106,8 @@ class Foreign:
             embeds = matrix_in(read_tensors(path), key)
         except ValueError as error:
             raise BadRow(str(error), column=key, path=path) from error
-        if embeds.shape[1] != self.width:
-            reason = f"embeddings are {embeds.shape[1]} wide, those of this checkpoint {self.width}"
+        if embeds.shape[1] != self.plan.width:
+            reason = f"embeddings are {embeds.shape[1]} wide, those of this checkpoint {self.plan.width}"
             raise BadRow(reason, column=key, path=path)
         return embeds
 
@@ -123,7 +122,7 @@ class Foreign:
         return UNKNOWN
 
 
-def open_foreign(plan: Plan, folder: Path, recipe: Recipe, *, empty_text: Path | None) -> Foreign:
+def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreign:
     """The files that the data of `plan` names; the table lies memory-mapped in `folder`.
 
     Raises InputError where no row names one, or the caption columns do not tell which is which.
@@ -152,16 +151,14 @@ def open_foreign(plan: Plan, folder: Path, recipe: Recipe, *, empty_text: Path |
             "_droptext; give the JSONL files that the extraction wrote, not those that it read"
         )
     if not any(key.endswith("_inv") for key in named):  # rows may have inverse captions all the same
-        plan = replace(plan, extract=plan.extract.model_copy(update={"inverse": False}))
-    width = plan.family.encoder_width(recipe.model, revision=recipe.revision)
-    return Foreign(plan=plan, table=Dataset.from_file(str(path)), width=width, empty_text=empty_text)
+        plan = plan.changed(inverse=False)
+    return Foreign(plan=plan, table=Dataset.from_file(str(path)), empty_text=empty_text)
 
 
-def convert_task(foreign: Foreign, recipe: Recipe) -> bool:
+def convert_task(foreign: Foreign) -> bool:
     """Write the set of a task, as far as no other launch does; returns whether it is complete."""
     plan = foreign.plan
-    recipe = recipe.model_copy(update={"extract": plan.extract})
-    writer = SetWriter(plan, request_of(plan, COMPAT, recipe, dtype=foreign.dtype()), recipe=recipe)
+    writer = SetWriter(plan, request_of(plan, COMPAT, dtype=foreign.dtype()), can_reuse=False)
     writer.open()
     if writer.is_finished:
         return True
@@ -180,17 +177,16 @@ def convert_task(foreign: Foreign, recipe: Recipe) -> bool:
         "versions": {name: version(name) for name in ("torch", "datasets", "pillow")},
         "dtype": writer.request["dtype"],
         "converted_from": ".pt files of another trainer",
-        "recipe": as_dict(recipe),
+        "recipe": as_dict(plan.recipe),
     }
-    writer.finish(plan.features(foreign.width), record)
+    writer.finish(record)
     return writer.is_finished
 
 
 def _write_chunk(foreign: Foreign, path: Path, rows: range, *, part: Path, readers: Executor) -> None:
     """Write rows into the file `part`, which becomes `path` once it is complete and its manifest is on disk."""
     plan, counts = foreign.plan, Counts(rows_in=len(rows))
-    features = plan.features(foreign.width)
-    with ArrowWriter(features=features, path=str(part)) as writer:
+    with ArrowWriter(features=plan.features, path=str(part)) as writer:
         for first in range(rows.start, rows.stop, WINDOW_ROWS):
             window = plan.rows.table.select(range(first, min(first + WINDOW_ROWS, rows.stop)))
             reads = [(row, readers.submit(foreign.columns, row)) for row in window]
@@ -201,7 +197,7 @@ def _write_chunk(foreign: Foreign, path: Path, rows: range, *, part: Path, reade
                     counts.add_good(row, plan)
                 except BadRow as bad:
                     counts.add_bad(row, bad, plan, where=foreign.table[row["row"]]["where"])
-            writer.write_table(to_table(good, features))
+            writer.write_table(to_table(good, plan.features))
         writer.finalize()
     complete_chunk(part, path, counts)
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,25 @@ SizedFile = tuple[File, Size]  # and the size that the VAE sees
 class Plan:
     """All that decides what the rows of a task become."""
 
-    task: Task
+    recipe: Recipe
+    task: Task  # as in the recipe, with a caption column for each caption of a list
     family: Family
-    extract: Extract
     rows: Rows
+
+    @property
+    def extract(self) -> Extract:
+        """The section of the recipe."""
+        return self.recipe.extract
+
+    @property
+    def folder(self) -> Path:
+        """Where the set of the task lies."""
+        return Path(self.extract.output_dir, self.task.name)
+
+    def changed(self, **settings: Any) -> "Plan":
+        """The plan with other values of keys of `extract`."""
+        extract = self.extract.model_copy(update=settings)
+        return replace(self, recipe=self.recipe.model_copy(update={"extract": extract}))
 
     @property
     def target_area_px(self) -> int:
@@ -55,10 +71,16 @@ class Plan:
         """The columns of a kind that the set stores of a direction, by the prefix of its columns."""
         return [one for one in columns_of(kind) if one.is_stored(prefix, other_area=self.inverse_latents)]
 
-    def features(self, width: int) -> Features:
-        """Columns of the set for an encoder of that `width`."""
+    @cached_property
+    def width(self) -> int:
+        """D of the prompt encoder."""
+        return self.family.encoder_width(self.recipe.model, revision=self.recipe.revision)
+
+    @cached_property
+    def features(self) -> Features:
+        """Columns of the set."""
         return set_features(
-            width=width,
+            width=self.width,
             latent_width=self.family.latent_width,
             captions=self.task.columns.captions,
             inverse_captions=self.inverse_captions,
@@ -149,13 +171,11 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 
     Raises InputError.
     """
-    limits = recipe.extract if refuse else None
-    return plan_of(
-        recipe, task, family, read_rows(task, folder=folder, max_sources=family.max_sources, extract=limits)
-    )
+    extract = recipe.extract if refuse else None
+    rows = read_rows(task, folder=folder, max_sources=family.max_sources, extract=extract)
+    return plan_of(recipe, task, family, rows)
 
 
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
-    task = task.model_copy(update={"columns": rows.columns})
-    return Plan(task=task, family=family, extract=recipe.extract, rows=rows)
+    return Plan(recipe=recipe, task=task.model_copy(update={"columns": rows.columns}), family=family, rows=rows)

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features
 
 from hf_qie.data.provenance import PROVENANCE, files_of, read_provenance, request_differences
-from hf_qie.data.samples import Rows
 from hf_qie.errors import InputError
 from hf_qie.extraction.manifest import STAGING, read_manifest
+from hf_qie.extraction.plan import Plan
 from hf_qie.runtime.files import misfit
 
 REQUEST = f"{STAGING}/request.json"  # what an incomplete set is made from
@@ -70,14 +70,14 @@ class Reuse:
         return pa.table(arrays, schema=schema)
 
 
-def find_reuse(folder: Path, table: Dataset, features: Features) -> Reuse | None:
-    """The rows of previous sets that the set in `folder` takes over; None where there is no previous set."""
-    request, folders = read_request(folder), []
-    for previous in previous_sets(folder):
+def find_reuse(plan: Plan) -> Reuse | None:
+    """The rows of previous sets that the set of `plan` takes over; None where there is no previous set."""
+    request, folders = read_request(plan.folder), []
+    for previous in previous_sets(plan.folder):
         found = read_request(previous)
         if found and request_differences(found, request) in ([], ["data"]):
             folders.append(previous)
-    return Reuse(folders, table, features) if folders else None
+    return Reuse(folders, plan.rows.table, plan.features) if folders else None
 
 
 def in_order(made: pa.Table, places: Sequence[int | pa.Table]) -> pa.Table:
@@ -87,18 +87,18 @@ def in_order(made: pa.Table, places: Sequence[int | pa.Table]) -> pa.Table:
     return pa.concat_tables(rows).combine_chunks()
 
 
-def can_reuse(folder: Path, digests: np.ndarray) -> bool:
+def has_reusable(plan: Plan) -> bool:
     """Whether a set is made anew after its data changed: a finished one only if some of its rows are the same."""
-    sets = [folder, *previous_sets(folder)]
-    return not any((one / PROVENANCE).exists() for one in sets) or any(
-        _share(read_digests(one), digests) for one in sets
-    )
+    sets, digests = [plan.folder, *previous_sets(plan.folder)], digests_of(plan.rows.table)
+    is_finished = any((one / PROVENANCE).exists() for one in sets)
+    return not is_finished or any(_share(read_digests(one), digests) for one in sets)
 
 
-def is_remade(folder: Path, rows: Rows) -> bool:
-    """Whether the set in `folder` is of other data than `rows`, and has some of them."""
-    found = read_request(folder)
-    return bool(found and found.get("data") != rows.digest) and _share(read_digests(folder), digests_of(rows.table))
+def is_remade(plan: Plan) -> bool:
+    """Whether the set that is there is of other data than those of `plan`, and has some of its rows."""
+    found = read_request(plan.folder)
+    is_other = bool(found and found.get("data") != plan.rows.digest)
+    return is_other and _share(read_digests(plan.folder), digests_of(plan.rows.table))
 
 
 def previous_sets(folder: Path) -> list[Path]:

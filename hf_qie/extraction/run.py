@@ -19,7 +19,6 @@ from uuid import uuid4
 
 import datasets
 import torch
-from datasets import Features
 from tqdm import tqdm
 
 from hf_qie.config.recipe import Recipe, Task, as_dict
@@ -30,7 +29,7 @@ from hf_qie.extraction.chunk_writer import ChunkWriter, Models
 from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
 from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
-from hf_qie.extraction.reuse import digests_of, find_reuse, is_remade
+from hf_qie.extraction.reuse import find_reuse
 from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
 from hf_qie.runtime.cli import speaking
@@ -65,7 +64,7 @@ def extract(recipe: Recipe) -> Outcome:
     is_last = rank() == 0 and not opened
     for name, known in opened.items():
         if plan := open_plan(recipe, tasks[name], family, **known):
-            is_last = write_set(SetWriter(plan, known["request"], recipe=recipe), load, device) or is_last
+            is_last = write_set(SetWriter(plan, known["request"]), load, device) or is_last
     folders = [Path(recipe.extract.output_dir, name) for name in tasks]
     is_bad = are_finished(folders) and any(has_too_many_bad(recipe, folder) for folder in folders)
     return Outcome(code=TOO_MANY_BAD if is_bad else 0, is_last=is_last)
@@ -76,7 +75,7 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
     with TemporaryDirectory(prefix="hf_qie-rows-") as name:
         folder, opened = Path(name), {}
         plans = {name: make_plan(recipe, task, family, folder, refuse=True) for name, task in tasks.items()}
-        check_disk(recipe, family, plans)
+        check_disk(plans)
         if (side := recipe.extract.source_sample_size) and side**2 != family.vae_area_px:
             logger.warning(
                 "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the VAE %s pixels; "
@@ -86,12 +85,10 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
         compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
         dtype = compute_dtype(recipe.extract.dtype, device)
         for name, plan in plans.items():
-            writer = SetWriter(plan, request_of(plan, compat, recipe, dtype=dtype), recipe=recipe)
-            writer.open(digests_of(plan.rows.table))
+            writer = SetWriter(plan, request_of(plan, compat, dtype=dtype))
+            writer.open()
             if writer.is_finished:
-                counts = "{rows_in:,} rows in, {rows_out:,} out, {bad:,} bad".format_map(counts_of(writer.folder))
-                logger.info("%s: finished before: %s; delete %s to extract it again", name, counts, writer.folder)
-                has_too_many_bad(recipe, writer.folder, log=True)
+                log_set(recipe, writer.folder)
                 continue
             table = writer.staging / ROWS
             if not table.exists():  # by an earlier launch, of the same data
@@ -115,14 +112,11 @@ def open_plan(
         return plan_of(recipe, task, family, open_rows(task, folder / STAGING / ROWS, stored=stored, **rows))
 
 
-def check_disk(recipe: Recipe, family: Family, plans: Mapping[str, Plan]) -> None:
+def check_disk(plans: Mapping[str, Plan]) -> None:
     """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
-    output_dir = Path(recipe.extract.output_dir)
-    remade = [name for name, plan in plans.items() if is_remade(output_dir / name, plan.rows)]
-    processor = family.load_processor(recipe.model, revision=recipe.revision)
-    width = family.encoder_width(recipe.model, revision=recipe.revision)
-    num_bytes = {name: estimate_bytes(plan, processor, width=width) for name, plan in plans.items()}
-    logger.info(check_space(num_bytes, output_dir, remade=remade))
+    first = next(iter(plans.values()))
+    processor = first.family.load_processor(first.recipe.model, revision=first.recipe.revision)
+    logger.info(check_space({name: estimate_bytes(plan, processor) for name, plan in plans.items()}, plans))
 
 
 def load_models(recipe: Recipe, family: Family, *, dtype: torch.dtype, device: torch.device) -> Models:
@@ -140,33 +134,29 @@ def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.de
 
     `load` gives the models in a dtype. Returns whether this process finished the last set of the recipe.
     """
-    started, recipe, name = time.monotonic(), writer.recipe, writer.plan.task.name
-    features = writer.plan.features(writer.plan.family.encoder_width(recipe.model, revision=recipe.revision))
-    write_chunks(writer, lambda: load(writer.request["dtype"]), features)
-    with in_turn(Path(recipe.extract.output_dir, ".finish.lock")):  # of processes that finish two sets one is the last
-        is_done = writer.is_complete and writer.finish(features, record_of(writer, device))
-        if is_done:
-            is_last = are_finished(Path(recipe.extract.output_dir, task) for task in own_tasks(recipe))
+    started, plan = time.monotonic(), writer.plan
+    write_chunks(writer, lambda: load(writer.request["dtype"]))
+    with in_turn(writer.folder.with_name(".finish.lock")):  # of processes that finish two sets one is the last
+        is_done = writer.is_complete and writer.finish(record_of(writer, device))
+        is_last = is_done and are_finished(writer.folder.with_name(name) for name in own_tasks(plan.recipe))
     if is_done:
         with speaking():
-            logger.info(closing_line(name, writer.folder, minutes=(time.monotonic() - started) / 60))
-        has_too_many_bad(recipe, writer.folder, log=True)
-        return is_last
-    if not writer.is_finished:
+            log_set(plan.recipe, writer.folder, minutes=(time.monotonic() - started) / 60)
+    elif not writer.is_finished:
         logger.info(
             "%s: chunks are left to other processes, which have locks in %s; the one that writes the last finishes it",
-            *(name, writer.staging),
+            *(plan.task.name, writer.staging),
         )
-    return False
+    return is_last
 
 
-def write_chunks(writer: SetWriter, load: Callable[[], Models], features: Features) -> None:
+def write_chunks(writer: SetWriter, load: Callable[[], Models]) -> None:
     """Write chunks that are not there yet until none is left; the bar of rank 0 shows what all ranks have done."""
     claims, plan = writer.claims(), writer.plan
     first = next(claims, None)
     if first is None:
         return
-    if reuse := find_reuse(writer.folder, plan.rows.table, features):
+    if reuse := find_reuse(plan) if writer.can_reuse else None:
         logger.info("%s: its data or images changed: %s", plan.task.name, reuse)
     total, done = len(plan.rows.table), writer.rows_done()
     with (
@@ -196,7 +186,7 @@ def record_of(writer: SetWriter, device: torch.device) -> dict[str, Any]:
     """What a set was made with, for the reader; never compared."""
     from importlib.metadata import version
 
-    recipe = writer.recipe
+    recipe = writer.plan.recipe
     processor = writer.plan.family.load_processor(recipe.model, revision=recipe.revision)
     return {
         "model": recipe.model,
@@ -216,32 +206,27 @@ def are_finished(folders: Iterable[Path]) -> bool:
     return all((folder / PROVENANCE).exists() for folder in folders)
 
 
-def counts_of(folder: Path) -> dict[str, Any]:
-    """The counts of a finished set."""
-    return read_provenance(folder)["record"]["counts"]
-
-
-def has_too_many_bad(recipe: Recipe, folder: Path, *, log: bool = False) -> bool:
+def has_too_many_bad(recipe: Recipe, folder: Path) -> bool:
     """Whether more rows of a finished set are bad than `extract.max_bad_share` allows."""
-    counts = counts_of(folder)
-    too_many = counts["bad"] > most_bad(recipe.extract, counts["rows_in"])
-    if too_many and log:
+    counts = read_provenance(folder)["record"]["counts"]
+    return counts["bad"] > most_bad(recipe.extract, counts["rows_in"])
+
+
+def log_set(recipe: Recipe, folder: Path, *, minutes: float | None = None) -> None:
+    """Log what became of the rows of a finished set and what it cost; without `minutes` it was finished before."""
+    counts = read_provenance(folder)["record"]["counts"]
+    rows = f"{counts['rows_in']:,} rows in, {counts['rows_out']:,} out"
+    rows += f" ({counts['rows_reused']:,} of them reused)" if counts["rows_reused"] else ""
+    rows += f", {counts['bad']:,} bad"
+    rows += f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else ""
+    rows += f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
+    if minutes is None:
+        logger.info("%s: finished before: %s; delete %s to extract it again", folder.name, rows, folder)
+    else:
+        cost = f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
+        if num_tokens := counts["num_tokens"]:
+            share, padding = num_tokens / counts["num_tokens_apart"], 1 - num_tokens / counts["num_tokens_padded"]
+            cost += f"{num_tokens:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
+        logger.info("%s: %s; %sleft in %s", folder.name, rows, cost, folder)
+    if has_too_many_bad(recipe, folder):
         logger.error("%s: more bad rows than extract.max_bad_share allows", folder.name)
-    return too_many
-
-
-def closing_line(name: str, folder: Path, *, minutes: float) -> str:
-    """One line on what became of the rows of a task, and what it cost."""
-    counts = counts_of(folder)
-    reused = f" ({counts['rows_reused']:,} of them reused)" if counts["rows_reused"] else ""
-    bad = f"{counts['bad']:,} bad" + (f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else "")
-    empty = f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
-    run = ""
-    if counts["num_tokens"]:
-        share = counts["num_tokens"] / counts["num_tokens_apart"]
-        padding = 1 - counts["num_tokens"] / counts["num_tokens_padded"]
-        run = f"{counts['num_tokens']:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
-    return (
-        f"{name}: {counts['rows_in']:,} rows in, {counts['rows_out']:,} out{reused}, {bad}{empty}; "
-        f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; {run}left in {folder}"
-    )

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetInfo, Features
+from datasets import DatasetInfo
 from datasets.config import DATASET_INFO_FILENAME, DATASET_STATE_JSON_FILENAME
 from filelock import BaseFileLock
 
-from hf_qie.config.recipe import Recipe, as_dict, save_recipe
+from hf_qie.config.recipe import as_dict, save_recipe
 from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, read_provenance, request_differences
 from hf_qie.errors import InputError
 from hf_qie.extraction.manifest import STAGING, Counts, read_manifest
@@ -29,8 +29,9 @@ from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.reuse import (
     REQUEST,
     ROW_DIGESTS,
-    can_reuse,
     delete_previous,
+    digests_of,
+    has_reusable,
     previous_sets,
     read_digests,
     read_request,
@@ -46,19 +47,19 @@ PART = ".part"  # ends the name of a chunk file that is being written
 logger = logging.getLogger(__name__)
 
 
-def request_of(plan: Plan, compat: Mapping[str, Any], recipe: Recipe, *, dtype: torch.dtype | str) -> dict[str, Any]:
+def request_of(plan: Plan, compat: Mapping[str, Any], *, dtype: torch.dtype | str) -> dict[str, Any]:
     """All that decides the content of a set, as JSON; a set is only resumed if this is unchanged.
 
     `dtype`: what encoder and VAE compute in. Not the batch sizes, though they move the last bits: who runs out of
     memory may resume with smaller ones.
     """
-    task, settings = plan.task, as_dict(recipe.extract)
+    task, settings = plan.task, as_dict(plan.extract)
     roots = [task.image_root] if task.image_root else sorted({str(Path(name).parent) for name in task.data})
-    sizes = {"vae_area_px": plan.source_area_px, "drop_caption": recipe.extract.drop_caption}
+    sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
     compat = dict(compat) | {field: compat.get(field, value) for field, value in sizes.items()}
     request = {"compat": compat, "data": plan.rows.digest, "identity": plan.rows.identity}
     request |= {"image_root": roots, "t2i": task.t2i}
-    request |= {"columns": as_dict(recipe.tasks[task.name].columns)}  # as lists of captions may grow, row by row
+    request |= {"columns": as_dict(plan.recipe.tasks[task.name].columns)}  # as lists of captions may grow, row by row
     request |= {"dtype": str(dtype).removeprefix("torch.")}
     request |= {name: settings[name] for name in ("image_sample_size", "inverse", "latents", "chunk_rows")}
     return json.loads(json.dumps(request))
@@ -76,11 +77,13 @@ def check_request(folder: Path, request: Mapping[str, Any]) -> None:
 
 
 class SetWriter:
-    """Writes the set of a task; `request` is what it is made from, as by `request_of`."""
+    """Writes the set of a task; `request` is what it is made from, as by `request_of`.
 
-    def __init__(self, plan: Plan, request: Mapping[str, Any], *, recipe: Recipe):
-        self.plan, self.request, self.recipe = plan, request, recipe
-        self.folder = Path(recipe.extract.output_dir, plan.task.name)
+    `can_reuse`: whether the digests of rows cover all that they are made from, so that equal ones are taken over.
+    """
+
+    def __init__(self, plan: Plan, request: Mapping[str, Any], *, can_reuse: bool = True):
+        self.plan, self.request, self.can_reuse, self.folder = plan, request, can_reuse, plan.folder
         self.staging = self.folder / STAGING
 
     @property
@@ -96,7 +99,7 @@ class SetWriter:
     @cached_property
     def chunks(self) -> dict[Path, range]:
         """Every chunk file of the set and the rows it holds; fixed by `chunk_rows`, whoever writes them."""
-        num_rows, step = len(self.plan.rows.table), self.recipe.extract.chunk_rows
+        num_rows, step = len(self.plan.rows.table), self.plan.extract.chunk_rows
         starts = range(0, num_rows, step)
         return {
             self.folder / f"data-{i:05d}-of-{len(starts):05d}.arrow": range(start, min(start + step, num_rows))
@@ -108,22 +111,22 @@ class SetWriter:
         names = set(os.listdir(self.folder))
         return sum(len(rows) for path, rows in self.chunks.items() if path.name in names)
 
-    def open(self, digests: np.ndarray | None = None) -> None:
+    def open(self) -> None:
         """Make the folder ready: for a new set, or to resume one of the same request.
 
-        `digests[rows, 16]` uint8, of the rows: where nothing but the data differ, rows that are the same are reused.
-        Raises InputError for a set made from something else, unless `extract.overwrite` is set, and for one that has
-        to give way but is in use.
+        Where nothing but the data differ, a set gives way to one that reuses the rows that are the same. Raises
+        InputError for a set made from something else, unless `extract.overwrite` is set, and for one that has to give
+        way but is in use.
         """
         with set_lock(self.folder):
             sets = [self.folder, *reversed(previous_sets(self.folder))]
             found = next(filter(None, map(read_request, sets)), self.request)
             differing = request_differences(found, self.request)
-            if differing == ["dtype"] and self.recipe.extract.dtype == AUTO and self.is_finished:
+            if differing == ["dtype"] and self.plan.extract.dtype == AUTO and self.is_finished:
                 differing = []  # such a set is right whatever device opens it
             if differing:
-                is_reused = digests is not None and differing == ["data"] and can_reuse(self.folder, digests)
-                if not is_reused and not self.recipe.extract.overwrite:
+                is_reused = self.can_reuse and differing == ["data"] and has_reusable(self.plan)
+                if not is_reused and not self.plan.extract.overwrite:
                     raise self._refusal(found, differing)
                 for path in self.staging.glob("*.lock"):
                     if (lock := take(path)) is None:
@@ -132,7 +135,7 @@ class SetWriter:
                 set_aside(self.folder)
                 if not is_reused:
                     delete_previous(self.folder)
-            self._clean(digests)
+            self._clean()
 
     def _refusal(self, found: Mapping[str, Any], differing: list[str]) -> InputError:
         fields = ", ".join(differing)
@@ -144,7 +147,7 @@ class SetWriter:
             "extract.overwrite: true to delete it and start again"
         )
 
-    def _clean(self, digests: np.ndarray | None) -> None:
+    def _clean(self) -> None:
         """Delete what a finished set needs no more, or begin an incomplete one and delete its damaged chunks."""
         if self.is_finished:
             delete_previous(self.folder)
@@ -157,8 +160,8 @@ class SetWriter:
                     f"{self.folder}: holds files that are no embedding set; give another extract.output_dir"
                 )
             self.staging.mkdir(parents=True, exist_ok=True)
-            if digests is not None:
-                np.save(self.staging / ROW_DIGESTS, digests, allow_pickle=False)
+            if self.can_reuse:
+                np.save(self.staging / ROW_DIGESTS, digests_of(self.plan.rows.table), allow_pickle=False)
             write_durably(self.folder / REQUEST, json.dumps(self.request))
         for path in filter(Path.exists, self.chunks):
             try:
@@ -172,7 +175,7 @@ class SetWriter:
 
         Raises InputError where another launch has begun the set anew.
         """
-        i, n = self.recipe.extract.shard or (0, 1)
+        i, n = self.plan.extract.shard or (0, 1)
         chunks = list(self.chunks.items())[i::n]
         # ranks begin apart: they seldom ask for the same chunk, though a file system lock for one machine alone
         first = len(chunks) * rank() // world_size()
@@ -195,7 +198,7 @@ class SetWriter:
         """Where to write the file of a claimed chunk: apart from machines that locks do not reach."""
         return self.staging / f"{chunk.stem}-{socket.gethostname()}{PART}"
 
-    def finish(self, features: Features, record: Mapping[str, Any]) -> bool:
+    def finish(self, record: Mapping[str, Any]) -> bool:
         """Complete the set if all its chunks are there; True for the one process that did.
 
         `record` says what the set was made with, for the reader.
@@ -204,11 +207,11 @@ class SetWriter:
             is_ours = not self.is_finished and read_request(self.folder) == self.request
             if not is_ours or not self.is_complete:
                 return False
-            self._write_rest(features, record)
-            self._clean(None)
+            self._write_rest(record)
+            self._clean()
             return True
 
-    def _write_rest(self, features: Features, record: Mapping[str, Any]) -> None:
+    def _write_rest(self, record: Mapping[str, Any]) -> None:
         """Write what stands beside the chunk files; `provenance.json`, the last, says that the set is complete."""
         total, files = Counts(), {}
         for path in self.chunks:
@@ -230,8 +233,8 @@ class SetWriter:
         bad = [json.dumps(bad, ensure_ascii=False) + "\n" for bad in total.bad]
         (self.staging / DATASET_STATE_JSON_FILENAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
         (self.staging / "bad_rows.jsonl").write_text("".join(bad), encoding="utf-8")
-        DatasetInfo(features=features).write_to_directory(str(self.staging), pretty_print=True)
-        save_recipe(self.recipe, self.staging / "recipe.yaml")
+        DatasetInfo(features=self.plan.features).write_to_directory(str(self.staging), pretty_print=True)
+        save_recipe(self.plan.recipe, self.staging / "recipe.yaml")
         recorded = [DATASET_STATE_JSON_FILENAME, DATASET_INFO_FILENAME, ROW_DIGESTS]
         for name in (*recorded, "bad_rows.jsonl", "recipe.yaml"):
             if (self.staging / name).exists():

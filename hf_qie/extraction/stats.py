@@ -38,9 +38,9 @@ class Finding(NamedTuple):
 
 
 class Survey:
-    """Figures over a task's rows; `width` is the encoder's."""
+    """Figures over a task's rows."""
 
-    def __init__(self, plan: Plan, *, width: int):
+    def __init__(self, plan: Plan):
         self.plan = plan
         self.num_rows = self.num_bytes = 0
         self.source_counts: Counter[int] = Counter()
@@ -52,7 +52,7 @@ class Survey:
         self._first: dict[int, int] = {}  # hash of a row's content -> its first row
         # the columns that decide on buckets, without embeddings
         grids = [prefix + column.name for prefix in ("", INVERSE) for column in columns_of("grid")]
-        features, names = plan.features(width), ("num_sources", *grids, f"{INVERSE}image_embeds")
+        features, names = plan.features, ("num_sources", *grids, f"{INVERSE}image_embeds")
         self._schema = pa.schema(Features({name: features[name] for name in names if name in features}).type)
         self._shapes = [self._schema.empty_table()]
 
@@ -131,13 +131,13 @@ class Survey:
         return []
 
 
-def survey(plan: Plan, processor: Any, *, width: int, progress: Callable[[int], Any]) -> Survey:
-    """Look at every row of a plan; `width` is the encoder's."""
-    found, table = Survey(plan, width=width), plan.rows.table
+def survey(plan: Plan, processor: Any, *, progress: Callable[[int], Any]) -> Survey:
+    """Look at every row of a plan."""
+    found, table = Survey(plan), plan.rows.table
     for start in range(0, len(table), WINDOW_ROWS):
         columns = table[start : start + WINDOW_ROWS]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        found.add(rows, outlooks(rows, plan, processor, width=width))
+        found.add(rows, outlooks(rows, plan, processor))
         progress(len(rows))
     return found
 

@@ -6,7 +6,6 @@ Nothing here shares a pass, a batch or a formula with extraction; only reading a
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ def verify_sets(
         folder, provenance = sets[name], read_provenance(sets[name])
         check_digests(folder, files_of(provenance))
         latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
-        plan = replace(plans[name], extract=plans[name].extract.model_copy(update={"latents": latents}))
+        plan = plans[name].changed(latents=latents)
         sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
         check_compat({name: provenance}, checkpoint | sizes, model=model)
         dtype = getattr(torch, made_in := provenance["record"]["dtype"])

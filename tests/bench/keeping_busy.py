@@ -118,10 +118,10 @@ def measure(folder: Path) -> list[Figure]:
     models = load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
     clock = Clock()
     chunks.prepare = clock.prepare
-    writer = SetWriter(plan, {"compat": {}, "data": ""}, recipe=recipe)
+    writer = SetWriter(plan, {"compat": {}, "data": ""})
     writer.open()
     started = time.perf_counter()
-    write_chunks(writer, lambda: slowed(models, clock), plan.features(models.encoder.width))
+    write_chunks(writer, lambda: slowed(models, clock))
     ours = clock.busy_s / (time.perf_counter() - clock.first_at)
     fill_s = clock.first_at - started
     cost = clock.prepared_s / WORKERS / clock.busy_s

@@ -23,7 +23,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.convert import main
 from hf_qie.data.provenance import UNKNOWN, read_provenance
 from hf_qie.errors import InputError
-from hf_qie.extraction.firered import read_tensors, shared_length
+from hf_qie.extraction.firered import shared_length
 from hf_qie.hub.dataset_card import dataset_card
 from hf_qie.training.sets import open_sets
 
@@ -335,7 +335,7 @@ def test_a_file_may_hold_all_texts_of_a_row(work):
     rows = read_jsonl(work / "edit.jsonl")
     for number, row in enumerate(rows):
         keys = [key for key in row if key.startswith("embeddings_tensor_")]
-        torch.save({key: read_tensors(str(work / row.pop(key)))[None] for key in keys}, work / f"{number}.pt")
+        torch.save({key: torch.load(work / row.pop(key))[None] for key in keys}, work / f"{number}.pt")
         row["embeds"] = f"{number}.pt"
     before = read_jsonl(work / "edit.jsonl")
     assert convert(work, f"extract.output_dir={work / 'apart'}") == 0

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hf_qie.data.samples import BadRow
+from hf_qie.data.fetch import BadUrl
+from hf_qie.data.images import BadImage
 from hf_qie.data.schema import TARGET, columns_of
 from hf_qie.data.seeding import draw_rng
-from hf_qie.extraction.plan import Plan, as_bad_row
+from hf_qie.extraction.plan import Plan
 from hf_qie.plots import Card, fit, labelled_sheet
 
 NUM_ROWS = 6  # on a sheet
@@ -62,8 +63,7 @@ def _card(row: Mapping[str, Any], plan: Plan, *, num_given: int) -> Card:
 
 def _box(label: str, path: str, row: Mapping[str, Any], plan: Plan) -> tuple[str, Image.Image | str]:
     try:
-        with as_bad_row(label, path):
-            image = plan.read((row["root"], path))
-    except BadRow as error:
-        return label, f"{path}: {error.reason}"
+        image = plan.read((row["root"], path))
+    except (BadImage, BadUrl) as error:
+        return label, f"{path}: {error}"
     return f"{label}: {image.width} x {image.height}", fit(image, BOX_PX)

@@ -12,6 +12,7 @@ import pickle
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -103,7 +104,7 @@ class Foreign:
         if path is None:
             raise BadRow("missing, or null", column=key)
         try:
-            embeds = matrix_in(read_tensors(path), key)
+            embeds = read_embeddings(path, key)
         except ValueError as error:
             raise BadRow(str(error), column=key, path=path) from error
         if embeds.shape[1] != self.plan.width:
@@ -115,10 +116,8 @@ class Foreign:
         """The dtype of the first embeddings that can be read."""
         for key in KEYS:
             for row in self.table:
-                try:
-                    return str(matrix_in(read_tensors(row[key] or ""), key).dtype).removeprefix("torch.")
-                except ValueError:
-                    continue
+                with suppress(ValueError):
+                    return str(read_embeddings(row[key] or "", key).dtype).removeprefix("torch.")
         return UNKNOWN
 
 
@@ -224,21 +223,17 @@ def _file_of(line: Mapping[str, Any], key: str, *, where: str) -> str | None:
     return value if not os.path.isfile(beside) and os.path.isfile(value) else beside
 
 
-def read_tensors(path: str) -> Any:
-    """What a `.pt` file holds, as far as it is tensors: nothing in it is run. Raises ValueError."""
+def read_embeddings(path: str, key: str) -> Tensor:
+    """The embeddings `[L, D]` in a `.pt` file: a tensor `[L, D]` or `[1, L, D]`, or a mapping to it by `key`.
+
+    Nothing in the file is run. Raises ValueError.
+    """
     if not os.path.isfile(path):  # nor a device, which may have no end
         raise ValueError("not found")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:  # whose text advises to run what is in the file
         raise ValueError(f"damaged, or holds more than tensors, and is not opened ({type(error).__name__})") from error
-
-
-def matrix_in(loaded: Any, key: str) -> Tensor:
-    """The embeddings `[L, D]` in what a file holds: a tensor `[L, D]` or `[1, L, D]`, or a mapping to it by `key`.
-
-    Raises ValueError.
-    """
     if isinstance(loaded, Mapping):
         if key not in loaded:
             raise ValueError(f"has no {key}; there are {', '.join(map(str, loaded))[:200]}")

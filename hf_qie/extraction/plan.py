@@ -1,7 +1,6 @@
 """The extraction plan of a task: its rows, and all that decides what they become."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -12,8 +11,8 @@ from datasets import Features
 from PIL import Image
 
 from hf_qie.config.recipe import Extract, Recipe, Task
-from hf_qie.data.fetch import BadUrl, fetch, is_url
-from hf_qie.data.images import BadImage, read_image
+from hf_qie.data.fetch import fetch, is_url
+from hf_qie.data.images import read_image
 from hf_qie.data.samples import BadRow, Rows, has_inverse, read_rows
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, set_features
 from hf_qie.errors import InputError
@@ -147,15 +146,6 @@ def image_files(row: Mapping[str, Any]) -> dict[str, list[File]]:
 def files_of(row: Mapping[str, Any]) -> list[File]:
     """The images of a row, in the order of the columns."""
     return [file for files in image_files(row).values() for file in files]
-
-
-@contextmanager
-def as_bad_row(column: str, path: str) -> Iterator[None]:
-    """Raise BadRow with the column and path of an image that cannot be used."""
-    try:
-        yield
-    except (BadImage, BadUrl) as error:
-        raise BadRow(str(error), column=column, path=path) from error
 
 
 def own_tasks(recipe: Recipe) -> dict[str, Task]:

@@ -12,9 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from hf_qie.data.fetch import BadUrl
+from hf_qie.data.images import BadImage
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES, columns_of
-from hf_qie.extraction.plan import File, Plan, SizedFile, as_bad_row, files_of
+from hf_qie.extraction.plan import File, Plan, SizedFile, files_of
 from hf_qie.models.base import BadPrompt, Prompt
 
 
@@ -51,8 +53,10 @@ class ImageCache:
         """The images of a row, once a row; raises BadRow for the first that cannot be used. Thread-safe."""
         try:
             for column, path in images_of(row, self.plan.task.columns):
-                with as_bad_row(column, path):
+                try:
                     self._read((row["root"], path))
+                except (BadImage, BadUrl) as error:
+                    raise BadRow(str(error), column=column, path=path) from error
             return {file: self._read(file) for file in files_of(row)}
         finally:
             with self.lock:  # images behind a bad one are freed too

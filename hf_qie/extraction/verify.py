@@ -14,14 +14,7 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_set
-from hf_qie.data.provenance import (
-    PROVENANCE,
-    check_compat,
-    checkpoint_compat,
-    files_of,
-    read_provenance,
-    unverified,
-)
+from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, files_of, read_provenance, unverified
 from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
 from hf_qie.data.seeding import draw_rng
@@ -160,10 +153,9 @@ def beyond(differences: Sequence[Difference], *, limit: float) -> list[str]:
 
 def _table(differences: Sequence[Difference], limit: float) -> list[str]:
     """One line a column, over all rows."""
-    off, rows = beyond(differences, limit=limit), [("", "rows", "largest", "mean", "relative", "at most")]
+    off, rows = beyond(differences, limit=limit), [("", "rows", "largest", "mean", "relative", "at most", "")]
     for column in dict.fromkeys(difference.column for difference in differences):
         _, largest, mean, relative = zip(*(one for one in differences if one.column == column), strict=True)
         figures = [f"{figure:.1e}" for figure in (max(largest), sum(mean) / len(mean), max(relative), limit)]
         rows.append((column, len(mean), *figures, "beyond rounding" if column in off else ""))
-    rows[0] = (*rows[0], "")
     return [f"  {line}".rstrip() for line in aligned(rows)]

@@ -25,11 +25,11 @@ def main(argv: list[str]) -> int:
 
     if recipe.extract.push_to_hub and rank() == 0:
         open_repo(recipe.extract)  # finds out before the work whether the sets can be published
-    outcome = extract(recipe)
-    if recipe.extract.push_to_hub and outcome.is_last:
+    code, is_last = extract(recipe)
+    if recipe.extract.push_to_hub and is_last:
         with speaking():
-            push_unless_bad(recipe, outcome.code)
-    return outcome.code
+            push_unless_bad(recipe, code)
+    return code
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ def test_each_row_gets_the_states_of_its_own_captions_and_of_the_drop_caption():
     ways = [small(7, [10], [11]), small(7), small(7, [12])]
     (one,) = shared_passes([prepared(way) for way in ways], batch_size=4)
     texts = [torch.tensor([float(branch[0])]) for branch in one.prompt.branches]
-    columns = one.columns(PromptEmbeddings(image=torch.empty(0), texts=texts))
-    found = [{name: float(value[0]) for name, value in columns[id(way)].items() if len(value)} for way in ways]
+    one.keep(PromptEmbeddings(image=torch.empty(0), texts=texts))
+    found = [{name: float(value[0]) for name, value in way.columns.items() if len(value)} for way in ways]
     drop = {"text_embeds_drop": 0}
     assert found == [
         drop | {"text_embeds_instruction": 10, "text_embeds_instruction_cn": 11},

@@ -1,7 +1,4 @@
-"""What runs together: rows with the same sources share a pass, passes of like length and images of one size a batch.
-
-And what the models made of it, as columns of a set.
-"""
+"""What runs together: rows of the same sources share a pass, passes of like length and images of one size a batch."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,15 +21,13 @@ class Pass:
     prompt: Prompt
     directions: list[Direction]
 
-    def columns(self, made: PromptEmbeddings) -> dict[int, dict[str, np.ndarray]]:
-        """The columns of embeddings of each direction, by its identity."""
+    def keep(self, made: PromptEmbeddings) -> None:
+        """Put the embeddings among the columns of the rows."""
         image, (*texts, drop) = to_float16(made.image), map(to_float16, made.texts)
-        columns = {}
         for one in self.directions:
             found = {f"text_embeds_{caption}": texts.pop(0) for caption in one.captions}
             found |= {"image_embeds": image, "text_embeds_drop": drop}
-            columns[id(one)] = {one.prefix + name: value for name, value in found.items()}
-        return columns
+            one.columns.update({one.prefix + name: value for name, value in found.items()})
 
 
 def shared_passes(rows: Sequence[Prepared], *, batch_size: int) -> list[Pass]:

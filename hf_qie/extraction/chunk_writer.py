@@ -153,9 +153,8 @@ class ChunkWriter:
                 if not latents[sized].done():
                     latents[sized].set_exception(error)
             raise
-        embeds = self.encode_prompts(good, counts)
-        done = {sized: promise.result() for sized, promise in latents.items()}
-        return self._to_table(rows, ready, embeds, done, counts), counts
+        self.encode_prompts(good, counts)
+        return self._to_table(rows, ready, latents, counts), counts
 
     def _claim(
         self, rows: Sequence[Prepared], chunk: Chunk
@@ -182,20 +181,18 @@ class ChunkWriter:
             for sized, values in zip(batch, encoded, strict=True):
                 latents[sized].set_result(to_float16(values))
 
-    def encode_prompts(self, rows: Sequence[Prepared], counts: Counts) -> dict[int, dict[str, np.ndarray]]:
-        """The columns of embeddings of each direction, by its identity; `counts` counts the tokens."""
+    def encode_prompts(self, rows: Sequence[Prepared], counts: Counts) -> None:
+        """Add the columns of embeddings to each row; `counts` counts the tokens."""
         passes = shared_passes(rows, batch_size=self.batch_size)
         batches = like_length(passes, batch_size=self.batch_size)
         prompts = ([one.prompt for one in batch] for batch in batches)
-        columns = {}
         for batch, encoded in zip(batches, self._run(self.models.encoder, prompts), strict=True):
             lengths = [one.prompt.num_tokens for one in batch]
             counts.num_tokens += sum(lengths)
             counts.num_tokens_padded += max(lengths) * len(lengths)
             for one, embeds in zip(batch, encoded, strict=True):
-                columns |= one.columns(embeds)
+                one.keep(embeds)
         counts.num_tokens_apart += sum(one.prompt.num_tokens_apart for row in rows for one in row.directions)
-        return columns
 
     def _run(self, model: Callable[[list], list], batches: Iterable[list]) -> Iterator[list]:
         """What `model` makes of each batch; the next ones are made ready and wait in line while it works."""
@@ -211,14 +208,13 @@ class ChunkWriter:
         self,
         rows: Sequence[dict[str, Any]],
         ready: Sequence[Prepared | BadRow | pa.Table],
-        embeds: Mapping[int, dict[str, np.ndarray]],
-        latents: Mapping[SizedFile, np.ndarray],
+        latents: Mapping[SizedFile, Future[np.ndarray]],
         counts: Counts,
     ) -> pa.Table:
         """The good rows in the order of the input; the bad ones are listed in `counts`."""
         made, places = [], []
         for row, one in zip(rows, ready, strict=True):
-            result = self._columns(one, embeds, latents) if isinstance(one, Prepared) else one
+            result = self._columns(one, latents) if isinstance(one, Prepared) else one
             if isinstance(result, BadRow):
                 counts.add_bad(row, result, self.plan, where=f"tasks.{self.plan.task.name}: row {row['row']}")
                 continue
@@ -232,15 +228,12 @@ class ChunkWriter:
         table = to_table(made, self.features)
         return in_order(table, places) if len(made) < len(places) else table
 
-    def _columns(
-        self, row: Prepared, embeds: Mapping[int, dict[str, np.ndarray]], latents: Mapping[SizedFile, np.ndarray]
-    ) -> dict[str, Any] | BadRow:
+    def _columns(self, row: Prepared, latents: Mapping[SizedFile, Future[np.ndarray]]) -> dict[str, Any] | BadRow:
         """All columns of a row, or why its numbers cannot be stored."""
-        columns, none = dict(row.columns), np.empty((0, self.plan.family.latent_width), np.float16)
+        columns, none = row.columns, np.empty((0, self.plan.family.latent_width), np.float16)
         for one in row.directions:
-            columns |= embeds[id(one)]
             for column in self.plan.stored("latents", one.prefix) if self.plan.extract.latents else ():
-                parts = [latents[image] for image in one.images[column.of]]  # of several images one after the other
+                parts = [latents[image].result() for image in one.images[column.of]]  # one after the other
                 columns[one.prefix + column.name] = np.concatenate([none, *parts])
         arrays = {name: columns[name] for name in self.features if isinstance(columns.get(name), np.ndarray)}
         unfit = [name for name, value in arrays.items() if not fits_float16(value)]

@@ -6,7 +6,7 @@ Needs no model, so that threads do it ahead of the device.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -28,13 +28,14 @@ class Direction:
     captions: tuple[str, ...]  # caption columns that the row has
     prompt: Prompt  # of these captions, and of the drop caption last
     images: dict[str, list[SizedFile]]  # by image column
+    columns: dict[str, Any] = field(default_factory=dict)  # those of its row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A row whose images are read."""
 
-    columns: dict[str, Any]  # of the set, as far as they need no model
+    columns: dict[str, Any]  # of the set, first those that need no model
     directions: list[Direction]
     resized: dict[SizedFile, Image.Image]  # what the VAE sees; none without `extract.latents`
 
@@ -52,12 +53,13 @@ class ImageCache:
     def read(self, row: Mapping[str, Any]) -> dict[File, Image.Image]:
         """The images of a row, once a row; raises BadRow for the first that cannot be used. Thread-safe."""
         try:
+            images = {}
             for column, path in images_of(row, self.plan.task.columns):
                 try:
-                    self._read((row["root"], path))
+                    images[row["root"], path] = self._read((row["root"], path))
                 except (BadImage, BadUrl) as error:
                     raise BadRow(str(error), column=column, path=path) from error
-            return {file: self._read(file) for file in files_of(row)}
+            return images
         finally:
             with self.lock:  # images behind a bad one are freed too
                 for file in set(files_of(row)):
@@ -67,10 +69,10 @@ class ImageCache:
 
     def _read(self, file: File) -> Image.Image:
         with self.lock:
-            image = self.images.get(file)
-            if first := image is None:
-                image = self.images[file] = Future()
-        if first:
+            if is_first := file not in self.images:
+                self.images[file] = Future()
+            image = self.images[file]
+        if is_first:
             try:
                 image.set_result(self.plan.read(file))
             except BaseException as error:
@@ -93,7 +95,9 @@ def prepare(row: Mapping[str, Any], cache: ImageCache, *, plan: Plan, processor:
             raise BadRow(str(error), column=names[error.place]) from error
         sized = plan.sizes(files, images)
         plan.check_length(dict(zip(names, prompt.num_embeddings, strict=True)), plan.grids(sized))
-        directions.append(Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, images=sized))
+        directions.append(
+            Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, images=sized, columns=columns)
+        )
         columns |= plan.shape_columns(prefix, sized, images)
         encoded = {column.of for column in plan.stored("latents", prefix)} if plan.extract.latents else ()
         for file, size in (one for name, some in sized.items() if name in encoded for one in some):

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -46,16 +45,12 @@ LIBRARIES = ("torch", "torchvision", "transformers", "diffusers", "datasets", "p
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a process leaves."""
+def extract(recipe: Recipe) -> tuple[int, bool]:
+    """Do this process's part in the sets of a recipe.
 
-    code: int  # exit code; not 0 only once all sets are finished, as a launcher ends all ranks when one fails
-    is_last: bool  # it finished the last set; where all were finished before, rank 0 did
-
-
-def extract(recipe: Recipe) -> Outcome:
-    """Do this process's part in the sets of a recipe."""
+    Returns its exit code, which is not 0 only once all sets are finished, as a launcher ends all ranks when one fails;
+    and whether it finished the last set, which of sets that were all finished before is rank 0.
+    """
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
     family, tasks, device = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe), own_device()
@@ -67,7 +62,7 @@ def extract(recipe: Recipe) -> Outcome:
             is_last = write_set(SetWriter(plan, known["request"]), load, device) or is_last
     folders = [Path(recipe.extract.output_dir, name) for name in tasks]
     is_bad = are_finished(folders) and any(has_too_many_bad(recipe, folder) for folder in folders)
-    return Outcome(code=TOO_MANY_BAD if is_bad else 0, is_last=is_last)
+    return TOO_MANY_BAD if is_bad else 0, is_last
 
 
 def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device: torch.device) -> dict[str, Any]:

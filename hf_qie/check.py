@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         from hf_qie.extraction.verify import verify_sets
 
         problems = []
-        for table, off in verify_sets(recipe, family, plans, num_rows=arguments.verify):
+        for table, off in verify_sets(plans, num_rows=arguments.verify):
             show(table)
             problems += off
     if problems:

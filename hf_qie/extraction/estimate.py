@@ -61,9 +61,9 @@ def outlooks(rows: Sequence[Row], plan: Plan, processor: Any, *, fetch: bool = T
     bad = [_bad(row, headers, plan) for row in rows]
     good = [row for row, reason in zip(rows, bad, strict=True) if not reason]
     prompts = [
-        ([headers[file].size for file in images[SOURCES]], list(_captions(row, captions, plan).values()))
+        ([headers[file].size for file in images[SOURCES]], list(texts.values()))
         for row in good
-        for _, images, captions in plan.ways(row)
+        for _, images, texts in plan.ways(row)
     ]
     lengths = iter(plan.family.prompt_lengths(processor, prompts))
     return [reason or _outlook(row, headers, plan, lengths) for row, reason in zip(rows, bad, strict=True)]
@@ -95,20 +95,14 @@ def _bad(row: Row, headers: Mapping[File, Header | Exception], plan: Plan) -> Ba
     return None
 
 
-def _captions(row: Row, names: Sequence[str], plan: Plan) -> dict[str, str]:
-    """The captions of one direction, by column; the drop caption comes last."""
-    return {name: row["texts"][name] for name in names if row["texts"][name]} | {"drop": plan.extract.drop_caption}
-
-
 def _outlook(
     row: Row, headers: Mapping[File, Header], plan: Plan, lengths: Iterator[PromptLengths | BadPrompt]
 ) -> Outlook | BadRow:
     """What a row becomes, in the steps of `prepare`; takes the lengths of its prompts from `lengths`."""
     num_tokens, num_embeds, grid_columns, num_latents = {}, {}, {}, 0
-    for (prefix, images, names), length in [(way, next(lengths)) for way in plan.ways(row)]:
-        captions = list(_captions(row, names, plan))
+    for (prefix, images, captions), length in [(way, next(lengths)) for way in plan.ways(row)]:
         if isinstance(length, BadPrompt):
-            return BadRow(str(length), column=captions[length.place])
+            return BadRow(str(length), column=list(captions)[length.place])
         num_tokens |= dict(zip(captions, length.captions, strict=True))
         grids = plan.grids(plan.sizes(images, headers))
         try:

@@ -15,7 +15,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_qie.config.recipe import as_dict
 from hf_qie.data.fetch import is_url
 from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 from hf_qie.data.readers import open_data
@@ -36,6 +34,7 @@ from hf_qie.extraction.batching import fits_float16, to_float16
 from hf_qie.extraction.manifest import Counts, complete_chunk
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.preprocess import ImageCache, text_columns
+from hf_qie.extraction.run import record_of
 from hf_qie.extraction.set_writer import SetWriter, request_of
 from hf_qie.runtime.rules import show
 
@@ -73,12 +72,11 @@ class Foreign:
                 raise BadRow("a URL; training without latents reads images from files", column=column, path=path)
         images = ImageCache([row], plan).read(row)
         columns = text_columns(row, plan)
-        for prefix, shown, captions in plan.ways(row):
+        for prefix, shown, texts in plan.ways(row):
             way = "_inv" if prefix else ""
             if prefix and not any(files[f"{TENSOR}{kind}{way}"] for kind in KINDS):
                 continue  # their --disable_inverse
-            keys = {caption: _key_of(caption) + way for caption in captions if row["texts"][caption]}
-            keys["drop"] = f"{TENSOR}droptext{way}"
+            keys = {text: _key_of(text) + way for text in texts}
             has_images = bool(shown[SOURCES])
             embeds = {text: self._embeddings(key, files, has_images=has_images) for text, key in keys.items()}
             sized = plan.sizes(shown, images)
@@ -171,14 +169,9 @@ def convert_task(foreign: Foreign) -> bool:
             finally:
                 lock.release()
             bar.update(len(rows))
-    record = dict.fromkeys(("model", "processor", "device", "threads"), UNKNOWN) | {
-        "revision": None,
-        "versions": {name: version(name) for name in ("torch", "datasets", "pillow")},
-        "dtype": writer.request["dtype"],
-        "converted_from": ".pt files of another trainer",
-        "recipe": as_dict(plan.recipe),
-    }
-    writer.finish(record)
+    unknown = dict.fromkeys(("model", "processor", "device", "threads"), UNKNOWN)
+    made = record_of(writer, torch.device("cpu")) | unknown
+    writer.finish(made | {"revision": None, "converted_from": ".pt files of another trainer"})
     return writer.is_finished
 
 
@@ -202,8 +195,8 @@ def _write_chunk(foreign: Foreign, path: Path, rows: range, *, part: Path, reade
 
 
 def _key_of(caption: str) -> str:
-    """The key of a caption column's embeddings: `_cn` for one whose name ends so."""
-    return f"{TENSOR}{'cn' if caption.endswith('_cn') else 'en'}"
+    """The key of a caption column's embeddings: `_cn` for one whose name ends so, or of the drop caption's."""
+    return f"{TENSOR}{'droptext' if caption == 'drop' else 'cn' if caption.endswith('_cn') else 'en'}"
 
 
 def _file_of(line: Mapping[str, Any], key: str, *, where: str) -> str | None:

@@ -86,14 +86,21 @@ class Plan:
             inverse_latents=self.inverse_latents,
         )
 
-    def ways(self, row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[File]], tuple[str, ...]]]:
-        """Prefix of columns, images by column, and caption columns of each direction in which a row goes."""
-        files = image_files(row)
-        found = [("", files, self.task.columns.captions)]
+    def ways(self, row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[File]], dict[str, str]]]:
+        """Prefix of columns, images and captions by column of each direction in which a row goes.
+
+        Of captions those that the row has, and the drop caption last, as `drop`.
+        """
+        files, names, found = image_files(row), self.task.columns, []
+        found.append(("", files, self._texts(row, names.captions)))
         if self.extract.inverse and has_inverse(row, self.task):
             swapped = files | {SOURCES: files[TARGET], TARGET: files[SOURCES]}
-            found.append((INVERSE, swapped, self.task.columns.inverse_captions))
+            found.append((INVERSE, swapped, self._texts(row, names.inverse_captions)))
         return found
+
+    def _texts(self, row: Mapping[str, Any], captions: Sequence[str]) -> dict[str, str]:
+        texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
+        return texts | {"drop": self.extract.drop_caption}
 
     def sizes(self, files: Mapping[str, list[File]], images: Mapping[File, Any]) -> dict[str, list[SizedFile]]:
         """The images of a direction with the sizes that the VAE sees: all but sources have the target's."""

@@ -85,19 +85,16 @@ def prepare(row: Mapping[str, Any], cache: ImageCache, *, plan: Plan, processor:
     refuse_bad(row)
     images = cache.read(row)
     columns, directions, resized = text_columns(row, plan), [], {}
-    for prefix, files, captions in plan.ways(row):
-        texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
-        names = [*texts, "drop"]
+    for prefix, files, texts in plan.ways(row):
         try:
             sources = [images[file] for file in files[SOURCES]]
-            prompt = plan.family.make_prompt(processor, sources, [*texts.values(), plan.extract.drop_caption])
+            prompt = plan.family.make_prompt(processor, sources, list(texts.values()))
         except BadPrompt as error:
-            raise BadRow(str(error), column=names[error.place]) from error
+            raise BadRow(str(error), column=list(texts)[error.place]) from error
         sized = plan.sizes(files, images)
-        plan.check_length(dict(zip(names, prompt.num_embeddings, strict=True)), plan.grids(sized))
-        directions.append(
-            Direction(prefix=prefix, captions=tuple(texts), prompt=prompt, images=sized, columns=columns)
-        )
+        plan.check_length(dict(zip(texts, prompt.num_embeddings, strict=True)), plan.grids(sized))
+        captions = tuple(texts)[:-1]  # without the drop caption
+        directions.append(Direction(prefix=prefix, captions=captions, prompt=prompt, images=sized, columns=columns))
         columns |= plan.shape_columns(prefix, sized, images)
         encoded = {column.of for column in plan.stored("latents", prefix)} if plan.extract.latents else ()
         for file, size in (one for name, some in sized.items() if name in encoded for one in some):

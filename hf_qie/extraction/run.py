@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -179,8 +180,6 @@ def write_chunks(writer: SetWriter, load: Callable[[], Models]) -> None:
 
 def record_of(writer: SetWriter, device: torch.device) -> dict[str, Any]:
     """What a set was made with, for the reader; never compared."""
-    from importlib.metadata import version
-
     recipe = writer.plan.recipe
     processor = writer.plan.family.load_processor(recipe.model, revision=recipe.revision)
     return {

@@ -6,13 +6,11 @@ Nothing here shares a pass, a batch or a formula with extraction; only reading a
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, files_of, read_provenance, unverified
 from hf_qie.data.samples import BadRow, refuse_bad
@@ -22,7 +20,6 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.preprocess import ImageCache
 from hf_qie.extraction.stats import aligned
-from hf_qie.models.base import Family
 from hf_qie.runtime.device import computes_bfloat16, own_device
 from hf_qie.runtime.files import check_digests
 
@@ -47,58 +44,52 @@ class Difference(NamedTuple):
     relative: float  # length of the difference by length of the pipeline's column
 
 
-def verify_sets(
-    recipe: Recipe, family: Family, plans: Mapping[str, Plan], *, num_rows: int
-) -> Iterator[tuple[str, list[str]]]:
+def verify_sets(plans: Mapping[str, Plan], *, num_rows: int) -> Iterator[tuple[str, list[str]]]:
     """Read every byte of the finished sets and encode random rows again: a report of each set, and what is wrong.
 
     Raises InputError where there is no finished set.
     """
-    sets = {name: Path(recipe.extract.output_dir, name) for name in plans}
-    finished = [name for name, folder in sets.items() if (folder / PROVENANCE).is_file()]
+    first = next(iter(plans.values()))
+    model, revision, family, device = first.recipe.model, first.recipe.revision, first.family, own_device()
+    finished = [name for name, plan in plans.items() if (plan.folder / PROVENANCE).is_file()]
     if not finished:
-        raise InputError(f"{recipe.extract.output_dir}: no finished embedding set; run hf_qie/extract.py first")
-    device, model, revision = own_device(), recipe.model, recipe.revision
-    official = functools.cache(
-        lambda dtype: family.load_official(model, revision=revision, dtype=dtype, device=device)
-    )
+        raise InputError(f"{first.extract.output_dir}: no finished embedding set; run hf_qie/extract.py first")
+    load = functools.cache(lambda dtype: family.load_official(model, revision=revision, dtype=dtype, device=device))
     checkpoint = checkpoint_compat(model, revision=revision, family=family)
     for name in finished:
-        folder, provenance = sets[name], read_provenance(sets[name])
-        check_digests(folder, files_of(provenance))
-        latents = provenance["record"]["request"]["latents"]  # hf_qie/convert.py stores none, whatever the recipe says
-        plan = plans[name].changed(latents=latents)
+        provenance = read_provenance(plans[name].folder)
+        check_digests(plans[name].folder, files_of(provenance))
+        # hf_qie/convert.py stores no latents, whatever the recipe says
+        plan = plans[name].changed(latents=provenance["record"]["request"]["latents"])
         sizes = {"vae_area_px": plan.source_area_px, "drop_caption": plan.extract.drop_caption}
         check_compat({name: provenance}, checkpoint | sizes, model=model)
         dtype = getattr(torch, made_in := provenance["record"]["dtype"])
         limit = bound(dtype)
         if dtype == torch.bfloat16 and not computes_bfloat16(device):
             dtype = torch.float32  # nearer to the truth than bfloat16, so the limit of the set's own dtype holds
-        checked, differences = verify_set(plan, folder, official(dtype), num_rows=num_rows, seed=recipe.seed)
+        checked, differences = verify_set(plan, load(dtype), num_rows=num_rows)
         title = f"{name}: {checked:,} rows, made in {made_in}, against {family.pipeline} in {str(dtype)[6:]}"
-        off = beyond(differences, limit=limit)
-        problem = f"{folder}: differs by more than rounding in {', '.join(off)}; extract it again"
-        yield (
-            "\n".join([*unverified({name: provenance}), title, *_table(differences, limit), ""]),
-            [problem] * bool(off),
-        )
+        lines = [*unverified({name: provenance}), title, *_table(differences, limit), ""]
+        off = ", ".join(beyond(differences, limit=limit))
+        wrong = f"{plan.folder}: differs by more than rounding in {off}; extract it again"
+        yield "\n".join(lines), [wrong] if off else []
 
 
-def verify_set(plan: Plan, folder: Path, official: Any, *, num_rows: int, seed: int) -> tuple[int, list[Difference]]:
-    """Encode random rows of the set in `folder` again; how many, and how far each column of each is off.
+def verify_set(plan: Plan, official: Any, *, num_rows: int) -> tuple[int, list[Difference]]:
+    """Encode random rows of a set again; how many, and how far each column of each is off.
 
     Raises InputError where the set was made from other images, or one cannot be read any more.
     """
-    data, differences = open_set(folder), []
-    chosen = draw_rng(seed, f"verify {plan.task.name}").choice(len(data), min(num_rows, len(data)), replace=False)
+    data, differences = open_set(plan.folder), []
+    rng = draw_rng(plan.recipe.seed, f"verify {plan.task.name}")
+    chosen = rng.choice(len(data), min(num_rows, len(data)), replace=False)
     vectors = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
     given = data.remove_columns(vectors)
     stored = data.select_columns(vectors).with_format("torch", dtype=torch.float32)
     for place in sorted(map(int, chosen)):
-        row = plan.rows.table[given[place]["row"]]
+        row, of_row = plan.rows.table[given[place]["row"]], stored[place]
         if not row["bad"] and any(row[one.row_key] != given[place][one.name] for one in columns_of("image")):
-            raise InputError(f"{folder}: row {row['row']} has other images than the data now; extract it again")
-        of_row = stored[place]
+            raise InputError(f"{plan.folder}: row {row['row']} has other images than the data now; extract it again")
         for column, values in official_columns(row, of_row, plan, official):
             differences.append(compare(column, of_row.get(column), values))
     return len(chosen), differences
@@ -113,12 +104,10 @@ def official_columns(
         images = ImageCache([row], plan).read(row)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
-    for prefix, files, captions in plan.ways(row):
+    for prefix, files, texts in plan.ways(row):
         if stored.get(f"{prefix}image_embeds") is None:
             continue
         shown = {name: [images[file] for file in some] for name, some in files.items()}
-        texts = {name: row["texts"][name] for name in captions if row["texts"][name]}
-        texts |= {"drop": plan.extract.drop_caption}
         cut = len(stored[f"{prefix}image_embeds"])
         for name, text in texts.items():
             embeds = official.embeddings(text, shown[SOURCES])

@@ -106,7 +106,7 @@ def previous_sets(folder: Path) -> list[Path]:
     return sorted(folder.parent.glob(f".{folder.name}-previous-*"))
 
 
-def set_aside(folder: Path) -> None:
+def rename_to_previous(folder: Path) -> None:
     """Rename a set to that of a previous one."""
     number = 1 + max((int(one.name.rpartition("-")[2]) for one in previous_sets(folder)), default=-1)
     with suppress(FileNotFoundError):  # a launch was killed after it had renamed the set

@@ -35,7 +35,7 @@ from hf_qie.extraction.reuse import (
     previous_sets,
     read_digests,
     read_request,
-    set_aside,
+    rename_to_previous,
 )
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.files import check_sizes, move_durably, write_durably, written
@@ -132,7 +132,7 @@ class SetWriter:
                     if (lock := take(path)) is None:
                         raise in_use(self.folder, path, remedy="give another extract.output_dir")
                     lock.release()
-                set_aside(self.folder)
+                rename_to_previous(self.folder)
                 if not is_reused:
                     delete_previous(self.folder)
             self._clean()

@@ -11,17 +11,13 @@ Started again, it resumes.
 Exit codes: 0, 3 (more bad rows than extract.max_bad_share; the good ones are kept), 1 (anything else).
 """
 
-import logging
 import tempfile
-import time
 from pathlib import Path
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, run_script, to_path
 from hf_qie.runtime.ranks import world_size
-
-logger = logging.getLogger("hf_qie.convert")
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +34,7 @@ def main(argv: list[str]) -> int:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     from hf_qie.extraction.firered import convert_task, open_foreign
     from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, has_too_many_bad, log_set
+    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, has_too_many_bad
     from hf_qie.hub.publish import open_repo, push_unless_bad
     from hf_qie.models.base import read_family
 
@@ -51,11 +47,7 @@ def main(argv: list[str]) -> int:
         open_repo(recipe.extract)  # finds out before the work whether the sets can be published
     check_disk({source.plan.task.name: source.plan for source in sources})
     for source in sources:
-        started = time.monotonic()
-        if convert_task(source):
-            log_set(recipe, source.plan.folder, minutes=(time.monotonic() - started) / 60)
-        else:
-            logger.info("%s: other launches write its last chunks, and finish it", source.plan.task.name)
+        convert_task(source)
     finished = [source.plan.folder for source in sources if are_finished([source.plan.folder])]
     code = TOO_MANY_BAD if any(has_too_many_bad(recipe, folder) for folder in finished) else 0
     if recipe.extract.push_to_hub and len(finished) == len(sources):

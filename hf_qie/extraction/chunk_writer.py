@@ -67,12 +67,16 @@ class ChunkWriter:
         self.features = plan.features
         self.batch_size = plan.extract.batch_size
 
+    @property
+    def window_rows(self) -> int:
+        """Rows of a window."""
+        return WINDOW_BATCHES * self.batch_size
+
     def __enter__(self) -> "ChunkWriter":
         """Start the threads."""
-        device = self.models.encoder.device
         self.readers = ThreadPoolExecutor(self.plan.extract.num_workers, "reader")
         self.windows = ThreadPoolExecutor(WINDOWS, "window")
-        self.runner = ThreadPoolExecutor(1, "models", initializer=use_device, initargs=(device,))
+        self.runner = ThreadPoolExecutor(1, "models", initializer=lambda: use_device(self.models.encoder.device))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +87,7 @@ class ChunkWriter:
     def open(self, rows: range) -> Chunk:
         """Begin a chunk: its first window is read while the models still work on the last of another chunk."""
         chunk = Chunk(self.plan.rows.table.select(rows), self.plan, self.reuse)
-        first = range(min(len(chunk.table), WINDOW_BATCHES * self.batch_size))
+        first = range(min(len(chunk.table), self.window_rows))
         chunk.reads = {row["row"]: self.readers.submit(self._read, row, chunk) for row in chunk.table.select(first)}
         return chunk
 
@@ -113,7 +117,7 @@ class ChunkWriter:
             chunk.table.map,
             embed,
             batched=True,
-            batch_size=WINDOW_BATCHES * self.batch_size,
+            batch_size=self.window_rows,
             remove_columns=chunk.table.column_names,
             features=self.features,
             cache_file_name=str(part),
@@ -131,9 +135,17 @@ class ChunkWriter:
         if self.reuse and self.reuse.has(row["row"]):
             return self.reuse.row(row["row"])
         try:
-            return prepare(row, chunk.images, plan=self.plan, processor=self.models.processor)
+            return self.prepare(row, chunk)
         except BadRow as error:
             return error
+
+    def prepare(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
+        """A row made ready for the models; raises BadRow."""
+        return prepare(row, chunk.images, plan=self.plan, processor=self.models.processor)
+
+    def where(self, row: Mapping[str, Any]) -> str:
+        """A row in a message."""
+        return f"tasks.{self.plan.task.name}: row {row['row']}"
 
     def _embed(self, rows: list[dict[str, Any]], chunk: Chunk, turn: tuple[Event, Event]) -> tuple[pa.Table, Counts]:
         """The table of a window, and what became of its rows. Runs in one thread a window."""
@@ -216,7 +228,7 @@ class ChunkWriter:
         for row, one in zip(rows, ready, strict=True):
             result = self._columns(one, latents) if isinstance(one, Prepared) else one
             if isinstance(result, BadRow):
-                counts.add_bad(row, result, self.plan, where=f"tasks.{self.plan.task.name}: row {row['row']}")
+                counts.add_bad(row, result, self.plan, where=self.where(row))
                 continue
             counts.add_good(row, self.plan)
             if isinstance(result, pa.Table):

@@ -11,37 +11,35 @@ import os
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_qie.data.fetch import is_url
 from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
-from hf_qie.data.schema import SOURCES, to_table
+from hf_qie.data.schema import SOURCES
 from hf_qie.errors import InputError
 from hf_qie.extraction.batching import fits_float16, to_float16
-from hf_qie.extraction.manifest import Counts, complete_chunk
+from hf_qie.extraction.chunk_writer import Chunk, ChunkWriter
 from hf_qie.extraction.plan import Plan
-from hf_qie.extraction.preprocess import ImageCache, text_columns
-from hf_qie.extraction.run import record_of
+from hf_qie.extraction.preprocess import ImageCache, Prepared, text_columns
+from hf_qie.extraction.run import log_set, write_set
 from hf_qie.extraction.set_writer import SetWriter, request_of
 from hf_qie.runtime.rules import show
 
 TENSOR = "embeddings_tensor_"
 KINDS = ("en", "cn", "droptext")
 KEYS = tuple(f"{TENSOR}{kind}{way}" for way in ("", "_inv") for kind in KINDS)
-WINDOW_ROWS = 16  # held before they are written: a row has megabytes
 # Of two passes over the same tokens in bfloat16, relative to the norm of an embedding: its steps are 2^-8 apart, and
 # 28 layers add some up. Embeddings of different tokens are further apart than that by an order of magnitude.
 SAME = 2.0**-6
@@ -52,6 +50,8 @@ UNREADABLE = (
 )
 # of how the embeddings were computed nothing is known; latents there are none
 NOT_KNOWN = ("encoder", "processor", "templates", "vlm_area_px", "resampling", "positions", "drop_caption")
+RECORD = dict.fromkeys(("model", "processor", "device", "threads"), UNKNOWN)
+RECORD |= {"revision": None, "converted_from": ".pt files of another trainer"}
 COMPAT = {"format": FORMAT_VERSION, "vae": {}} | dict.fromkeys(NOT_KNOWN, UNKNOWN)
 
 
@@ -152,46 +152,31 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
     return Foreign(plan=plan, table=Dataset.from_file(str(path)), empty_text=empty_text)
 
 
-def convert_task(foreign: Foreign) -> bool:
-    """Write the set of a task, as far as no other launch does; returns whether it is complete."""
+class Converter(ChunkWriter):
+    """Takes the embeddings of rows from files and runs no model: in their place it has a `Foreign`."""
+
+    models: Foreign
+    window_rows = 4  # with `TABLES` windows under way 16 are held: a row has megabytes
+
+    def prepare(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
+        """A row with all its columns; raises BadRow."""
+        return Prepared(columns=self.models.columns(row), directions=[], resized={})
+
+    def where(self, row: Mapping[str, Any]) -> str:
+        """File and line of a row."""
+        return self.models.table[row["row"]]["where"]
+
+
+def convert_task(foreign: Foreign) -> None:
+    """Write the set of a task, as far as no other launch does."""
     plan = foreign.plan
     writer = SetWriter(plan, request_of(plan, COMPAT, dtype=foreign.dtype()), can_reuse=False)
     writer.open()
     if writer.is_finished:
-        return True
-    with (
-        ThreadPoolExecutor(plan.extract.num_workers, "reader") as readers,
-        tqdm(desc=plan.task.name, unit="row", total=len(foreign.table)) as bar,
-    ):
-        for path, rows, lock in writer.claims():
-            try:
-                _write_chunk(foreign, path, rows, part=writer.part(path), readers=readers)
-            finally:
-                lock.release()
-            bar.update(len(rows))
-    unknown = dict.fromkeys(("model", "processor", "device", "threads"), UNKNOWN)
-    made = record_of(writer, torch.device("cpu")) | unknown
-    writer.finish(made | {"revision": None, "converted_from": ".pt files of another trainer"})
-    return writer.is_finished
-
-
-def _write_chunk(foreign: Foreign, path: Path, rows: range, *, part: Path, readers: Executor) -> None:
-    """Write rows into the file `part`, which becomes `path` once it is complete and its manifest is on disk."""
-    plan, counts = foreign.plan, Counts(rows_in=len(rows))
-    with ArrowWriter(features=plan.features, path=str(part)) as writer:
-        for first in range(rows.start, rows.stop, WINDOW_ROWS):
-            window = plan.rows.table.select(range(first, min(first + WINDOW_ROWS, rows.stop)))
-            reads = [(row, readers.submit(foreign.columns, row)) for row in window]
-            good = []
-            for row, read in reads:
-                try:
-                    good.append(read.result())
-                    counts.add_good(row, plan)
-                except BadRow as bad:
-                    counts.add_bad(row, bad, plan, where=foreign.table[row["row"]]["where"])
-            writer.write_table(to_table(good, plan.features))
-        writer.finalize()
-    complete_chunk(part, path, counts)
+        log_set(plan.recipe, plan.folder)
+    else:
+        datasets.disable_progress_bars()
+        write_set(writer, lambda _: foreign, torch.device("cpu"), kind=Converter, known=RECORD)
 
 
 def _key_of(caption: str) -> str:

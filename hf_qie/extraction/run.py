@@ -90,13 +90,12 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
             if not table.exists():  # by an earlier launch, of the same data
                 part = table.with_name(f"rows-{uuid4().hex}.part")
                 move_durably(Path(shutil.copyfile(folder / f"{name}.arrow", part)), table)
-            rows = {field: getattr(plan.rows, field) for field in ("has_inverse", "digest", "identity")}
-            opened[name] = {"request": writer.request, "rows": rows}
+            opened[name] = {"request": writer.request, "has_inverse": plan.rows.has_inverse}
     return opened
 
 
 def open_plan(
-    recipe: Recipe, task: Task, family: Family, *, request: Mapping[str, Any], rows: Mapping[str, Any]
+    recipe: Recipe, task: Task, family: Family, *, request: Mapping[str, Any], has_inverse: bool
 ) -> Plan | None:
     """The plan of a set that rank 0 has opened; None where others have finished it meanwhile."""
     folder = Path(recipe.extract.output_dir, task.name)
@@ -105,7 +104,8 @@ def open_plan(
         if are_finished([folder]):
             return None
         stored = open_data(task, None)[1]
-        return plan_of(recipe, task, family, open_rows(task, folder / STAGING / ROWS, stored=stored, **rows))
+        known = {"has_inverse": has_inverse, "digest": request["data"], "identity": request["identity"]}
+        return plan_of(recipe, task, family, open_rows(task, folder / STAGING / ROWS, stored=stored, **known))
 
 
 def check_disk(plans: Mapping[str, Plan]) -> None:
@@ -125,15 +125,23 @@ def load_models(recipe: Recipe, family: Family, *, dtype: torch.dtype, device: t
     )
 
 
-def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.device) -> bool:
+def write_set(
+    writer: SetWriter,
+    load: Callable[[str], Any],
+    device: torch.device,
+    *,
+    kind: type[ChunkWriter] = ChunkWriter,
+    known: Mapping[str, Any] | None = None,
+) -> bool:
     """Write chunks of a set until none is left, and finish it if no chunk is missing.
 
-    `load` gives the models in a dtype. Returns whether this process finished the last set of the recipe.
+    `load` gives the models of a chunk writer of that `kind` in a dtype; `known` takes the place of what `record_of`
+    says. Returns whether this process finished the last set of the recipe.
     """
     started, plan = time.monotonic(), writer.plan
-    write_chunks(writer, lambda: load(writer.request["dtype"]))
+    write_chunks(writer, lambda: load(writer.request["dtype"]), kind)
     with in_turn(writer.folder.with_name(".finish.lock")):  # of processes that finish two sets one is the last
-        is_done = writer.is_complete and writer.finish(record_of(writer, device))
+        is_done = writer.is_complete and writer.finish(record_of(writer, device) | (known or {}))
         is_last = is_done and are_finished(writer.folder.with_name(name) for name in own_tasks(plan.recipe))
     if is_done:
         with speaking():
@@ -146,7 +154,7 @@ def write_set(writer: SetWriter, load: Callable[[str], Models], device: torch.de
     return is_last
 
 
-def write_chunks(writer: SetWriter, load: Callable[[], Models]) -> None:
+def write_chunks(writer: SetWriter, load: Callable[[], Any], kind: type[ChunkWriter] = ChunkWriter) -> None:
     """Write chunks that are not there yet until none is left; the bar of rank 0 shows what all ranks have done."""
     claims, plan = writer.claims(), writer.plan
     first = next(claims, None)
@@ -158,7 +166,7 @@ def write_chunks(writer: SetWriter, load: Callable[[], Models]) -> None:
     with (
         ExitStack() as locks,
         tqdm(desc=plan.task.name, unit="row", total=total, initial=done, disable=rank() != 0) as bar,
-        ChunkWriter(plan, load(), progress=bar.update, reuse=reuse) as chunk_writer,
+        kind(plan, load(), progress=bar.update, reuse=reuse) as chunk_writer,
     ):
 
         def open_chunk(path, rows, lock):

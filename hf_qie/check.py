@@ -69,8 +69,6 @@ def main(argv: list[str]) -> None:
 
 def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> list[str]:
     """Report what the rows of every task are and become; returns why extraction would stop."""
-    from tqdm import tqdm
-
     from hf_qie.extraction.contact_sheet import contact_sheet
     from hf_qie.extraction.estimate import check_space
     from hf_qie.extraction.stats import report, survey
@@ -84,8 +82,7 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     folder.mkdir(parents=True, exist_ok=True)
     num_bytes, problems = {}, []
     for name, plan in plans.items():
-        with tqdm(desc=name, unit="row", total=len(plan.rows.table), disable=None) as bar:
-            found = survey(plan, processor, progress=bar.update)
+        found = survey(plan, processor)
         sheet = folder / f"{name}.png"
         contact_sheet(plan, seed=recipe.seed).save(sheet)
         show(report(found, recipe.mix, batch_rows=batch_rows, findings=folder / f"{name}.jsonl"))

@@ -79,7 +79,7 @@ def odd(tmp_path, checkpoint) -> Path:
 def found(odd, tmp_path):
     """The survey of the odd rows."""
     plans, processor = plans_of(odd, tmp_path / "mapped")
-    return survey(plans["odd"], processor, progress=lambda rows: None)
+    return survey(plans["odd"], processor)
 
 
 def test_every_row_is_counted_by_its_sources(found):
@@ -150,7 +150,7 @@ def test_another_aspect_and_an_image_far_too_small_are_found(tmp_path, checkpoin
     rows = [{"source_image": f"{one}.png", "target_image": f"{other}.png", "instruction": "a"} for one, other in pairs]
     rows.append({"source_image": ["square.png", "wider.png"], "target_image": "wider.png", "instruction": "a"})
     plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"sized": rows}), tmp_path / "mapped")
-    found = survey(plans["sized"], processor, progress=lambda rows: None)
+    found = survey(plans["sized"], processor)
     aspects, small = (found.found(kind) for kind in ("other aspect", "small image"))
     assert [one.row for one in aspects] == [1, 2]
     assert aspects[0].reason == "100 x 100 px, its aspect is 2.0% off that of the last source, 102 x 100 px"
@@ -181,7 +181,7 @@ def test_pictures_in_the_data_are_told_by_their_bytes(tmp_path, checkpoint):
     features = datasets.Features({**pictures, "instruction": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"saved": tmp_path / "saved"}), tmp_path / "map")
-    found = survey(plans["saved"], processor, progress=lambda rows: None)
+    found = survey(plans["saved"], processor)
     assert [(one.kind, one.row) for one in found.findings] == [("duplicate", 1), ("source equals target", 2)]
     assert columns_of(sheet.contact_sheet(plans["saved"], seed=0), RED)
 
@@ -196,7 +196,7 @@ def test_pictures_behind_urls_are_fetched_by_the_look_and_not_by_the_estimate(tm
         plans, processor = plans_of(recipe, tmp_path / "mapped")
         estimate = estimate_bytes(plans["urls"], processor)
         assert server.asked == []
-        found = survey(plans["urls"], processor, progress=lambda rows: None)
+        found = survey(plans["urls"], processor)
         assert set(server.asked) == set(URLS)
     assert found.sizes["source_image"] == {(128, 64): 1}
     assert [(one.kind, one.row, one.reason) for one in found.findings] == [("bad row", 1, "HTTP 404 Not Found")]

@@ -128,6 +128,6 @@ def test_a_sample_stands_for_all_rows(tmp_path, checkpoint):
     rows = [{"source_image": "p.png", "target_image": "p.png", "instruction": "x" * (i % 50)} for i in range(1200)]
     assert len(rows) > 2 * SAMPLE_ROWS
     plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"many": rows}), tmp_path / "mapped")
-    whole = survey(plans["many"], processor, progress=lambda rows: None).num_bytes
+    whole = survey(plans["many"], processor).num_bytes
     sample = estimate_bytes(plans["many"], processor)
     assert sample == pytest.approx(whole, rel=0.01)  # every caption length as often, by turns

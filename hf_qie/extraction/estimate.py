@@ -17,7 +17,7 @@ import numpy as np
 from hf_qie.data.fetch import BadUrl, is_url
 from hf_qie.data.images import BadImage, header_size
 from hf_qie.data.provenance import PROVENANCE
-from hf_qie.data.samples import BadRow, images_of, refuse_bad
+from hf_qie.data.samples import BadRow, images_of
 from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
 from hf_qie.extraction.plan import File, Plan, files_of, image_files
@@ -35,8 +35,7 @@ class Header:
     """An image as far as it is known without decoding."""
 
     size: tuple[int, int]  # (width, height) in pixels as read: upright, before any resize
-    file: Path | None  # None: it came by a URL or lies in the data itself
-    content: str  # tells it from others: the file's path, or a digest of its bytes
+    content: Path | str  # tells it from others: its file, or a digest of bytes from a URL or from the data itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +71,20 @@ def outlooks(rows: Sequence[Row], plan: Plan, processor: Any, *, fetch: bool = T
 def _header(file: File, *, plan: Plan, fetch: bool) -> Header | BadImage | BadUrl:
     """The header of an image, or why there is none. Runs in many threads."""
     if is_url(file[1]) and not fetch:
-        return Header(size=(1, 1), file=None, content=file[1])
+        return Header(size=(1, 1), content=file[1])
     try:
         opened = plan.open(file)
         size = header_size(opened)
     except (BadImage, BadUrl) as error:
         return error
-    if isinstance(opened, Path):
-        return Header(size=size, file=opened, content=str(opened))
-    return Header(size=size, file=None, content=hashlib.sha256(opened.getbuffer()).hexdigest())
+    is_file = isinstance(opened, Path)
+    return Header(size=size, content=opened if is_file else hashlib.sha256(opened.getbuffer()).hexdigest())
 
 
 def _bad(row: Row, headers: Mapping[File, Header | Exception], plan: Plan) -> BadRow | None:
     """Why a row is bad, as far as its values and headers say."""
-    try:
-        refuse_bad(row)
-    except BadRow as error:
-        return error
+    if row["bad"]:
+        return BadRow(**row["bad"])
     for column, path in images_of(row, plan.task.columns):
         if isinstance(error := headers[row["root"], path], Exception):
             return BadRow(str(error), column=column, path=path)

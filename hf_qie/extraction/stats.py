@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
+from tqdm import tqdm
 
 from hf_qie.config.recipe import Mix
 from hf_qie.data.mixture import read_groups, small_bucket_share
@@ -131,14 +132,14 @@ class Survey:
         return []
 
 
-def survey(plan: Plan, processor: Any, *, progress: Callable[[int], Any]) -> Survey:
+def survey(plan: Plan, processor: Any) -> Survey:
     """Look at every row of a plan."""
-    found, table = Survey(plan), plan.rows.table
-    for start in range(0, len(table), WINDOW_ROWS):
-        columns = table[start : start + WINDOW_ROWS]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        found.add(rows, outlooks(rows, plan, processor))
-        progress(len(rows))
+    found = Survey(plan)
+    with tqdm(desc=plan.task.name, unit="row", total=len(plan.rows.table), disable=None) as bar:
+        for batch in plan.rows.table.iter(WINDOW_ROWS):
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            found.add(rows, outlooks(rows, plan, processor))
+            bar.update(len(rows))
     return found
 
 
@@ -157,13 +158,11 @@ def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:
     num_buckets, small = found.buckets(mix, batch_rows=batch_rows)
     counts = [f"{rows:,} with {number}" for number, rows in sorted(found.source_counts.items())]
     small_buckets = f"{small:.1%} of the draws from buckets of fewer rows than a batch, {batch_rows}"
-    figures = [
-        ("sources of a row", ", ".join(counts)),
-        ("buckets", f"{num_buckets:,}; {small_buckets}"),
-        *((kind, f"{len(found.found(kind)):,}") for kind in KINDS),
-        ("on disk", f"{found.num_bytes / 1e6:,.1f} MB"),
-    ]
-    lines = [*aligned(images), "", *aligned(captions), "", *aligned(figures, left=True)]
+    figures = {"sources of a row": ", ".join(counts), "buckets": f"{num_buckets:,}; {small_buckets}"}
+    figures |= {kind: f"{len(found.found(kind)):,}" for kind in KINDS}
+    figures["on disk"] = f"{found.num_bytes / 1e6:,.1f} MB"
+    width = max(map(len, figures))
+    lines = [*aligned(images), "", *aligned(captions), "", *(f"{k:<{width}}  {v}" for k, v in figures.items())]
     for kind in KINDS:
         of_kind = found.found(kind)
         for one in of_kind[:NAMED]:
@@ -175,18 +174,19 @@ def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:
     return "\n".join([f"{found.plan.task.name}: {found.num_rows:,} rows", *(f"  {line}".rstrip() for line in lines)])
 
 
-def aligned(rows: Sequence[Sequence[Any]], *, left: bool = False) -> list[str]:
-    """Rows of a table as lines; the first column to the left, the others to the right unless `left`."""
+def aligned(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Rows of a table as lines; the first column to the left, the others to the right."""
     texts = [[f"{value:,}" if isinstance(value, int) else value for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    sides = [str.ljust, *[str.ljust if left else str.rjust] * (len(widths) - 1)]
+    sides = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     return ["  ".join(pad(*one) for pad, *one in zip(sides, row, widths, strict=True)) for row in texts]
 
 
 def _is_same(one: Header, other: Header) -> bool:
     """Whether two images are one, or two files with the same bytes."""
-    are_files = one.file and other.file and one.size == other.size
-    return one.content == other.content or bool(are_files and filecmp.cmp(one.file, other.file, shallow=False))
+    files = one.content, other.content
+    are_files = one.size == other.size and all(isinstance(file, Path) for file in files)
+    return files[0] == files[1] or (are_files and filecmp.cmp(*files, shallow=False))
 
 
 def _quantile(counts: Counter, share: float, *, key: Callable[[Any], Any] | None = None) -> Any:

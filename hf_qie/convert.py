@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     from hf_qie.extraction.firered import convert_task, open_foreign
     from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.extraction.run import TOO_MANY_BAD, are_finished, check_disk, has_too_many_bad
+    from hf_qie.extraction.run import are_finished, check_disk, exit_code
     from hf_qie.hub.publish import open_repo, push_unless_bad
     from hf_qie.models.base import read_family
 
@@ -48,9 +48,8 @@ def main(argv: list[str]) -> int:
     check_disk({source.plan.task.name: source.plan for source in sources})
     for source in sources:
         convert_task(source)
-    finished = [source.plan.folder for source in sources if are_finished([source.plan.folder])]
-    code = TOO_MANY_BAD if any(has_too_many_bad(recipe, folder) for folder in finished) else 0
-    if recipe.extract.push_to_hub and len(finished) == len(sources):
+    code = exit_code(recipe)
+    if recipe.extract.push_to_hub and are_finished(source.plan.folder for source in sources):
         push_unless_bad(recipe, code)
     return code
 

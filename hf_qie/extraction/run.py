@@ -49,8 +49,7 @@ logger = logging.getLogger(__name__)
 def extract(recipe: Recipe) -> tuple[int, bool]:
     """Do this process's part in the sets of a recipe.
 
-    Returns its exit code, which is not 0 only once all sets are finished, as a launcher ends all ranks when one fails;
-    and whether it finished the last set, which of sets that were all finished before is rank 0.
+    Returns its exit code, and whether it finished the last set; where all were finished before, rank 0 did.
     """
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
@@ -61,9 +60,7 @@ def extract(recipe: Recipe) -> tuple[int, bool]:
     for name, known in opened.items():
         if plan := open_plan(recipe, tasks[name], family, **known):
             is_last = write_set(SetWriter(plan, known["request"]), load, device) or is_last
-    folders = [Path(recipe.extract.output_dir, name) for name in tasks]
-    is_bad = are_finished(folders) and any(has_too_many_bad(recipe, folder) for folder in folders)
-    return TOO_MANY_BAD if is_bad else 0, is_last
+    return exit_code(recipe), is_last
 
 
 def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device: torch.device) -> dict[str, Any]:
@@ -206,6 +203,13 @@ def record_of(writer: SetWriter, device: torch.device) -> dict[str, Any]:
 def are_finished(folders: Iterable[Path]) -> bool:
     """Whether all sets are complete."""
     return all((folder / PROVENANCE).exists() for folder in folders)
+
+
+def exit_code(recipe: Recipe) -> int:
+    """Not 0 only once all sets are finished, as a launcher ends all ranks when one fails."""
+    folders = [Path(recipe.extract.output_dir, name) for name in own_tasks(recipe)]
+    is_bad = are_finished(folders) and any(has_too_many_bad(recipe, folder) for folder in folders)
+    return TOO_MANY_BAD if is_bad else 0
 
 
 def has_too_many_bad(recipe: Recipe, folder: Path) -> bool:

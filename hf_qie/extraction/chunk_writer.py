@@ -244,7 +244,7 @@ class ChunkWriter:
         """All columns of a row, or why its numbers cannot be stored."""
         columns, none = row.columns, np.empty((0, self.plan.family.latent_width), np.float16)
         for one in row.directions:
-            for column in self.plan.stored("latents", one.prefix) if self.plan.extract.latents else ():
+            for column in self.plan.stored("latents", one.prefix):
                 parts = [latents[image].result() for image in one.images[column.of]]  # one after the other
                 columns[one.prefix + column.name] = np.concatenate([none, *parts])
         arrays = {name: columns[name] for name in self.features if isinstance(columns.get(name), np.ndarray)}

@@ -110,10 +110,7 @@ def _outlook(
         for column in columns_of("grid"):
             grid_columns[prefix + column.name] = grids[column.of] if column.many else grids[column.of][0]
         areas = {name: sum(height * width for height, width in some) for name, some in grids.items()}
-        if plan.extract.latents:
-            num_latents += plan.family.latent_width * sum(
-                areas[column.of] for column in plan.stored("latents", prefix)
-            )
+        num_latents += plan.family.latent_width * sum(areas[one.of] for one in plan.stored("latents", prefix))
         # values are taken for one vector a token of the target
         num_latents += sum(areas[TARGET] * (matrix_width(one.type) or 0) for one in plan.stored("values", prefix))
     del num_tokens["drop"]

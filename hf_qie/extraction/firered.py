@@ -30,7 +30,7 @@ from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES
 from hf_qie.errors import InputError
 from hf_qie.extraction.batching import fits_float16, to_float16
-from hf_qie.extraction.chunk_writer import Chunk, ChunkWriter
+from hf_qie.extraction.chunk_writer import Chunk, ChunkWriter, Models
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.preprocess import ImageCache, Prepared, text_columns
 from hf_qie.extraction.run import log_set, write_set
@@ -153,18 +153,17 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
 
 
 class Converter(ChunkWriter):
-    """Takes the embeddings of rows from files and runs no model: in their place it has a `Foreign`."""
+    """Takes the embeddings of rows from files: of its models there is the processor alone, a `Foreign`."""
 
-    models: Foreign
     window_rows = 4  # with `TABLES` windows under way 16 are held: a row has megabytes
 
     def prepare(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
         """A row with all its columns; raises BadRow."""
-        return Prepared(columns=self.models.columns(row), directions=[], resized={})
+        return Prepared(columns=self.models.processor.columns(row), directions=[], resized={})
 
     def where(self, row: Mapping[str, Any]) -> str:
         """File and line of a row."""
-        return self.models.table[row["row"]]["where"]
+        return self.models.processor.table[row["row"]]["where"]
 
 
 def convert_task(foreign: Foreign) -> None:
@@ -176,7 +175,8 @@ def convert_task(foreign: Foreign) -> None:
         log_set(plan.recipe, plan.folder)
     else:
         datasets.disable_progress_bars()
-        write_set(writer, lambda _: foreign, torch.device("cpu"), kind=Converter, known=RECORD)
+        models = Models(processor=foreign, encoder=None, latents=None)
+        write_set(writer, lambda _: models, torch.device("cpu"), kind=Converter, known=RECORD)
 
 
 def _key_of(caption: str) -> str:

@@ -57,17 +57,14 @@ class Plan:
         return self.family.source_area_px(self.extract.source_sample_size)
 
     @property
-    def inverse_captions(self) -> tuple[str, ...]:
-        """Inverse captions that become columns of the set: those of the recipe, if any row has an inverse."""
-        return self.task.columns.inverse_captions if self.extract.inverse and self.rows.has_inverse else ()
-
-    @property
     def inverse_latents(self) -> bool:
         """True where an inverse needs latents of its own, as sources and targets differ in area."""
         return self.source_area_px != self.target_area_px
 
     def stored(self, kind: str, prefix: str) -> list[Column]:
-        """The columns of a kind that the set stores of a direction, by the prefix of its columns."""
+        """The columns of a kind that are computed of a direction, by the prefix of its columns."""
+        if kind == "latents" and not self.extract.latents:
+            return []
         return [one for one in columns_of(kind) if one.is_stored(prefix, other_area=self.inverse_latents)]
 
     @cached_property
@@ -77,12 +74,13 @@ class Plan:
 
     @cached_property
     def features(self) -> Features:
-        """Columns of the set."""
+        """Columns of the set; those of inverse captions only if any row has an inverse."""
+        has_inverse = self.extract.inverse and self.rows.has_inverse
         return set_features(
             width=self.width,
             latent_width=self.family.latent_width,
             captions=self.task.columns.captions,
-            inverse_captions=self.inverse_captions,
+            inverse_captions=self.task.columns.inverse_captions if has_inverse else (),
             inverse_latents=self.inverse_latents,
         )
 
@@ -91,16 +89,12 @@ class Plan:
 
         Of captions those that the row has, and the drop caption last, as `drop`.
         """
-        files, names, found = image_files(row), self.task.columns, []
-        found.append(("", files, self._texts(row, names.captions)))
+        files, names = image_files(row), self.task.columns
+        found = [("", files, names.captions)]
         if self.extract.inverse and has_inverse(row, self.task):
-            swapped = files | {SOURCES: files[TARGET], TARGET: files[SOURCES]}
-            found.append((INVERSE, swapped, self._texts(row, names.inverse_captions)))
-        return found
-
-    def _texts(self, row: Mapping[str, Any], captions: Sequence[str]) -> dict[str, str]:
-        texts = {caption: row["texts"][caption] for caption in captions if row["texts"][caption]}
-        return texts | {"drop": self.extract.drop_caption}
+            found.append((INVERSE, files | {SOURCES: files[TARGET], TARGET: files[SOURCES]}, names.inverse_captions))
+        texts, drop = row["texts"], {"drop": self.extract.drop_caption}
+        return [(*way, {name: texts[name] for name in captions if texts[name]} | drop) for *way, captions in found]
 
     def sizes(self, files: Mapping[str, list[File]], images: Mapping[File, Any]) -> dict[str, list[SizedFile]]:
         """The images of a direction with the sizes that the VAE sees: all but sources have the target's."""

@@ -96,7 +96,7 @@ def prepare(row: Mapping[str, Any], cache: ImageCache, *, plan: Plan, processor:
         captions = tuple(texts)[:-1]  # without the drop caption
         directions.append(Direction(prefix=prefix, captions=captions, prompt=prompt, images=sized, columns=columns))
         columns |= plan.shape_columns(prefix, sized, images)
-        encoded = {column.of for column in plan.stored("latents", prefix)} if plan.extract.latents else ()
+        encoded = {column.of for column in plan.stored("latents", prefix)}
         for file, size in (one for name, some in sized.items() if name in encoded for one in some):
             resized[file, size] = plan.family.resize(images[file], size)
     return Prepared(columns=columns, directions=directions, resized=resized)

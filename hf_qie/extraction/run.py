@@ -124,7 +124,7 @@ def load_models(recipe: Recipe, family: Family, *, dtype: torch.dtype, device: t
 
 def write_set(
     writer: SetWriter,
-    load: Callable[[str], Any],
+    load: Callable[[str], Models],
     device: torch.device,
     *,
     kind: type[ChunkWriter] = ChunkWriter,
@@ -151,7 +151,7 @@ def write_set(
     return is_last
 
 
-def write_chunks(writer: SetWriter, load: Callable[[], Any], kind: type[ChunkWriter] = ChunkWriter) -> None:
+def write_chunks(writer: SetWriter, load: Callable[[], Models], kind: type[ChunkWriter] = ChunkWriter) -> None:
     """Write chunks that are not there yet until none is left; the bar of rank 0 shows what all ranks have done."""
     claims, plan = writer.claims(), writer.plan
     first = next(claims, None)

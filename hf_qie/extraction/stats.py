@@ -47,7 +47,6 @@ class Survey:
         self.source_counts: Counter[int] = Counter()
         self.labels = {image.name: image.label(plan.task.columns) for image in columns_of("image")}
         self.sizes: dict[str, Counter] = {name: Counter() for name in self.labels}  # (width, height) px
-        self.grids: dict[str, set] = {name: set() for name in self.labels}
         self.num_tokens: dict[str, Counter] = {caption: Counter() for caption in text_columns(plan.task.columns)}
         self.findings: list[Finding] = []
         self._first: dict[int, int] = {}  # hash of a row's content -> its first row
@@ -71,8 +70,6 @@ class Survey:
             self.num_bytes += look.num_bytes
             for name, headers in look.headers.items():
                 self.sizes[name].update(header.size for header in headers)
-            for column in columns_of("grid"):
-                self.grids[column.of].update(map(tuple, column.each(look.grids[column.name])))
             for caption, num_tokens in look.num_tokens.items():
                 self.num_tokens[caption][num_tokens] += 1
             inverse = [] if f"{INVERSE}image_embeds" in look.num_embeds else None  # there or null, but empty
@@ -145,11 +142,11 @@ def survey(plan: Plan, processor: Any) -> Survey:
 
 def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:
     """All about a task on one page; the file `findings` gets every finding, one JSON object a line."""
-    images = [("", "number", "smallest", "median", "largest", "sizes", "grids")]
+    images = [("", "number", "smallest", "median", "largest", "sizes")]
     for name, sizes in found.sizes.items():
         if sizes:
             shown = ["{} x {} px".format(*_quantile(sizes, share, key=math.prod)) for share in (0, 0.5, 1)]
-            images.append((found.labels[name], sizes.total(), *shown, len(sizes), len(found.grids[name])))
+            images.append((found.labels[name], sizes.total(), *shown, len(sizes)))
     captions = [("", "number", "median", "95 %", "longest")]
     for caption, lengths in found.num_tokens.items():
         if lengths:

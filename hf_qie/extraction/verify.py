@@ -119,7 +119,7 @@ def official_columns(
         for column in plan.stored("grid", prefix):
             grids = [official.grid(sides) for _, sides in sized[column.of]]
             yield prefix + column.name, torch.cat([torch.empty(0), *grids])
-        for column in plan.stored("latents", prefix) if plan.extract.latents else ():
+        for column in plan.stored("latents", prefix):
             latents = [official.latents(*one).float().cpu() for one in sized[column.of]]
             yield prefix + column.name, torch.cat(latents) if latents else torch.empty(0)
 

@@ -14,8 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,28 +44,20 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     seconds: dict[str, float] = {}
     for stage, command in STAGES.items():
-        with timed(stage, seconds):
-            done = subprocess.run([sys.executable, *command.split(), *(argv if stage != "data" else [])], check=False)
+        logger.info("demo: %s", stage)
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, *command.split(), *(argv if stage != "data" else [])], check=False)
         if done.returncode:
             sys.exit(done.returncode)
-    with timed("sample", seconds):
-        edits = held_out(recipe.extract.image_sample_size)
-        before, after = (sampled(recipe, edits, trained=trained) for trained in (False, True))
-        scores = score(recipe, edits, before, after)
+        seconds[stage] = round(time.monotonic() - start, 1)
+    edits = held_out(recipe.extract.image_sample_size)
+    before, after = (sampled(recipe, edits, trained=trained) for trained in (False, True))
     sheet(edits[: SHOWN * 3], before, after).save(FOLDER / "edits.png")
     shutil.copy(Path(recipe.training["output_dir"], "loss.png"), FOLDER / "loss.png")
+    scores = score(recipe, edits, before, after)
     report = json.dumps({**scores, "held_out_pairs": len(edits), "seconds": seconds}, indent=2)
     (FOLDER / "demo.json").write_text(report + "\n", encoding="utf-8")
     logger.info("%s\n%s", FOLDER / "edits.png", report)
-
-
-@contextmanager
-def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Note how long a stage took."""
-    logger.info("demo: %s", stage)
-    start = time.monotonic()
-    yield
-    seconds[stage] = round(time.monotonic() - start, 1)
 
 
 def held_out(size_px: int) -> list[Edit]:

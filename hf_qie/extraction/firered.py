@@ -134,14 +134,14 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
     lines, stored = open_data(task, sha256())
     if stored is not None:
         raise InputError(f"tasks.{task.name}.data: {', '.join(task.data)} is not JSONL, which names the .pt files")
-    text, named, path = Value("string"), set(), folder / f"{task.name}-files.arrow"
+    text, path = Value("string"), folder / f"{task.name}-files.arrow"
     features = Features({"where": text, **dict.fromkeys(KEYS, text)})
     with ArrowWriter(features=features, path=str(path), writer_batch_size=1000) as writer:
         for where, _, line in lines:
-            files = {key: _file_of(line, key, where=where) for key in KEYS}
-            writer.write({"where": where, **files})
-            named |= {key for key, file in files.items() if file}
+            writer.write({"where": where, **{key: _file_of(line, key, where=where) for key in KEYS}})
         writer.finalize()
+    table = Dataset.from_file(str(path))
+    named = [key for key in KEYS if table.data.column(key).null_count < len(table)]
     if not named:
         raise InputError(
             f"tasks.{task.name}.data: no row of {', '.join(task.data)} names a file under {TENSOR}en, _cn or "
@@ -149,7 +149,7 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
         )
     if not any(key.endswith("_inv") for key in named):  # rows may have inverse captions all the same
         plan = plan.changed(inverse=False)
-    return Foreign(plan=plan, table=Dataset.from_file(str(path)), empty_text=empty_text)
+    return Foreign(plan=plan, table=table, empty_text=empty_text)
 
 
 class Converter(ChunkWriter):

@@ -121,12 +121,11 @@ class Survey:
         """Why extraction would not end well on these rows; empty if it would."""
         extract, at, bad = self.plan.extract, f"tasks.{self.plan.task.name}", len(self.found("bad row"))
         most = most_bad(extract, self.num_rows)
-        rule = "on_bad_row: fail allows none" if most == 0 else f"max_bad_share allows {most:,.0f}"
         if bad == self.num_rows:
             return [f"{at}: every row is bad"]
-        if bad > most:
-            return [f"{at}: {bad:,} of {self.num_rows:,} rows are bad, extract.{rule}; fix them, or allow more"]
-        return []
+        rule = "on_bad_row: fail allows none" if most == 0 else f"max_bad_share allows {most:,.0f}"
+        wrong = f"{at}: {bad:,} of {self.num_rows:,} rows are bad, extract.{rule}; fix them, or allow more"
+        return [wrong] if bad > most else []
 
 
 def survey(plan: Plan, processor: Any) -> Survey:

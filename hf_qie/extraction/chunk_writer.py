@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -51,7 +50,6 @@ class Chunk:
 
     def __init__(self, table: Dataset, plan: Plan, reuse: Reuse | None):
         self.table = table
-        self.counts = Counts()
         self.images = ImageCache((row for row in table if not (reuse and reuse.has(row["row"]))), plan)
         self.latents: dict[SizedFile, Future[np.ndarray]] = {}  # of images that several rows use
         self.reads: dict[int, Future[Prepared | BadRow | pa.Table]] = {}  # by row, begun ahead
@@ -96,7 +94,7 @@ class ChunkWriter:
 
         `near_end` is called once, when the last window alone is under way: the time to open the next chunk.
         """
-        tables, loop = asyncio.Semaphore(TABLES), None
+        counts, tables, loop = Counts(), asyncio.Semaphore(TABLES), None
         last = int(chunk.table[-1]["row"])
 
         async def embed(batch: dict[str, list[Any]]) -> pa.Table:
@@ -108,12 +106,12 @@ class ChunkWriter:
                 begun = loop.run_in_executor(self.windows, self._embed, rows, chunk, (before, chunk.claimed))
                 if rows[-1]["row"] == last:  # behind it in line: its turn comes when there is room for a window
                     await loop.run_in_executor(self.windows, near_end)
-                table, counts = await begun
-            chunk.counts.add(counts)
+                table, of_window = await begun
+            counts.add(of_window)
             self.progress(len(rows))
             return table
 
-        encode = partial(
+        outside_loops(
             chunk.table.map,
             embed,
             batched=True,
@@ -125,10 +123,9 @@ class ChunkWriter:
             writer_batch_size=WRITER_BATCH_SIZE,
             new_fingerprint=path.stem,  # hashing a function that holds a model is slow and differs every run
         )
-        outside_loops(encode)
         loop.close()  # `map` leaves it, and its file handles, to the garbage collector
-        chunk.counts.bad.sort(key=lambda bad: bad["row"])
-        complete_chunk(part, path, chunk.counts)
+        counts.bad.sort(key=lambda bad: bad["row"])
+        complete_chunk(part, path, counts)
 
     def _read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow | pa.Table:
         """Read the images of a row and make its prompts, or take it over from a previous set. Runs in many threads."""
@@ -252,15 +249,15 @@ class ChunkWriter:
         return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
 
 
-def outside_loops(function: Callable[[], object]) -> None:
+def outside_loops(function: Callable[..., object], *arguments: Any, **options: Any) -> None:
     """Call what needs an event loop of its own; in a notebook one runs in this thread already."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        function()
+        function(*arguments, **options)
     else:
         with ThreadPoolExecutor(1, "map") as thread:
-            thread.submit(function).result()
+            thread.submit(function, *arguments, **options).result()
 
 
 def use_device(device: torch.device) -> None:

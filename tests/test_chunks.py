@@ -64,7 +64,7 @@ class Job:
 
     def finish(self, models: Models) -> bool:
         """Whether the set is complete, by this launch or another."""
-        self.writer.finish(record_of(self.writer, torch.device("cpu")))
+        self.writer.finish(lambda: record_of(self.writer, torch.device("cpu")))
         return self.writer.is_finished
 
     def run(self, models: Models) -> dict[str, bytes]:

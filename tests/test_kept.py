@@ -364,7 +364,7 @@ def test_a_launch_finds_out_that_another_one_has_begun_its_set_anew(tmp_path):
     for other in (one.add_chunk, lambda: next(one.claims())):
         with pytest.raises(InputError, match="task: another launch began it anew, from other data"):
             other()
-    assert not one.finish({})
+    assert not one.finish(dict)
     two.add_chunk()
 
 
@@ -394,7 +394,7 @@ def test_a_set_is_not_begun_anew_while_a_chunk_of_it_is_written(tmp_path):
 def test_a_set_that_another_launch_has_finished_is_left_as_it_is(tmp_path):
     one = Set(tmp_path, "a").finished()
     before = content(tmp_path)
-    assert not one.finish({})
+    assert not one.finish(dict)
     assert content(tmp_path) == before
 
 

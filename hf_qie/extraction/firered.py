@@ -32,7 +32,7 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.batching import fits_float16, to_float16
 from hf_qie.extraction.chunk_writer import Chunk, ChunkWriter, Models
 from hf_qie.extraction.plan import Plan
-from hf_qie.extraction.preprocess import ImageCache, Prepared, text_columns
+from hf_qie.extraction.preprocess import ImageCache, Prepared, plain_columns
 from hf_qie.extraction.run import log_set, write_set
 from hf_qie.extraction.set_writer import SetWriter, request_of
 from hf_qie.runtime.rules import show
@@ -71,7 +71,7 @@ class Foreign:
             if is_url(path):
                 raise BadRow("a URL; training without latents reads images from files", column=column, path=path)
         images = ImageCache([row], plan).read(row)
-        columns = text_columns(row, plan)
+        columns = plain_columns(row, plan)
         for prefix, shown, texts in plan.ways(row):
             way = "_inv" if prefix else ""
             if prefix and not any(files[f"{TENSOR}{kind}{way}"] for kind in KINDS):

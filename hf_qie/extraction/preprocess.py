@@ -84,7 +84,7 @@ def prepare(row: Mapping[str, Any], cache: ImageCache, *, plan: Plan, processor:
     """Read, resize and tokenize one row; raises BadRow."""
     refuse_bad(row)
     images = cache.read(row)
-    columns, directions, resized = text_columns(row, plan), [], {}
+    columns, directions, resized = plain_columns(row, plan), [], {}
     for prefix, files, texts in plan.ways(row):
         try:
             sources = [images[file] for file in files[SOURCES]]
@@ -102,7 +102,7 @@ def prepare(row: Mapping[str, Any], cache: ImageCache, *, plan: Plan, processor:
     return Prepared(columns=columns, directions=directions, resized=resized)
 
 
-def text_columns(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def plain_columns(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The columns of a set that need neither image nor model."""
     columns = {"row": row["row"], "num_sources": len(row["sources"])}
     columns |= {image.name: row[image.row_key] for image in columns_of("image")}

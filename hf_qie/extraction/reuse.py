@@ -89,16 +89,14 @@ def in_order(made: pa.Table, places: Sequence[int | pa.Table]) -> pa.Table:
 
 def has_reusable(plan: Plan) -> bool:
     """Whether a set is made anew after its data changed: a finished one only if some of its rows are the same."""
-    sets, digests = [plan.folder, *previous_sets(plan.folder)], digests_of(plan.rows.table)
-    is_finished = any((one / PROVENANCE).exists() for one in sets)
-    return not is_finished or any(_share(read_digests(one), digests) for one in sets)
+    sets = [plan.folder, *previous_sets(plan.folder)]
+    return not any((one / PROVENANCE).exists() for one in sets) or any(_has_rows_of(plan, one) for one in sets)
 
 
 def is_remade(plan: Plan) -> bool:
     """Whether the set that is there is of other data than those of `plan`, and has some of its rows."""
     found = read_request(plan.folder)
-    is_other = bool(found and found.get("data") != plan.rows.digest)
-    return is_other and _share(read_digests(plan.folder), digests_of(plan.rows.table))
+    return bool(found and found.get("data") != plan.rows.digest) and _has_rows_of(plan, plan.folder)
 
 
 def previous_sets(folder: Path) -> list[Path]:
@@ -172,6 +170,7 @@ def _as_binary(digests: np.ndarray) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(DIGEST_BYTES), len(digests), buffers)
 
 
-def _share(old: np.ndarray | None, present: np.ndarray) -> bool:
-    """Whether some row is in both."""
-    return old is not None and bool(pc.any(pc.is_in(_as_binary(old), value_set=_as_binary(present))).as_py())
+def _has_rows_of(plan: Plan, folder: Path) -> bool:
+    """Whether some row of `plan` is in the set in `folder`."""
+    old, present = read_digests(folder), _as_binary(digests_of(plan.rows.table))
+    return old is not None and bool(pc.any(pc.is_in(_as_binary(old), value_set=present)).as_py())

@@ -138,7 +138,7 @@ def write_set(
     started, plan = time.monotonic(), writer.plan
     write_chunks(writer, lambda: load(writer.request["dtype"]), kind)
     with in_turn(writer.folder.with_name(".finish.lock")):  # of processes that finish two sets one is the last
-        is_done = writer.is_complete and writer.finish(record_of(writer, device) | (known or {}))
+        is_done = writer.finish(lambda: record_of(writer, device) | (known or {}))
         is_last = is_done and are_finished(writer.folder.with_name(name) for name in own_tasks(plan.recipe))
     if is_done:
         with speaking():

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -85,11 +85,6 @@ class SetWriter:
     def __init__(self, plan: Plan, request: Mapping[str, Any], *, can_reuse: bool = True):
         self.plan, self.request, self.can_reuse, self.folder = plan, request, can_reuse, plan.folder
         self.staging = self.folder / STAGING
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all chunks are there."""
-        return self.rows_done() == len(self.plan.rows.table)
 
     @property
     def is_finished(self) -> bool:
@@ -198,16 +193,16 @@ class SetWriter:
         """Where to write the file of a claimed chunk: apart from machines that locks do not reach."""
         return self.staging / f"{chunk.stem}-{socket.gethostname()}{PART}"
 
-    def finish(self, record: Mapping[str, Any]) -> bool:
+    def finish(self, record: Callable[[], Mapping[str, Any]]) -> bool:
         """Complete the set if all its chunks are there; True for the one process that did.
 
         `record` says what the set was made with, for the reader.
         """
         with set_lock(self.folder):
             is_ours = not self.is_finished and read_request(self.folder) == self.request
-            if not is_ours or not self.is_complete:
+            if not is_ours or self.rows_done() < len(self.plan.rows.table):
                 return False
-            self._write_rest(record)
+            self._write_rest(record())
             self._clean()
             return True
 

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--empty_text", type=to_path)
     arguments = parser.parse_intermixed_args(argv)
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, "extract.latents=false"])
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"latents": False})})
     if arguments.empty_text and not arguments.empty_text.is_file():
         raise InputError(f"--empty_text: {arguments.empty_text} not found")
     if world_size() > 1:

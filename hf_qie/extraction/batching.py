@@ -37,7 +37,7 @@ def shared_passes(rows: Sequence[Prepared], *, batch_size: int) -> list[Pass]:
     """
     passes = []
     inverses = [direction for row in rows for direction in row.directions[1:]]
-    for directions in ([direction for row in rows for direction in row.directions[:1]], inverses):
+    for directions in ([row.directions[0] for row in rows], inverses):
         for sources, alike in groupby(directions, key=lambda one: [file for file, _ in one.images[SOURCES]]):
             run = list(alike)
             step = batch_size if sources else 1  # without images there is next to nothing to share

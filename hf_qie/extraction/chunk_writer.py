@@ -27,7 +27,7 @@ from hf_qie.extraction.batching import fits_float16, like_length, same_size, sha
 from hf_qie.extraction.manifest import Counts, complete_chunk
 from hf_qie.extraction.plan import Plan, SizedFile
 from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
-from hf_qie.extraction.reuse import Reuse, in_order
+from hf_qie.extraction.reuse import Reuse
 
 WINDOW_BATCHES = 8  # among that many batches' rows those of like length are put together
 WINDOWS = 3  # under way at a time: one is encoded while the next is read, and the one after begun
@@ -52,7 +52,7 @@ class Chunk:
         self.table = table
         self.images = ImageCache((row for row in table if not (reuse and reuse.has(row["row"]))), plan)
         self.latents: dict[SizedFile, Future[np.ndarray]] = {}  # of images that several rows use
-        self.reads: dict[int, Future[Prepared | BadRow | pa.Table]] = {}  # by row, begun ahead
+        self.reads: dict[int, Future[Prepared]] = {}  # by row, begun ahead
         self.claimed = Event()  # by the last window so far: it has taken its part of the images
         self.claimed.set()
 
@@ -127,14 +127,11 @@ class ChunkWriter:
         counts.bad.sort(key=lambda bad: bad["row"])
         complete_chunk(part, path, counts)
 
-    def _read(self, row: dict[str, Any], chunk: Chunk) -> Prepared | BadRow | pa.Table:
-        """Read the images of a row and make its prompts, or take it over from a previous set. Runs in many threads."""
+    def _read(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
+        """A row made ready, or taken over from a previous set; raises BadRow. Runs in many threads."""
         if self.reuse and self.reuse.has(row["row"]):
-            return self.reuse.row(row["row"])
-        try:
-            return self.prepare(row, chunk)
-        except BadRow as error:
-            return error
+            return Prepared(columns=self.reuse.row(row["row"]), directions=[], resized={}, is_reused=True)
+        return self.prepare(row, chunk)
 
     def prepare(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
         """A row made ready for the models; raises BadRow."""
@@ -149,8 +146,8 @@ class ChunkWriter:
         (before, claimed), counts = turn, Counts(rows_in=len(rows))
         try:
             begun = [chunk.reads.pop(row["row"], None) or self.readers.submit(self._read, row, chunk) for row in rows]
-            ready = [read.result() for read in begun]
-            good = [one for one in ready if isinstance(one, Prepared)]
+            good = [read.result() for read in begun if not isinstance(read.exception(), BadRow)]
+            good = [row for row in good if row.directions]  # of the others all columns are known
             before.wait()  # windows take images in their order, or batches would depend on which was faster
             latents, mine = self._claim(good, chunk)
         finally:
@@ -163,7 +160,7 @@ class ChunkWriter:
                     latents[sized].set_exception(error)
             raise
         self.encode_prompts(good, counts)
-        return self._to_table(rows, ready, latents, counts), counts
+        return self._to_table(rows, begun, latents, counts), counts
 
     def _claim(
         self, rows: Sequence[Prepared], chunk: Chunk
@@ -216,37 +213,33 @@ class ChunkWriter:
     def _to_table(
         self,
         rows: Sequence[dict[str, Any]],
-        ready: Sequence[Prepared | BadRow | pa.Table],
+        reads: Sequence[Future[Prepared]],
         latents: Mapping[SizedFile, Future[np.ndarray]],
         counts: Counts,
     ) -> pa.Table:
         """The good rows in the order of the input; the bad ones are listed in `counts`."""
-        made, places = [], []
-        for row, one in zip(rows, ready, strict=True):
-            result = self._columns(one, latents) if isinstance(one, Prepared) else one
-            if isinstance(result, BadRow):
-                counts.add_bad(row, result, self.plan, where=self.where(row))
-                continue
-            counts.add_good(row, self.plan)
-            if isinstance(result, pa.Table):
-                counts.rows_reused += 1
-                places.append(result)
+        good = []
+        for row, read in zip(rows, reads, strict=True):
+            try:
+                good.append(self._columns(read.result(), latents))
+            except BadRow as bad:
+                counts.add_bad(row, bad, self.plan, where=self.where(row))
             else:
-                places.append(len(made))
-                made.append(result)
-        table = to_table(made, self.features)
-        return in_order(table, places) if len(made) < len(places) else table
+                counts.add_good(row, self.plan, is_reused=read.result().is_reused)
+        return to_table(good, self.features)
 
-    def _columns(self, row: Prepared, latents: Mapping[SizedFile, Future[np.ndarray]]) -> dict[str, Any] | BadRow:
-        """All columns of a row, or why its numbers cannot be stored."""
+    def _columns(self, row: Prepared, latents: Mapping[SizedFile, Future[np.ndarray]]) -> dict[str, Any]:
+        """All columns of a row; raises BadRow where its numbers cannot be stored."""
         columns, none = row.columns, np.empty((0, self.plan.family.latent_width), np.float16)
         for one in row.directions:
             for column in self.plan.stored("latents", one.prefix):
                 parts = [latents[image].result() for image in one.images[column.of]]  # one after the other
                 columns[one.prefix + column.name] = np.concatenate([none, *parts])
         arrays = {name: columns[name] for name in self.features if isinstance(columns.get(name), np.ndarray)}
-        unfit = [name for name, value in arrays.items() if not fits_float16(value)]
-        return BadRow("values beyond float16 (65504) or not finite", column=unfit[0]) if unfit else columns
+        for name, value in arrays.items():
+            if not fits_float16(value):
+                raise BadRow("values beyond float16 (65504) or not finite", column=name)
+        return columns
 
 
 def outside_loops(function: Callable[..., object], *arguments: Any, **options: Any) -> None:

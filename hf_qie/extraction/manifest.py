@@ -36,9 +36,10 @@ class Counts:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def add_good(self, row: Mapping[str, Any], plan: Plan) -> None:
+    def add_good(self, row: Mapping[str, Any], plan: Plan, *, is_reused: bool) -> None:
         """Count a row that is written."""
         self.rows_out += 1
+        self.rows_reused += is_reused
         self.rows_without_caption += not any(row["texts"][caption] for caption in plan.task.columns.captions)
 
     def add_bad(self, row: Mapping[str, Any], bad: BadRow, plan: Plan, *, where: str) -> None:

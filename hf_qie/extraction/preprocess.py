@@ -38,6 +38,7 @@ class Prepared:
     columns: dict[str, Any]  # of the set, first those that need no model
     directions: list[Direction]
     resized: dict[SizedFile, Image.Image]  # what the VAE sees; none without `extract.latents`
+    is_reused: bool = False  # from a previous set, with all columns
 
 
 class ImageCache:

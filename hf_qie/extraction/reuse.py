@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features
 
 from hf_qie.data.provenance import PROVENANCE, files_of, read_provenance, request_differences
+from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
 from hf_qie.extraction.manifest import STAGING, read_manifest
 from hf_qie.extraction.plan import Plan
@@ -59,15 +60,14 @@ class Reuse:
         place = self.places[row]
         return bool(place >= 0 and self.is_intact(self.files[np.searchsorted(self.starts, place, side="right") - 1]))
 
-    def row(self, row: int) -> pa.Table:
+    def row(self, row: int) -> dict[str, Any]:
         """The columns of a row that `has` answered for, under its present number."""
-        old, schema = self.rows.slice(self.places[row], 1), pa.schema(self.features.type)
-        arrays = [
-            old.column(field.name).cast(field.type) if field.name in old.column_names else pa.nulls(1, field.type)
-            for field in schema
-        ]
-        arrays[schema.get_field_index("row")] = pa.array([row])
-        return pa.table(arrays, schema=schema)
+        old, columns = self.rows.slice(self.places[row], 1), {}
+        for name in self.features.keys() & set(old.column_names):
+            (value,) = old.column(name)
+            width = matrix_width(self.features[name]) if value.is_valid else None
+            columns[name] = value.values.flatten().to_numpy().reshape(-1, width) if width else value.as_py()
+        return columns | {"row": row}
 
 
 def find_reuse(plan: Plan) -> Reuse | None:
@@ -78,13 +78,6 @@ def find_reuse(plan: Plan) -> Reuse | None:
         if found and request_differences(found, request) in ([], ["data"]):
             folders.append(previous)
     return Reuse(folders, plan.rows.table, plan.features) if folders else None
-
-
-def in_order(made: pa.Table, places: Sequence[int | pa.Table]) -> pa.Table:
-    """Rows of `made`, by their place there, and tables of one reused row each."""
-    rows = [one if isinstance(one, pa.Table) else made.slice(one, 1) for one in places]
-    rows.append(rows[0].slice(0, 0))  # else one row alone stays a view of the file that it lies in
-    return pa.concat_tables(rows).combine_chunks()
 
 
 def has_reusable(plan: Plan) -> bool:

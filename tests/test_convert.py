@@ -347,6 +347,14 @@ def test_a_file_may_hold_all_texts_of_a_row(work):
     assert one[:] == other[:]
 
 
+def test_a_set_of_other_rows_is_refused_as_its_files_may_have_changed_too(work):
+    assert convert(work) == 0
+    rows = read_jsonl(work / "edit.jsonl")
+    write_jsonl(work / "edit.jsonl", [rows[0] | {"instruction": "Another."}, *rows[1:]])
+    with pytest.raises(InputError, match=r"edit: was made with another data; give another extract\.output_dir"):
+        convert(work)
+
+
 def test_jsonl_that_their_extraction_read_and_not_wrote_is_refused(work):
     rows = read_jsonl(work / "edit.jsonl")
     write_jsonl(work / "edit.jsonl", [{k: v for k, v in row.items() if "tensor" not in k} for row in rows])

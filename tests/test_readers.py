@@ -329,28 +329,12 @@ def test_what_is_of_no_kind_is_refused_with_those_that_are(tmp_path, name):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("a.xlsx", "cannot read {folder}/a.xlsx: a spreadsheet; save it as CSV"),
-        ("a.tar", "cannot read {folder}/a.tar: an archive; unpack it"),
-        (
-            "folder/a.jpg",
-            "cannot read {folder}/folder: images; give a data file with a row for each, as README.md has it "
-            "under Your data",
-        ),
-        ("folder/part.csv", "cannot read {folder}/folder: a folder of .csv files; give {folder}/folder/*.csv"),
-        (
-            "folder/metadata.jsonl",
-            "cannot read {folder}/folder: a folder of .jsonl files; give {folder}/folder/*.jsonl, and file_name as "
-            "columns.target",
-        ),
-    ],
-)
-def test_what_others_read_is_named_with_the_way_on(tmp_path, name, told):
+def test_a_folder_of_data_files_is_refused_with_the_way_to_name_them(tmp_path):
     (tmp_path / "folder").mkdir()
-    (tmp_path / name).touch()
-    assert message(task_of(tmp_path / name.partition("/")[0])) == (f"tasks.a.data: {told.format(folder=tmp_path)}")
+    (tmp_path / "folder" / "part.csv").touch()
+    assert message(task_of(tmp_path / "folder")) == (
+        f"tasks.a.data: cannot read {tmp_path}/folder: a folder of .csv files; give {tmp_path}/folder/*.csv"
+    )
 
 
 @pytest.mark.parametrize(

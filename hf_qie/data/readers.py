@@ -30,16 +30,6 @@ KINDS = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".
 DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of
 BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark of UTF-8
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes, of one dataset or of several splits
-REMEDIES = {
-    ".arrow": "an Arrow file; give the folder of save_to_disk that holds it",
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as CSV"),
-    **dict.fromkeys(
-        (".jpg", ".jpeg", ".png", ".webp", ".bmp"),
-        "images; give a data file with a row for each, as README.md has it under Your data",
-    ),
-    **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".bz2", ".xz"), "an archive; unpack it"),
-}
-
 TextRow = tuple[str, dict[str, Any]]  # place in the file, as `:3` or `, item 3` of an array; its values by column
 
 
@@ -83,12 +73,9 @@ def _data_files(task: Task) -> tuple[str, list[Path]]:
 
 def _remedy(path: Path) -> str:
     """What to give in place of a file or folder that cannot be read."""
-    inside = sorted(path.iterdir()) if path.is_dir() else [path]
-    if known := [file for file in inside if _suffix_of(file) in KINDS]:
-        target = ", and file_name as columns.target" if known[0].stem == "metadata" else ""
-        return f"a folder of {known[0].suffix} files; give {path}/*{known[0].suffix}{target}"
-    if named := [suffix for suffix in map(_suffix_of, inside) if suffix in REMEDIES]:
-        return REMEDIES[named[0]]
+    kinds = sorted(KINDS.keys() & map(_suffix_of, path.iterdir())) if path.is_dir() else []
+    if kinds:
+        return f"a folder of {kinds[0]} files; give {path}/*{kinds[0]}"
     others = "text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
     return f"give {', '.join(KINDS)} files, {others}"
 

@@ -161,13 +161,14 @@ def unverified(provenances: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Fields of `other` that differ in `one`; of file digests those that both know, as weights may not be at hand."""
+    """Fields of `other` that differ in `one`; of digests by path those that both know: weights may not be at hand."""
     found = []
     for field, value in other.items():
-        if UNKNOWN in (one.get(field), value):
+        mine = one.get(field)
+        if UNKNOWN in (mine, value) or mine == value:
             continue
-        if isinstance(mine := one.get(field), Mapping) and field in ("encoder", "processor", "vae"):
+        if isinstance(mine, Mapping) and isinstance(value, Mapping) and all("/" in name for name in (*mine, *value)):
             found += [f"{field} ({name})" for name in sorted(mine.keys() & value.keys()) if mine[name] != value[name]]
-        elif mine != value:
+        else:
             found.append(field)
     return found

@@ -149,7 +149,7 @@ WRONG_TYPES = {
 def test_a_column_of_another_type_is_refused(features, name):
     changed = Features(features | {name: WRONG_TYPES[name]})
     at = f"column {name.replace('target_latents', 'source_latents')}"  # of latents the target's are the measure
-    with pytest.raises(InputError, match=rf"set: {at}: got .*, wanted .*extract it again|has no column"):
+    with pytest.raises(InputError, match=rf"set: {at}: got .*, expected .*extract it again|has no column"):
         check_columns(Dataset.from_dict({name: [] for name in changed}, features=changed), where="set")
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
-from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, feature_of, grids_in, matrix_width
+from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, grids_in, matrix_width, set_features, texts_in
 from hf_qie.data.tables import HUB_ID
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import check_sizes
@@ -74,7 +74,7 @@ def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict
     # by the content of the shards: load_dataset(repo) would make all Arrow files anew at each commit to the repository
     files = [str(shard.resolve()) for shard in sorted(folder.glob(shards))]
     if not files:
-        raise InputError(f"{at}: nothing at {shards}, as its provenance wants; push the set again")
+        raise InputError(f"{at}: its provenance names {shards}, and {repo} has no such file; push the set again")
     data = load_dataset("parquet", data_files=files, split="train")
     check_columns(data, where=at)
     return Dataset(data.data, info=data.info, split=data.split, fingerprint=provenance["record"]["set"]), provenance
@@ -92,16 +92,17 @@ def check_columns(data: Dataset, *, where: str) -> None:
 
 
 def _wrong_type(features: Features) -> str | None:
-    for prefix in ("", INVERSE) if f"{INVERSE}image_embeds" in features else ("",):
-        for column in columns_of():
-            is_stored = column.is_stored(prefix, other_area=f"{INVERSE}target_grid" in features)
-            if is_stored and "{caption}" not in column.name and prefix + column.name not in features:
-                return f"has no column {prefix}{column.name}"
-    widths = [matrix_width(features[name]) or 0 for name in ("image_embeds", "target_latents")]
-    for name, feature in features.items():
-        column, _ = column_of(name)
-        if column.kind != "caption" and feature != (wanted := feature_of(column, *widths)):
-            return f"column {name}: got {feature}, wanted {wanted}"
+    expected = set_features(
+        width=matrix_width(features.get("image_embeds")) or 0,
+        latent_width=matrix_width(features.get("target_latents")) or 0,
+        captions=texts_in(features),
+        inverse_captions=texts_in(features, INVERSE),
+        inverse_latents=f"{INVERSE}target_grid" in features,
+    )
+    for name in expected | features:
+        got, feature = features.get(name), expected.get(name)
+        if got != feature and column_of(name)[0].kind != "caption":
+            return f"column {name}: got {got}, expected {feature}" if got else f"has no column {name}"
     return None
 
 
@@ -138,7 +139,7 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
         name, sides = prefix + column.name, grids_in(table.column(prefix + column.name))
         yield from _found(name, there & (_lengths(table, name) < (0 if column.many else 2)), "is null")
         if sides.size and not 1 <= sides.min() <= sides.max() <= MOST_SIDE:
-            yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, wanted 1 to {MOST_SIDE:,}"
+            yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, expected 1 to {MOST_SIDE:,}"
         sums, counts = np.append(0, sides.prod(axis=1).cumsum()), np.maximum(_lengths(table, name), 0)
         ends = np.cumsum(counts if column.many else counts // 2)
         areas[column.of] = np.diff(sums[ends], prepend=0)

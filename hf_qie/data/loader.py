@@ -19,13 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.data.images import BadImage
 from hf_qie.data.online_latents import has_latents, read_pixels
-from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, swapped
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET, TEXT_EMBEDS, Column, columns_of, swapped, texts_in
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid
 from hf_qie.runtime.rules import unknown
-
-TEXT = "text_embeds_"
 
 
 class Rows:
@@ -76,7 +74,7 @@ class TaskRows:
         them has images, [H, W, 3] uint8.
         """
         prefix = INVERSE if inverse else ""
-        text = self._text(index, self.weights[inverse], caption) or f"{prefix}{TEXT}drop"
+        text = self._text(index, self.weights[inverse], caption) or f"{prefix}{TEXT_EMBEDS}drop"
         found = (self._stored(index, *pair, inverse=inverse) for pair in self.grids)
         grids = [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
         row = {pair[0].name: _matrix(self._stored(index, *pair, inverse=inverse)[1]) for pair in self.arrays}
@@ -87,7 +85,7 @@ class TaskRows:
             "grids": grids,
             "task": self.task,
             "row": self.rows.value(index, "row").as_py(),
-            "caption": text.removeprefix(prefix + TEXT),
+            "caption": text.removeprefix(prefix + TEXT_EMBEDS),
         }
 
     def _stored(self, index: int, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
@@ -146,7 +144,7 @@ class Draws(Dataset):
 
 def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:
     """Raise InputError where `mix.caption_weights` names what no set and no task with data has as a caption."""
-    captions = [name.removeprefix(TEXT) for data in sets.values() for name in _texts(data.column_names, TEXT)]
+    captions = [caption for data in sets.values() for caption in texts_in(data.column_names)]
     captions += [name for task in recipe.tasks.values() if not task.embeddings for name in task.columns.captions]
     for caption in recipe.mix.caption_weights or ():
         if caption not in captions:
@@ -162,7 +160,7 @@ def text_weights(
     the weight of its column, unless `caption_weights` names it itself. Raises InputError where a caption
     of the set is not in `caption_weights`, or none has a weight.
     """
-    captions = [name.removeprefix(TEXT) for name in _texts(columns, TEXT)]
+    captions = texts_in(columns)
     given = dict.fromkeys(captions, 1.0) if caption_weights is None else caption_weights
     weights = [given.get(caption, given.get(re.sub(r"_[0-9]+$", "", caption))) for caption in captions]
     if missing := [caption for caption, weight in zip(captions, weights, strict=True) if weight is None]:
@@ -172,13 +170,10 @@ def text_weights(
         )
     if captions and not any(weights):
         raise InputError(f"mix.caption_weights: every caption of task {task!r}, {captions}, has weight 0; weigh one")
-    pairs = (zip(_texts(columns, start), weights, strict=False) for start in (TEXT, INVERSE + TEXT))
-    return tuple({name: float(weight) for name, weight in some if weight} for some in pairs)
-
-
-def _texts(columns: Sequence[str], start: str) -> list[str]:
-    """The columns of the embeddings of captions, but for the drop caption."""
-    return [name for name in columns if name.startswith(start) and name != f"{start}drop"]
+    return tuple(
+        {f"{prefix}{TEXT_EMBEDS}{name}": float(weight) for name, weight in zip(names, weights, strict=False) if weight}
+        for prefix, names in (("", captions), (INVERSE, texts_in(columns, INVERSE)))
+    )
 
 
 def _matrix(value: pa.ListScalar) -> np.ndarray:

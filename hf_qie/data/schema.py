@@ -7,7 +7,7 @@ Letters: L tokens, D width of the encoder, C width of a packed latent.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from datasets import Features, List, Value
 
 from hf_qie.config.recipe import Columns
 
-SOURCES, TARGET, INVERSE = "source_image", "target_image", "inverse_"
+SOURCES, TARGET, INVERSE, TEXT_EMBEDS = "source_image", "target_image", "inverse_", "text_embeds_"
 # whether a set has a column for the inverse of a row too: NEVER, ALWAYS, or where sources and targets differ in area
 NEVER, ALWAYS, AREA = "never", "always", "area"
 
@@ -114,6 +114,12 @@ def column_of(name: str) -> tuple[Column, str]:
     raise AssertionError(name)  # a caption has any name
 
 
+def texts_in(columns: Iterable[str], prefix: str = "") -> list[str]:
+    """The captions, but for the drop caption, whose embeddings a set with these columns has in one direction."""
+    start = f"{prefix}{TEXT_EMBEDS}"
+    return [name.removeprefix(start) for name in columns if name.startswith(start) and name != f"{start}drop"]
+
+
 def set_features(
     *,
     width: int,
@@ -130,15 +136,11 @@ def set_features(
     for prefix, names in (("", captions), (INVERSE, inverse_captions)):
         for column in COLUMNS if names or not prefix else ():
             if column.is_stored(prefix, other_area=inverse_latents):
-                feature = feature_of(column, width, latent_width)
+                widths = {"embeddings": width, "latents": latent_width}
+                feature = matrix(widths[column.kind]) if column.type is None else column.type
                 each = names if "{caption}" in column.name else [""]
                 found |= {prefix + column.name.replace("{caption}", name): feature for name in each}
     return Features(found)
-
-
-def feature_of(column: Column, width: int, latent_width: int) -> Any:
-    """The feature of a column: of embeddings matrices of `width`, of latents of `latent_width`."""
-    return matrix({"embeddings": width, "latents": latent_width}[column.kind]) if column.type is None else column.type
 
 
 def matrix(width: int) -> List:

@@ -302,7 +302,7 @@ BAD_ROWS = {
     '{"source_image": {"bytes": "eA=="}}': ("source_image", '{"bytes": "eA=="}', f"got dict, {PATH}"),
     '{"source_image": "https://me:secret@example.org/a.png"}': ("source_image", "https://example.org/a.png", PASSWORD),
     '{"source_image": ["a.png", "c.png", "a.png"]}': (
-        *("source_image", None, "3 sources, this checkpoint takes 2; use an Edit-Plus checkpoint"),
+        *("source_image", None, "3 sources, this checkpoint takes 2; use a checkpoint that takes more"),
     ),
     '{"instruction": [["x"]]}': ("instruction", None, f"got list, {TEXT}"),
     f'{{"instruction": {json.dumps(["x"] * 17)}}}': (
@@ -425,8 +425,8 @@ def test_of_the_default_captions_at_least_one_must_occur(data, tmp_path):
 @pytest.mark.parametrize(
     ("max_sources", "remedy"),
     [
-        (1, "this checkpoint takes 1; use an Edit-Plus checkpoint"),
-        (0, "this checkpoint takes 0; use an Edit-Plus checkpoint or set tasks.faces.t2i: true"),
+        (1, "this checkpoint takes 1; use a checkpoint that takes more"),
+        (0, "this checkpoint takes 0; use a checkpoint that takes more, or set tasks.faces.t2i: true"),
     ],
 )
 def test_more_sources_than_the_checkpoint_takes_are_refused_with_the_remedy(data, tmp_path, max_sources, remedy):

@@ -87,8 +87,9 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     path, features = folder / f"{task.name}.arrow", _features(task.columns)
     with ArrowWriter(features=features, path=str(path)) as writer:
         for batch in _in_threads(check, data):
-            rows = [found.count(*checked) for checked in batch]
-            writer.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+            for checked in batch:
+                found.count(*checked)
+            writer.write_table(pa.Table.from_pylist([row for *_, row in batch], schema=features.arrow_schema))
         if not found.num_rows:
             raise InputError(no_rows(task))
         writer.finalize()
@@ -153,7 +154,9 @@ def _check(
 ) -> tuple[str, Set[str], dict[str, Any]]:
     """Where a row stands, its columns, and the row of the table; `embedded`: digest of data with embedded images."""
     number, (where, root, values) = numbered
-    row, bad, files, names = {"row": number, "root": root} | _nothing(task.columns), None, [], []
+    nothing = {"texts": dict.fromkeys(text_columns(task.columns), ())}
+    nothing |= {image.row_key: [] if image.many else None for image in columns_of("image")}
+    row, bad, files, names = {"row": number, "root": root} | nothing, None, [], []
     try:
         row |= _check_values(values, task, max_sources)
         images = images_of(row, task.columns)
@@ -167,7 +170,7 @@ def _check(
         bad = vars(error)
     content = json.dumps([{**row, "row": None, "bad": bad}, task.t2i, files, names and embedded], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=16).digest()  # without the number: a row may move
-    return where, values.keys(), row | {"bad": bad, "digest": digest}
+    return where, values.keys(), row | (nothing if bad else {}) | {"bad": bad, "digest": digest}
 
 
 class _Found:
@@ -182,19 +185,17 @@ class _Found:
         self.examples: list[str] = []  # the first bad rows
         self.root = ""  # where paths start in the first of them
 
-    def count(self, where: str, names: Set[str], row: dict[str, Any]) -> dict[str, Any]:
-        """The row as it is written: a bad one has no images and texts."""
+    def count(self, where: str, names: Set[str], row: Mapping[str, Any]) -> None:
+        """Count a row that `_check` gave."""
         self.num_rows += 1
         self.names.update(names - self.merged)
         self.has_inverse = self.has_inverse or has_inverse(row, self.task)
         self.digest.update(row["digest"])
-        if not row["bad"]:
-            return row
-        bad, self.root = BadRow(**row["bad"]), self.root or row["root"]
-        self.reasons[f"{bad.column}: {bad.reason}"] += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(f"{where}: {bad.named}")
-        return row | _nothing(self.task.columns)
+        if row["bad"]:
+            bad, self.root = BadRow(**row["bad"]), self.root or row["root"]
+            self.reasons[f"{bad.column}: {bad.reason}"] += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(f"{where}: {bad.named}")
 
     def refuse(self, extract: Extract | None) -> None:
         """Raise InputError where no row is usable or, by `extract`, too many are bad."""
@@ -210,12 +211,6 @@ class _Found:
         lines += [f"relative paths start from {self.root}; name another folder with {at}.image_root"]
         lines += [f"the columns in the data are {', '.join(sorted(self.names))}; name others with {at}.columns"]
         raise InputError("\n".join([*self.examples, *lines]))
-
-
-def _nothing(columns: Columns) -> dict[str, Any]:
-    """Images and texts of a row that has none."""
-    texts = {"texts": dict.fromkeys(text_columns(columns), ())}
-    return texts | {image.row_key: [] if image.many else None for image in columns_of("image")}
 
 
 def _look_at(file: str) -> tuple[int, int] | str:
@@ -238,7 +233,7 @@ def _check_values(values: Mapping[str, Any], task: Task, max_sources: int | None
         for path in found if image.many and isinstance(found, list) else [found]:
             _check_path(path, column=label)
         if image.name == SOURCES and max_sources is not None and len(found) > max_sources:
-            remedy = "use an Edit-Plus checkpoint" + f" or set tasks.{task.name}.t2i: true" * (not max_sources)
+            remedy = "use a checkpoint that takes more" + f", or set tasks.{task.name}.t2i: true" * (not max_sources)
             raise BadRow(f"{len(found)} sources, this checkpoint takes {max_sources}; {remedy}", column=label)
     for column in text_columns(task.columns):
         found = values.get(column)

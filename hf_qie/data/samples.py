@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -81,22 +81,28 @@ def read_rows(task: Task, *, folder: Path, max_sources: int | None = None, extra
     `max_sources` is what the checkpoint takes. Bad rows are marked; with `extract`, more of them than it allows are an
     error. Raises InputError for what is wrong with the task as a whole.
     """
-    identity, found = hashlib.sha256(), _Found(task)
+    identity, names, examples, inverse = hashlib.sha256(), set(), [], False
     data, stored = open_data(task, identity)
     check = partial(_check, task=task, max_sources=max_sources, embedded=identity.hexdigest())
     path, features = folder / f"{task.name}.arrow", _features(task.columns)
     with ArrowWriter(features=features, path=str(path)) as writer:
         for batch in _in_threads(check, data):
-            for checked in batch:
-                found.count(*checked)
+            for where, columns, row in batch:
+                names |= columns
+                inverse = inverse or has_inverse(row, task)
+                if row["bad"] and len(examples) < EXAMPLES:
+                    examples.append(f"{where}: {BadRow(**row['bad']).named}")
             writer.write_table(pa.Table.from_pylist([row for *_, row in batch], schema=features.arrow_schema))
-        if not found.num_rows:
-            raise InputError(no_rows(task))
         writer.finalize()
-    _check_columns(task, found.names)
-    found.refuse(extract)
-    known = {"has_inverse": found.has_inverse, "digest": found.digest.hexdigest(), "identity": identity.hexdigest()}
-    return open_rows(task, path, stored=stored, **known)
+    table = Dataset.from_file(str(path)).data.table
+    if not len(table):
+        raise InputError(no_rows(task))
+    merged = [image for image in columns_of("image") if len(image.data_columns(task.columns)) > 1]
+    names -= {image.label(task.columns) for image in merged}  # which no column of the data has
+    _check_columns(task, names)
+    _refuse_bad_rows(task, extract, table, examples=examples, names=names)
+    digest = hashlib.sha256(b"".join(table.column("digest").to_pylist())).hexdigest()
+    return open_rows(task, path, stored=stored, has_inverse=inverse, digest=digest, identity=identity.hexdigest())
 
 
 def open_rows(task: Task, path: Path, *, stored: Table | None, **known: Any) -> Rows:
@@ -173,44 +179,26 @@ def _check(
     return where, values.keys(), row | (nothing if bad else {}) | {"bad": bad, "digest": digest}
 
 
-class _Found:
-    """What is found in the rows of a task."""
+def _refuse_bad_rows(
+    task: Task, extract: Extract | None, table: pa.Table, *, examples: Sequence[str], names: Set[str]
+) -> None:
+    """Raise InputError where no row of the table is usable or, by `extract`, too many are bad.
 
-    def __init__(self, task: Task):
-        self.task, self.num_rows, self.has_inverse, self.digest = task, 0, False, hashlib.sha256()
-        self.names: set[str] = set()  # columns of the data
-        images = [(image.label(task.columns), image.data_columns(task.columns)) for image in columns_of("image")]
-        self.merged = {label for label, names in images if len(names) > 1}  # which are not columns of the data
-        self.reasons: Counter[str] = Counter()  # of bad rows, by column and reason
-        self.examples: list[str] = []  # the first bad rows
-        self.root = ""  # where paths start in the first of them
-
-    def count(self, where: str, names: Set[str], row: Mapping[str, Any]) -> None:
-        """Count a row that `_check` gave."""
-        self.num_rows += 1
-        self.names.update(names - self.merged)
-        self.has_inverse = self.has_inverse or has_inverse(row, self.task)
-        self.digest.update(row["digest"])
-        if row["bad"]:
-            bad, self.root = BadRow(**row["bad"]), self.root or row["root"]
-            self.reasons[f"{bad.column}: {bad.reason}"] += 1
-            if len(self.examples) < EXAMPLES:
-                self.examples.append(f"{where}: {bad.named}")
-
-    def refuse(self, extract: Extract | None) -> None:
-        """Raise InputError where no row is usable or, by `extract`, too many are bad."""
-        num_bad, at = self.reasons.total(), f"tasks.{self.task.name}"
-        if num_bad and extract and extract.on_bad_row == "fail":
-            raise InputError(f"{self.examples[0]}; fix it, or set extract.on_bad_row: skip to list such rows")
-        most = most_bad(extract, self.num_rows) if extract else math.inf
-        if num_bad < self.num_rows and num_bad <= most:
-            return
-        rule = "none is left" if num_bad == self.num_rows else f"extract.max_bad_share allows {most:,.0f}"
-        lines = [f"{at}: {num_bad:,} of {self.num_rows:,} rows are bad, {rule}:"]
-        lines += [f"  {number:,}: {reason}" for reason, number in self.reasons.most_common()]
-        lines += [f"relative paths start from {self.root}; name another folder with {at}.image_root"]
-        lines += [f"the columns in the data are {', '.join(sorted(self.names))}; name others with {at}.columns"]
-        raise InputError("\n".join([*self.examples, *lines]))
+    `examples` tells of the first bad rows, `names` are the columns of the data.
+    """
+    bad = table.select(["bad", "root"]).filter(pc.is_valid(table.column("bad"))).to_pylist()
+    if bad and extract and extract.on_bad_row == "fail":
+        raise InputError(f"{examples[0]}; fix it, or set extract.on_bad_row: skip to list such rows")
+    most = most_bad(extract, len(table)) if extract else math.inf
+    if len(bad) < len(table) and len(bad) <= most:
+        return
+    at, reasons = f"tasks.{task.name}", Counter(f"{row['bad']['column']}: {row['bad']['reason']}" for row in bad)
+    rule = "none is left" if len(bad) == len(table) else f"extract.max_bad_share allows {most:,.0f}"
+    lines = [f"{at}: {len(bad):,} of {len(table):,} rows are bad, {rule}:"]
+    lines += [f"  {number:,}: {reason}" for reason, number in reasons.most_common()]
+    lines += [f"relative paths start from {bad[0]['root']}; name another folder with {at}.image_root"]
+    lines += [f"the columns in the data are {', '.join(sorted(names))}; name others with {at}.columns"]
+    raise InputError("\n".join([*examples, *lines]))
 
 
 def _look_at(file: str) -> tuple[int, int] | str:

@@ -140,9 +140,8 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
         yield from _found(name, there & (_lengths(table, name) < (0 if column.many else 2)), "is null")
         if sides.size and not 1 <= sides.min() <= sides.max() <= MOST_SIDE:
             yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, expected 1 to {MOST_SIDE:,}"
-        sums, counts = np.append(0, sides.prod(axis=1).cumsum()), np.maximum(_lengths(table, name), 0)
-        ends = np.cumsum(counts if column.many else counts // 2)
-        areas[column.of] = np.diff(sums[ends], prepend=0)
+        counts = np.maximum(_lengths(table, name), 0) // (1 if column.many else 2)
+        areas[column.of] = np.bincount(np.repeat(np.arange(len(table)), counts), sides.prod(axis=1), len(table))
     latents = {column: _lengths(table, prefix + column.name) for column in columns_of("latents")}
     if any((length >= 0).any() for length in latents.values()):  # else a set without latents
         for column, length in latents.items():

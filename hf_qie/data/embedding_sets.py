@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, load_dataset, load_from_disk
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
 from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, grids_in, matrix_width, set_features, texts_in
@@ -60,9 +60,7 @@ def open_embeddings(embeddings: str | Path, *, task: str) -> tuple[Dataset, dict
     with hub_errors(f"{at} is not a folder here"):
         try:
             path = Path(hf_hub_download(repo, f"provenance/{config}.json", **where))
-        except LocalEntryNotFoundError:  # which is an EntryNotFoundError
-            raise
-        except EntryNotFoundError as error:
+        except RemoteEntryNotFoundError as error:
             files = HfApi().list_repo_files(repo, **where)
             there = sorted(Path(path).stem for path in files if re.fullmatch(r"provenance/\w+\.json", path))
             remedy = f"there are {', '.join(there)}; name one as {repo}:{there[0]}" if there else "there are none"

@@ -72,16 +72,15 @@ def parse_provenance(path: Path, *, where: str) -> dict[str, Any]:
 
 
 def _has_kind(value: Any, place: Sequence[str], kind: type) -> bool:
-    for name in place:
-        if not isinstance(value, dict):
-            return False
-        if name == "*":
-            rest = place[place.index(name) + 1 :]
-            return all(_has_kind(item, rest, kind) for item in value.values())
-        if name.endswith("?") and name[:-1] not in value:
-            return True
-        value = value.get(name.removesuffix("?"))
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if not place:
+        return type(value) is kind  # true is not an integer
+    if not isinstance(value, dict):
+        return False
+    name, *rest = place
+    if name == "*":
+        return all(_has_kind(item, rest, kind) for item in value.values())
+    known = name.removesuffix("?")
+    return _has_kind(value[known], rest, kind) if known in value else known != name
 
 
 def checkpoint_compat(model: str, *, revision: str | None, family: Family, weights: bool = True) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hf_qie.config.launch import fsdp_settings, num_started, refuse_launcher
 from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
 from hf_qie.config.training_args import check_packages
 from hf_qie.runtime.cli import run_script
-from hf_qie.runtime.files import prove_writable, write_durably
+from hf_qie.runtime.files import write_durably
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,6 @@ def main(argv: list[str]) -> None:
     check_packages(recipe.training)
     refuse_launcher(os.environ)
     fsdp_settings(recipe, os.environ)  # reports what does not fit before torch is imported
-    prove_writable(Path(recipe.training["output_dir"]))
     run(recipe)
 
 

@@ -210,7 +210,7 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
         ),
         (
             "a: &a [1]\nb: {<<: *a}\n",
-            "lora.yaml, line 1: expected a mapping or list of mappings for merging, but found scalar",
+            "lora.yaml, line 1: got 1, expected a mapping or a list of mappings to merge",
         ),
         (
             '{"<<": 1}',
@@ -230,7 +230,8 @@ def test_text_that_is_no_recipe_is_named_by_file_and_line(write, text, told):
         (GOOD + f"loss: {{shift: 1{'0' * 400}}}", "loss.shift: got 1000"),
         (GOOD + f"loss: {{logit_std: 1{'0' * 400}}}", "loss.logit_std: got 1000"),
         (GOOD + f"training: {{learning_rate: 1{'0' * 400}}}", "training.learning_rate: got 1000"),
-        (GOOD + f"seed: 0x{'f' * 5000}", "a number of 5002 digits"),
+        (GOOD + f"seed: 0x{'f' * 5000}", 'seed: got "0xfff'),
+        (GOOD + f"seed: {'9' * 5000}", "lora.yaml: Exceeds the limit (4300 digits)"),
         ("tasks: " + "[" * 3000 + "]" * 3000, "nested too deeply; a recipe has five levels at most"),
         (GOOD + "training: {fsdp_config: {0.5: 1}}", "training.fsdp_config.0.5: unknown key"),
         ("- " * 3000, "nested too deeply; a recipe has five levels at most"),

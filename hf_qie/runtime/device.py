@@ -6,8 +6,6 @@ from functools import cache
 
 import torch
 
-from hf_qie.runtime.ranks import local_rank
-
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
@@ -22,7 +20,8 @@ def own_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
-    index = local_rank() % torch.accelerator.device_count()  # a launcher may show each process its own alone
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    index = local_rank % count  # a launcher may show each process its own alone
     torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
 
@@ -34,18 +33,16 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """`extract.dtype` on `device`: a name is obeyed; `auto` is bfloat16 where there are units for it, else float32."""
-    if wanted != AUTO:
-        dtype = getattr(torch, wanted)
-        if dtype == torch.bfloat16:
+    if name != AUTO:
+        if name == "bfloat16":
             warn_if_emulated(device)
-        return dtype
-    if computes_bfloat16(device):
-        log_once(logging.INFO, f"extract.dtype: auto: bfloat16, as this {device.type} device has units for it")
-        return torch.bfloat16
-    log_once(logging.INFO, f"extract.dtype: auto: float32, as this {device.type} device has no units for bfloat16")
-    return torch.float32
+        return getattr(torch, name)
+    native = computes_bfloat16(device)
+    name, has = ("bfloat16", "units for it") if native else ("float32", "no units for bfloat16")
+    log_once(logging.INFO, f"extract.dtype: auto: {name}, as this {device.type} device has {has}")
+    return getattr(torch, name)
 
 
 def warn_if_emulated(device: torch.device) -> None:

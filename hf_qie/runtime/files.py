@@ -74,19 +74,19 @@ def misfit(path: Path, was: Mapping[str, Any]) -> str | None:
 
 def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise InputError naming the files of `folder` that are missing or have not the size in `files`, by name."""
-    _refuse(folder, [f"{name} {why}" for name, was in files.items() if (why := size_misfit(folder / name, was))])
+    _refuse(folder, {name: size_misfit(folder / name, was) for name, was in files.items()})
 
 
 def check_digests(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """`check_sizes`, and reads every byte to compare it with the `sha256` in `files`."""
     with ThreadPoolExecutor(READERS) as readers:
         reasons = readers.map(lambda name: misfit(folder / name, files[name]), files)
-        found = dict(zip(files, tqdm(reasons, f"checking {folder}", len(files), delay=2, disable=None), strict=True))
-    _refuse(folder, [f"{name} {why}" for name, why in found.items() if why])
+        reasons = tqdm(reasons, f"checking {folder}", len(files), delay=2, disable=None)
+        _refuse(folder, dict(zip(files, reasons, strict=True)))
 
 
-def _refuse(folder: Path, wrong: list[str]) -> None:
-    if wrong:
+def _refuse(folder: Path, reasons: Mapping[str, str | None]) -> None:
+    if wrong := [f"{name} {why}" for name, why in reasons.items() if why]:
         more = f" and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
         raise InputError(
             f"{folder}: {'; '.join(wrong[:NAMED])}{more}. Copy the set again, or delete {folder} and extract it again"
@@ -95,40 +95,16 @@ def _refuse(folder: Path, wrong: list[str]) -> None:
 
 # --- disk errors -----------------------------------------------------------------------------------------------------
 
-_KEPT = "then start again: what is finished is kept"
-_FULL = f"no space is left on the disk; free some, {_KEPT}"
-_READ_ONLY = "the disk is read-only; write elsewhere, or have it mounted for writing"
-_ERRORS = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: f"the quota of the disk is used up; free some, {_KEPT}",
-    errno.EROFS: _READ_ONLY,
-    errno.EACCES: "permission denied; use a path that you may read and write, or have the permission changed",
-    errno.EPERM: "not permitted; use a path that you may read and write, or have the permission changed",
-    errno.EIO: f"input/output error of the disk; check the disk, {_KEPT}",
-}
-# of libraries that hand on the text of an error without its number
-_TEXTS = {
-    re.compile(r"No space left on device|PytorchStreamWriter failed writing|unexpected pos \d+ vs"): _FULL,
-    re.compile(r"Read-only file system"): _READ_ONLY,
-}
+_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# libraries hand on the text of an error without its number
+_TEXTS = re.compile(r"No space left on|Read-only file system|PytorchStreamWriter failed writing|unexpected pos \d+ vs")
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
     """What an error, or one of its causes, says of a disk, with a remedy; None where it is about something else."""
     while error is not None:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in _ERRORS:
-            return f"{error.filename or text}: {_ERRORS[error.errno]}"
-        for pattern, message in _TEXTS.items():
-            if pattern.search(text):
-                return f"{message} ({text.splitlines()[0]})"
+        if (isinstance(error, OSError) and error.errno in _ERRORS) or _TEXTS.search(str(error)):
+            why = "the disk is full, over its quota, or without permission"
+            return f"{str(error).splitlines()[0]}; {why}: change that and start again, what is finished is kept"
         error = error.__cause__ or error.__context__
     return None
-
-
-def prove_writable(folder: Path) -> None:
-    """Make `folder`, and a file in it for a moment; raises OSError where that cannot be done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable-{os.getpid()}"
-    probe.touch()
-    probe.unlink()

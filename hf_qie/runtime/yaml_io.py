@@ -12,8 +12,6 @@ import yaml
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import show
 
-MAX_DIGITS = 1000  # of an integer; Python writes no more than 4300 in a message
-
 
 def read_yaml(text: bytes | str, where: str) -> Any:
     """The plain value of one YAML document.
@@ -38,64 +36,23 @@ def write_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema and merge keys (`<<: *other`), and nothing else: no dates, no tags of Python; no key twice."""
+    """The scalars of the core schema alone."""
 
     yaml_implicit_resolvers: ClassVar = {}
-    yaml_constructors: ClassVar = {}
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse a key that occurs twice, then replace merge keys by what they bring: of several the first goes first.
-
-        PyYAML's own does the same up to 6.0.3; in 6.0.4 the last of a list of mappings goes first.
-        """
-        if getattr(node, "is_flat", False):
-            return
-        node.is_flat, lines, merged, own = True, {}, [], []
-        for key_node, value_node in node.value:
-            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
-            if not isinstance(key_node, yaml.ScalarNode):
-                problem = f"got {show(key)} as a key, expected a word or number"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-            if key in lines and not key_node.tag.endswith(":merge"):
-                problem = f"key {show(key)} again, it is in line {lines[key]} already"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
-            lines[key] = mark.line + 1
-            if key_node.tag.endswith(":merge"):
-                merged = self._brought(value_node) + merged
-            else:
-                own.append((key_node, value_node))
-        node.value = merged + own  # of two equal keys the later one counts
-
-    def _brought(self, node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
-        mappings = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        for one in mappings:
-            if not isinstance(one, yaml.MappingNode):
-                problem = f"expected a mapping or list of mappings for merging, but found {one.id}"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=one.start_mark)
-            self.flatten_mapping(one)
-        return [pair for one in reversed(mappings) for pair in one.value]
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text, 0 if text[1:2] in ("o", "x") else 10)
-
-
 _SCALARS = {  # tag: (what a plain scalar of that kind looks like, how it is read)
     "merge": ("<<", str),
     "null": ("~|null|Null|NULL|", lambda text: None),
     "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", _integer),
+    "int": (
+        "[-+]?[0-9]+|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}",  # a message could not hold a number of 5,000 digits
+        lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10),
+    ),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
@@ -105,7 +62,32 @@ for _tag, (_pattern, _read) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", lambda _, node, read=_read: read(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
-_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping with what its merge keys bring: its own keys go first, then the first of several that are merged.
+
+    PyYAML's own differs between releases, and takes a key that occurs twice.
+    """
+    merged, own, lines = {}, {}, {}
+
+    def refuse(problem: str, at: yaml.Node) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+    for key_node, value_node in node.value:
+        key, value = (loader.construct_object(part, deep=True) for part in (key_node, value_node))
+        if not isinstance(key_node, yaml.ScalarNode):
+            refuse(f"got {show(key)} as a key, expected a word or number", key_node)
+        if key_node.tag.endswith(":merge"):
+            for section in value if isinstance(value, list) else [value]:
+                if not isinstance(section, dict):
+                    refuse(f"got {show(section)}, expected a mapping or a list of mappings to merge", value_node)
+                merged = section | merged
+        elif key in lines:
+            refuse(f"key {show(key)} again, it is in line {lines[key]} already", key_node)
+        else:
+            own[key], lines[key] = value, key_node.start_mark.line + 1
+    return merged | own
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_constructor(None, _Loader.construct_undefined)

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -189,7 +188,7 @@ def test_values_that_were_rounded_before_are_named(done, tmp_path, caplog):
     exported(run, tmp_path / "rounded", dtype="bfloat16")
     assert "holds" not in caplog.text
     exported(run, tmp_path / "to")
-    assert f"{run} holds bfloat16 values; checkpoints of the run may hold float32 ones" in caplog.text
+    assert f"{run} holds rounded values; checkpoints of the run may hold float32 ones" in caplog.text
     caplog.clear()
     exported(run / "checkpoint-4", tmp_path / "exact")
     assert "holds" not in caplog.text
@@ -274,8 +273,7 @@ def test_a_relative_base_is_looked_for_where_training_was_started(done, tiny, tm
     (run / "recipe.yaml").write_text(recipe.replace(f"model: {tiny()}\n", "model: checkpoints/base\n"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    told = f"{run}/recipe.yaml: model: 'checkpoints/base' is not found from {tmp_path}/project, where training was "
-    with pytest.raises(InputError, match=rf"^{re.escape(told)}started, nor from {tmp_path}/elsewhere; "):
+    with pytest.raises(InputError, match=r"^model: 'checkpoints/base' is not a folder here"):
         export.main([str(run)])
     (tmp_path / "project" / "checkpoints").mkdir(parents=True)
     (tmp_path / "project" / "checkpoints" / "base").symlink_to(tiny())
@@ -453,7 +451,7 @@ def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
         InputError, match=r"comfyui: .* has trained the transformer's own weights, so there is no LoRA"
     ):
         exported(full, tmp_path / "to", "--to", "comfyui")
-    with pytest.raises(InputError, match=r"recipe.yaml: model: 'no/where' is not found from "):
+    with pytest.raises(InputError, match=r"^model: 'no/where' is not a folder here"):
         exported(another_base(done, tmp_path, "no/where"), tmp_path / "to", "--to", "merged")
     with pytest.raises(InputError, match="--public: nothing is pushed"):
         exported(lora, tmp_path / "to", "--public")
@@ -474,7 +472,7 @@ def test_a_shard_that_is_missing_is_told_by_name(done, tmp_path):
     index = {"weight_map": {"a": "there.safetensors", "b": "gone.safetensors"}}
     (folder / f"{formats.WEIGHTS_FILE}.index.json").write_text(json.dumps(index))
     (folder / formats.WEIGHTS_FILE).rename(folder / "there.safetensors")
-    with pytest.raises(InputError, match=r"gone\.safetensors: cannot be read"):
+    with pytest.raises(InputError, match=r"the weights cannot be read .*gone\.safetensors"):
         saved_tensors(folder)
 
 

@@ -281,7 +281,7 @@ def test_a_push_that_cannot_succeed_fails_before_anything_is_written(pushed, run
         done = script(hub, tmp_path / "home", "-c", REFUSED, *lines, cwd=root)
     assert done.returncode == 0, done.stderr
     public, license, token = re.split(r"\n(?=--)", done.stdout)
-    assert public == "--push_to_hub: org/lora exists and is private; leave out --public, or push elsewhere"
+    assert public == "--push_to_hub: org/lora exists and is private; change --public to match, or push elsewhere"
     assert license.startswith("--license: the Hub does not take 'mine'")
     assert token.startswith("--push_to_hub: org/lora; the Hub answers: ")
     assert "log in with `hf auth login`, or set HF_TOKEN" in token

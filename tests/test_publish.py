@@ -347,7 +347,7 @@ def test_a_push_that_cannot_succeed_is_refused_at_once(loopback_hub, tmp_path):
     expected = [
         (
             {"private": False},
-            "extract.push_to_hub: org/edits exists and is private; set extract.private: true, or push elsewhere",
+            "extract.push_to_hub: org/edits exists and is private; change extract.private to match, or push elsewhere",
         ),
         ({"license": "mine"}, "extract.license: the Hub does not take 'mine'; give an identifier of https://hf.co/"),
         (

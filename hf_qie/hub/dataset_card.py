@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
 from hf_qie.data.schema import column_of
-from hf_qie.models.base import Family, families
+from hf_qie.models.base import families
 from hf_qie.runtime.yaml_io import write_yaml
 
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
@@ -36,7 +36,12 @@ def dataset_card(
     """
     data = card.data if card else DatasetCardData()
     data.license = license or data.license
-    makers = [family for family in families() if any(_fits(one["compat"], family) for one in provenances.values())]
+    compats = [provenance["compat"] for provenance in provenances.values()]
+    makers = [  # the families of the sets, by what is known of them
+        family
+        for family in families()
+        if any(all(one.get(key) in (value, UNKNOWN) for key, value in family.compat.items()) for one in compats)
+    ]
     tags = ["hf_qie", *(tag for family in makers for tag in family.card_tags), "image-to-image"]
     data["tags"] = list(dict.fromkeys((*(data.get("tags") or ()), *tags)))
     configs = MetadataConfigs.from_dataset_card_data(data)
@@ -51,17 +56,8 @@ def dataset_card(
     return DatasetCard(renewed(card.text if card else "", data, body))
 
 
-def _fits(compat: Mapping[str, Any], family: Family) -> bool:
-    """Whether a set may be the family's, by what is known of it."""
-    return all(compat.get(field) in (value, UNKNOWN) for field, value in family.compat.items())
-
-
 def _body(
-    infos: Mapping[str, DatasetInfo],
-    provenances: Mapping[str, Mapping[str, Any]],
-    *,
-    default: str | None,
-    **values: Any,
+    infos: Mapping[str, DatasetInfo], provenances: Mapping[str, Any], *, default: str | None, **values: Any
 ) -> str:
     records = {name: provenances[name]["record"] for name in sorted(provenances)}
     first = default if default in records else next(iter(records))
@@ -95,13 +91,10 @@ def renewed(text: str, data: Any, body: str) -> str:
 
 def _alike(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Each different value once, with the names that have it, as `a`, `b`."""
-    groups: list[tuple[list[str], Any]] = []
+    groups: dict[str, list[str]] = {}
     for name, value in values.items():
-        names = next((names for names, known in groups if known == value), None)
-        if names is None:
-            groups.append((names := [], value))
-        names.append(f"`{name}`")
-    return [(", ".join(names), value) for names, value in groups]
+        groups.setdefault(repr(value), []).append(name)
+    return [(", ".join(f"`{name}`" for name in names), values[names[0]]) for names in groups.values()]
 
 
 def _columns(info: DatasetInfo) -> list[tuple[str, str, str]]:

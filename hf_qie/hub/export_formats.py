@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,17 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_qie.errors import InputError
-from hf_qie.hub.trained_run import (
-    PLAIN,
-    WEIGHTS_FILE,
-    Trained,
-    base_folder,
-    read_adapters,
-    saved_tensors,
-)
+from hf_qie.hub.trained_run import PLAIN, WEIGHTS_FILE, Trained, base_folder, read_adapters, saved_tensors
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
-from hf_qie.models.lora_files import LORA_FILE, write_lora
+from hf_qie.models.lora_files import LORA_FILE, PREFIX, write_lora
 from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")
@@ -32,20 +25,16 @@ SHARD_BYTES = 5_000_000_000  # of a weight file, and about what is held in memor
 
 def export_lora(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     """`pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`; returns what was checked."""
-    adapters = trained.adapters.to(dtype)
+    adapters = trained.adapters
     halves = {
-        f"{name}.lora_{half}.weight": tensor.contiguous()
+        f"{name}.lora_{half}.weight": tensor.to(dtype).contiguous()
         for name, pair in adapters.layers.items()
         for half, tensor in zip("AB", pair, strict=True)
     }
     write_lora(folder, halves, adapters.settings)
-    back = read_adapters(folder / LORA_FILE)
-    assert back.settings == adapters.settings, "diffusers reads the scale from these"
-    assert back.layers.keys() == adapters.layers.keys()
-    for name, pair in adapters.layers.items():
-        for one, other in zip(pair, back.layers[name], strict=True):
-            assert one.dtype == other.dtype and torch.equal(one, other), f"{name} is not what was written"
-    return f"{len(back.layers)} adapters equal those of the run in {_named(dtype)}"
+    _compare({PREFIX + name: tensor for name, tensor in halves.items()}, load_file(folder / LORA_FILE))
+    assert read_adapters(folder / LORA_FILE).settings == adapters.settings, "diffusers reads the scale from these"
+    return f"{len(adapters.layers)} adapters equal those of the run in {dtype}"
 
 
 def export_comfyui(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
@@ -55,21 +44,21 @@ def export_comfyui(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str
     `.lora_down.weight` and `.alpha`, and adds up @ down * alpha / r to the weight of that layer; its Qwen-Image has
     the layers of diffusers by the same names.
     """
-    adapters, tensors = trained.adapters.to(dtype), {}
+    adapters, tensors = trained.adapters, {}
     for name, (down, up) in adapters.layers.items():
-        tensors[f"diffusion_model.{name}.lora_down.weight"] = down.contiguous()
-        tensors[f"diffusion_model.{name}.lora_up.weight"] = up.contiguous()
-        tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(adapters.alpha)
+        tensors[f"diffusion_model.{name}.lora_down.weight"] = down.to(dtype).contiguous()
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = up.to(dtype).contiguous()
+        tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(adapters.settings["lora_alpha"]))
     path = folder / f"{trained.name}.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    back = load_file(path)
-    for name in adapters.layers:
-        parts = ("lora_down.weight", "lora_up.weight", "alpha")
-        down, up, alpha = (back.pop(f"diffusion_model.{name}.{part}").float() for part in parts)
-        delta = up @ down * (alpha.item() / len(down))
-        assert torch.equal(delta, adapters.delta(name)), f"{name} is not what was written"
-    assert not back, "ComfyUI would report these as not loaded"
-    return f"{len(adapters.layers)} layers get what the run's adapters add, in {_named(dtype)}"
+    _compare(tensors, load_file(path))
+    return f"{len(adapters.layers)} layers get what the run's adapters add, in {dtype}"
+
+
+def _compare(tensors: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> None:
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(back[name], tensor), f"{name} is not what was written"
 
 
 def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
@@ -81,11 +70,9 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     layers = trained.adapters.layers if trained.adapters else {}
     if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in source):
         raise InputError(f"{trained.folder}: has adapters on {unknown[0]}, which {trained.recipe.model!r} lacks")
-    if not layers and dtype == torch.float32:
-        kept = {read().dtype for name, read in source.items() if name.endswith(".bias")}  # the frozen may be bfloat16
-        if torch.float32 not in kept:
-            found = "/".join(sorted(map(_named, kept)))
-            logger.warning("%s holds %s values; checkpoints of the run may hold float32 ones", trained.folder, found)
+    biases = (read for name, read in source.items() if name.endswith(".bias"))  # what is frozen may be bfloat16
+    if not layers and dtype == torch.float32 and all(read().dtype != dtype for read in biases):
+        logger.warning("%s holds rounded values; checkpoints of the run may hold float32 ones", trained.folder)
 
     def trained_tensor(key: str) -> Tensor:
         tensor, layer = source[key](), key.removesuffix(".weight")
@@ -111,7 +98,7 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     for name, read in back.items():
         assert torch.equal(read(), trained_tensor(name)), f"{name} is not what was written"
     merged = f"; {len(layers)} of them have the LoRA merged into them" if layers else ""
-    return f"{len(back)} tensors in {_named(dtype)}{merged}"
+    return f"{len(back)} tensors in {dtype}{merged}"
 
 
 def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
@@ -122,22 +109,19 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     others = [name for name in parts if name != TRANSFORMER_FOLDER]
     checked = export_merged(trained, folder / TRANSFORMER_FOLDER, dtype=dtype)
     base = base_folder(recipe, others)
-    copied = [path for part in others for path in sorted((base / part).rglob("*")) if path.suffix in PLAIN]
-    for path in copied:
-        target = folder / path.relative_to(base)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    for part in others:
+        shutil.copytree(base / part, folder / part, ignore=_code)
     _write_json(folder / "model_index.json", index)
-    return f"{checked}; {len(copied)} files of {', '.join(others)} are the base's"
+    return f"{checked}; {', '.join(others)} are the base's"
+
+
+def _code(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(name).suffix not in PLAIN]
 
 
 def _write_json(path: Path, value: dict) -> None:
     own = {key: item for key, item in value.items() if key != "_name_or_path"}  # where the base was once loaded from
     path.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 EXPORTS: dict[str, Callable[..., str]] = {

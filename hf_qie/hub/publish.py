@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetInfo, Features, SplitInfo
+from datasets import Dataset, DatasetInfo, SplitInfo
 from datasets.splits import SplitDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, ModelCard, hf_hub_download
@@ -44,25 +44,24 @@ def open_repo(extract: Extract) -> None:
 
     Raises InputError if the Hub, the token, `private` or `license` stands against it.
     """
-    remedies = {True: "set extract.private: true", False: "set extract.private: false"}
-    _open(extract.push_to_hub, "dataset", "extract.{}", extract.private, extract.license, remedies)
+    _open(extract.push_to_hub, "dataset", private=extract.private, license=extract.license)
 
 
 def open_model_repo(repo: str, *, private: bool, license: str | None) -> ModelCard | None:
     """The same for the options of export.py; returns the card of the repository."""
-    remedies = {True: "leave out --public", False: "add --public"}
-    found = _open(repo, "model", "--{}", private, license, remedies)
+    found = _open(repo, "model", private=private, license=license)
     return ModelCard.load(repo) if CARD in {file.rfilename for file in found.siblings} else None
 
 
-def _open(repo: str, repo_type: str, at: str, private: bool, license: str | None, remedies: Mapping[bool, str]) -> Any:
-    with hub_errors(f"{at.format('push_to_hub')}: {repo}", remedy="try again; nothing was written yet"):
+def _open(repo: str, repo_type: str, *, private: bool, license: str | None) -> Any:
+    at, visibility = ("extract.", "extract.private") if repo_type == "dataset" else ("--", "--public")
+    with hub_errors(f"{at}push_to_hub: {repo}", remedy="try again; nothing was written yet"):
         if license:
             try:
                 DatasetCard(f"---\nlicense: {license}\n---\n").validate()
             except ValueError as error:
                 raise InputError(
-                    f"{at.format('license')}: the Hub does not take {license!r}; give an identifier of "
+                    f"{at}license: the Hub does not take {license!r}; give an identifier of "
                     "https://hf.co/docs/hub/repositories-licenses, `other` for one of your own"
                 ) from error
         HfApi().create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
@@ -70,7 +69,7 @@ def _open(repo: str, repo_type: str, at: str, private: bool, license: str | None
     if found.private != private:
         is_now = "private" if found.private else "public"
         raise InputError(
-            f"{at.format('push_to_hub')}: {repo} exists and is {is_now}; {remedies[found.private]}, or push elsewhere"
+            f"{at}push_to_hub: {repo} exists and is {is_now}; change {visibility} to match, or push elsewhere"
         )
     return found
 
@@ -175,13 +174,11 @@ class _Repo:
         card, present = self.recorded(self.files())
         configs = MetadataConfigs.from_dataset_card_data(card.data) if card else {}
         for one in sets:
+            what = "not an embedding set" if one.name in configs and one.name not in present else None
             if one.name in present:
-                fields = request_differences(
-                    present[one.name]["record"]["request"], one.provenance["record"]["request"]
-                )
+                requests = (provenance["record"]["request"] for provenance in (present[one.name], one.provenance))
+                fields = request_differences(*requests)
                 what = f"made with another {', '.join(fields)}" if fields else None
-            else:
-                what = "not an embedding set" if one.name in configs else None
             if what:
                 raise InputError(
                     f"extract.push_to_hub: {self.name} has a config {one.name} that is {what}; push elsewhere, "
@@ -218,13 +215,13 @@ class _Repo:
             provenances=provenances | {one.name: one.provenance for one in sets},
             license=license,
         )
-        texts = {CARD: str(card)} | {
+        texts = {
             f"provenance/{one.name}.json": json.dumps(one.provenance, indent=2, ensure_ascii=False) for one in sets
-        }
+        } | {CARD: str(card)}
         additions = [CommitOperationAdd(path, text.encode()) for path, text in texts.items()]
-        current = {shard for one in sets for shard in one.shards}
-        folders = tuple(f"data/{one.name}/" for one in sets)
-        stale = [path for path in files if path.startswith(folders) and path not in current]
+        stale = [
+            path for one in sets for path in files if path.startswith(f"data/{one.name}/") and path not in one.shards
+        ]
         message = f"Describe {', '.join(one.name for one in sets)}"
         self.commit([*additions, *map(CommitOperationDelete, stale)], message, parent_commit=head)
 
@@ -235,22 +232,15 @@ class _Repo:
 def write_shard(data: Dataset, rows: range, path: Path, *, roots: Sequence[Path]) -> None:
     """Write `rows` of a set to the Parquet file `path`, which appears when it is complete."""
     staged, tables = path.with_suffix(".new"), data.with_format("arrow")
-    with pq.ParquetWriter(staged, data.features.arrow_schema, **_parquet_settings(data.features)) as writer:
-        for start in range(rows.start, rows.stop, ROW_GROUP_ROWS):
-            table = tables[start : min(start + ROW_GROUP_ROWS, rows.stop)]
-            writer.write_table(public_rows(table, roots), row_group_size=ROW_GROUP_ROWS)
-    move_durably(staged, path)
-
-
-def _parquet_settings(features: Features) -> dict[str, Any]:
-    """Float16 with the bytes of a kind side by side compresses to two thirds, and fast.
-
-    Dictionaries and statistics of such numbers are of no use and cost half of the time.
-    """
-    matrices = [name for name, feature in features.items() if matrix_width(feature)]
-    return {
+    matrices = [name for name, feature in data.features.items() if matrix_width(feature)]
+    settings = {  # float16 with its bytes apart compresses to two thirds; statistics cost half of the time
         "compression": "zstd",
         "use_dictionary": False,
         "write_statistics": False,
         "use_byte_stream_split": [f"{name}.list.element.list.element" for name in matrices],
     }
+    with pq.ParquetWriter(staged, data.features.arrow_schema, **settings) as writer:
+        for start in range(rows.start, rows.stop, ROW_GROUP_ROWS):
+            table = tables[start : min(start + ROW_GROUP_ROWS, rows.stop)]
+            writer.write_table(public_rows(table, roots), row_group_size=ROW_GROUP_ROWS)
+    move_durably(staged, path)

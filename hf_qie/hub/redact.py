@@ -18,13 +18,12 @@ FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~\w*|[A-Za-z]:)?[/\\](?![/\\])(?:[^/\
 
 def public_rows(table: pa.Table, roots: Sequence[Path]) -> pa.Table:
     """The same rows with paths and URLs as others may see them."""
-    for name in (image.name for image in columns_of("image")):
-        index, values = table.column_names.index(name), table[name].to_pylist()
+    for image in columns_of("image"):
+        index, field = table.column_names.index(image.name), table.schema.field(image.name)
         shown = [
             [public_path(path, roots) for path in value] if isinstance(value, list) else public_path(value, roots)
-            for value in values
+            for value in table[image.name].to_pylist()
         ]
-        field = table.schema.field(index)
         table = table.set_column(index, field, pa.array(shown, field.type))
     return table
 

@@ -5,12 +5,11 @@ Letters: r rank, I width of a layer's input, O of its output.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -38,23 +37,13 @@ class Adapters:
     layers: Mapping[str, tuple[Tensor, Tensor]]  # by the layer's name: down [r, I] and up [O, r]
     settings: Mapping[str, Any]  # r, lora_alpha, lora_dropout and target_modules, as peft names them
 
-    @property
-    def alpha(self) -> float:
-        """The same for all layers."""
-        return float(self.settings["lora_alpha"])
-
     def delta(self, layer: str) -> Tensor:
         """What is added to the layer's weight, `[O, I]` in float32."""
         down, up = (tensor.float() for tensor in self.layers[layer])
-        return up @ down * (self.alpha / len(down))
-
-    def to(self, dtype: torch.dtype) -> "Adapters":
-        """The same, rounded to `dtype`."""
-        layers = {name: (down.to(dtype), up.to(dtype)) for name, (down, up) in self.layers.items()}
-        return replace(self, layers=layers)
+        return up @ down * (self.settings["lora_alpha"] / len(down))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Trained:
     """The weights of one step of a run, and what was recorded beside them."""
 
@@ -77,17 +66,8 @@ class Trained:
     @property
     def best(self) -> str | None:
         """The checkpoint whose weights these are, if the run ended by loading its best one."""
-        wanted = self.recipe.training.get("load_best_model_at_end", False)
-        return self.state.get("best_model_checkpoint") if wanted and self.folder == self.output_dir else None
-
-    def check_base(self) -> None:
-        """Raise InputError if the run started from a folder that is not found any more."""
-        model, record = self.recipe.model, self.record
-        if "started_in" in record and not record["commit"] and not Path(model).is_dir():
-            raise InputError(
-                f"{self.output_dir / 'recipe.yaml'}: model: {model!r} is not found from {record['started_in']}, where "
-                f"training was started, nor from {Path.cwd()}; put it there, or write its present path into that file"
-            )
+        loads_best = self.recipe.training.get("load_best_model_at_end", False)
+        return self.state.get("best_model_checkpoint") if loads_best and self.folder == self.output_dir else None
 
     @cached_property
     def adapters(self) -> Adapters | None:
@@ -129,14 +109,15 @@ def find_trained(path: Path) -> Trained:
         raise InputError(
             f"{folder}: the checkpoint is incomplete, {reason}; export {output_dir}, or another one of it"
         )
-    recipe = load_recipe(output_dir / "recipe.yaml")
+    recipe, update = load_recipe(output_dir / "recipe.yaml"), {}
     record = _read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
     base = Path(record.get("started_in", ""), recipe.model)
     if base.is_dir() and base.resolve() != Path(recipe.model).resolve():  # else it is found from here as it stands
-        recipe = recipe.model_copy(update={"model": str(base)})
+        update["model"] = str(base)
     if record.get("commit"):  # the Hub's `main` may have moved on since, and another base fits no adapter
-        recipe = recipe.model_copy(update={"revision": record["commit"]})
-    return Trained(output_dir=output_dir, folder=folder, recipe=recipe, state=_read_state(folder), record=record)
+        update["revision"] = record["commit"]
+    state = _read_json(folder / STATE)
+    return Trained(output_dir, folder, recipe.model_copy(update=update), state, record)
 
 
 def find_weights(checkpoint: Path) -> Path:
@@ -163,10 +144,9 @@ def find_weights(checkpoint: Path) -> Path:
 def _newest(output_dir: Path) -> Path:
     """`output_dir` itself if its run has ended and was not resumed since, else its last complete checkpoint."""
     last = last_checkpoint(output_dir)
-    if (output_dir / STATE).is_file():
-        ended = _read_state(output_dir)["global_step"]
-        if last is None or step_of(last) <= ended:
-            return output_dir
+    ended = _read_json(output_dir / STATE)["global_step"] if (output_dir / STATE).is_file() else -1
+    if ended >= (step_of(last) if last else 0):
+        return output_dir
     if last is None:
         raise InputError(
             f"{output_dir}: has no complete checkpoint, and its run has not ended; wait, or name a checkpoint-N that "
@@ -175,21 +155,11 @@ def _newest(output_dir: Path) -> Path:
     return last
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    state = _read_json(folder / STATE)
-    if not isinstance(state.get("global_step"), int) or not isinstance(state.get("log_history"), list):
-        raise InputError(f"{folder / STATE}: expected global_step and log_history, as train.py writes them")
-    return state
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); fetch or write it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object; fetch or write it again")
-    return value
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); export another checkpoint") from error
 
 
 def base_folder(recipe: Recipe, parts: list[str]) -> Path:
@@ -205,35 +175,23 @@ def base_folder(recipe: Recipe, parts: list[str]) -> Path:
 
 def saved_tensors(folder: Path) -> Tensors:
     """The tensors of a model that diffusers saved in `folder`; raises InputError if files are missing."""
-    index, names = folder / f"{WEIGHTS_FILE}.index.json", [WEIGHTS_FILE]
-    if index.exists():
-        mapped = _read_json(index).get("weight_map")
-        if not mapped or not isinstance(mapped, dict):
-            raise InputError(f"{index}: expected a weight_map; fetch or write it again")
-        names = sorted({Path(name).name for name in mapped.values()})  # none outside of the folder
-    tensors: dict[str, Callable[[], Tensor]] = {}
-    for name in names:
-        try:
-            file = safe_open(folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{folder / name}: cannot be read ({error}); fetch or write it again") from error
-        tensors |= {key: partial(file.get_tensor, key) for key in file.keys()}  # noqa: SIM118, it is no dict
-    return tensors
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", {WEIGHTS_FILE}
+    try:
+        if index.exists():
+            mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {Path(name).name for name in mapped.values()}  # none outside of the folder
+        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the weights cannot be read ({error}); fetch or write them again") from error
+    return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def read_adapters(path: Path) -> Adapters:
     """A LoRA file that train.py wrote; raises InputError for any other."""
     tensors, metadata = read_lora(path, where=str(path), convert=dict)
-    layers = {}
-    for key, down in tensors.items():
-        layer, half, _ = key.partition(".lora_A.weight")
-        if half:
-            up = tensors.get(f"{layer}.lora_B.weight")
-            fits = up is not None and down.ndim == up.ndim == 2 and len(down) == up.shape[1]
-            if not fits or not (down.is_floating_point() and up.is_floating_point()):
-                raise InputError(f"{path}: {layer}: lora_A and lora_B do not fit each other; take another checkpoint")
-            layers[layer.removeprefix(PREFIX)] = down, up
+    downs = ((key, key.removesuffix(".lora_A.weight")) for key in tensors if key.endswith(".lora_A.weight"))
+    layers = {layer.removeprefix(PREFIX): (tensors[key], tensors[f"{layer}.lora_B.weight"]) for key, layer in downs}
     settings = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items()}
-    if not layers or not isinstance(settings.get("lora_alpha"), int | float):
+    if "lora_alpha" not in settings:
         raise InputError(f"{path}: has no rank and alpha, which train.py writes; train again")
     return Adapters(layers=layers, settings=settings)

@@ -18,9 +18,9 @@ from hf_qie.errors import InputError
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PREFIX = "transformer."  # of diffusers' keys
 PEFT = "base_model.model."
-# Before a layer's name: of peft, of peft around a pipeline's part, of ComfyUI, of diffusers and OneTrainer
-PREFIXES = (f"{PEFT}transformer.", PEFT, "model.diffusion_model.", "diffusion_model.", PREFIX)
-FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
+# Before a layer's name: of peft around a model or a pipeline's part, of ComfyUI, of diffusers and OneTrainer
+BEFORE = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.)?")
+FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
 ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight|.+\.alpha")
 DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")
 UNEVEN = ("use_rslora", "alpha_pattern")  # where metadata says so, alpha / rank is not the factor of every layer
@@ -99,11 +99,9 @@ def _check_keys(tensors: Tensors, where: str) -> None:
 
 def _named(key: str) -> str:
     """The key with a prefix that diffusers converts, whatever its own."""
-    for prefix in FLAT:
-        if key.startswith(prefix):
-            return f"lora_unet_{key.removeprefix(prefix)}"
-    bare = next((key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)), key)
-    return f"diffusion_model.{bare.replace('.default.', '.')}"
+    if flat := FLAT.match(key):
+        return f"lora_unet_{key[flat.end() :]}"
+    return f"diffusion_model.{key[BEFORE.match(key).end() :].replace('.default.', '.')}"
 
 
 def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]:
@@ -115,6 +113,5 @@ def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]
             f"{where} has peft's layout, which keeps alpha in adapter_config.json beside it; cannot read it: {error}"
         ) from error
     layers = sorted({_named(key).removeprefix("diffusion_model.").partition(".lora_")[0] for key in tensors})
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": layers}
-    metadata |= {key: value for key in UNEVEN if (value := getattr(config, key))}
+    metadata = {key: getattr(config, key) for key in ("r", "lora_alpha", *UNEVEN)} | {"target_modules": layers}
     return {PREFIX + key: value for key, value in metadata.items()}

@@ -22,10 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.config.installed import training_arguments
 from hf_qie.config.recipe import Recipe, load_recipe, recipe_schema
+from hf_qie.config.training_args import training_arguments
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import Options, run_script, wanted
+from hf_qie.runtime.cli import Options, checked, run_script
 from hf_qie.runtime.rules import Count
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--verify", type=wanted(Count))
+    parser.add_argument("--verify", type=checked(Count))
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from hf_qie.extraction.plan import make_plan, own_tasks

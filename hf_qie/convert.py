@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import Options, run_script, to_path
+from hf_qie.runtime.cli import Options, run_script
 from hf_qie.runtime.ranks import world_size
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--empty_text", type=to_path)
+    parser.add_argument("--empty_text", type=Path)
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe = recipe.model_copy(update={"extract": recipe.extract.model_copy(update={"latents": False})})

@@ -2,8 +2,10 @@
 
 
 class InputError(ValueError):
-    """Something the user wrote is wrong: says where, what was found, what was expected and what to do."""
+    """Something the user wrote is wrong: says where, what was found, what was expected and what to do.
 
+    One of a value of a recipe has its address as an argument of its own, before the message.
+    """
 
-class Misfit(Exception):
-    """A value that breaks a rule, as (address, message); who read it knows the file, and makes it an InputError."""
+    def __str__(self) -> str:
+        return ": ".join(self.args)

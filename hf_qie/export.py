@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import Options, run_script, to_path
+from hf_qie.runtime.cli import Options, run_script
 
 logger = logging.getLogger("hf_qie.export")
 
@@ -71,9 +71,9 @@ def main(argv: list[str]) -> None:
 def parse_arguments(argv: list[str]) -> Namespace:
     """The command line; raises InputError."""
     parser = Options()
-    parser.add_argument("checkpoint", type=to_path)
+    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--to", choices=("lora", "comfyui", "merged", "pipeline"))
-    parser.add_argument("--output", type=to_path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--push_to_hub")
     parser.add_argument("--public", action="store_true")

@@ -24,7 +24,7 @@ from typing import Any
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import Options, run_script, to_path, wanted
+from hf_qie.runtime.cli import Options, checked, run_script
 from hf_qie.runtime.rules import Count, Seed, Weight
 
 
@@ -33,13 +33,13 @@ def main(argv: list[str]) -> None:
     parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--checkpoint", type=to_path)
-    parser.add_argument("--image", type=to_path, action="append", default=[])
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--image", type=Path, action="append", default=[])
     parser.add_argument("--instruction", required=True)
-    parser.add_argument("--output", type=to_path, required=True)
-    parser.add_argument("--seed", type=wanted(Seed), default=0)
-    parser.add_argument("--num_inference_steps", "--steps", type=wanted(Count))
-    parser.add_argument("--true_cfg_scale", "--cfg", type=wanted(Weight), default=4.0)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=checked(Seed), default=0)
+    parser.add_argument("--num_inference_steps", "--steps", type=checked(Count))
+    parser.add_argument("--true_cfg_scale", "--cfg", type=checked(Weight), default=4.0)
     given = parser.parse_intermixed_args(argv)
     recipe = load_recipe(given.recipe, given.overrides)
     _check_output(given.output)

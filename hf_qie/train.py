@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_qie.config.launch import fsdp_settings, num_started, refuse_launcher
+from hf_qie.config.launch import fsdp_settings, num_started
 from hf_qie.config.recipe import Recipe, load_recipe, save_recipe
-from hf_qie.config.training_args import check_packages
 from hf_qie.runtime.cli import run_script
 from hf_qie.runtime.files import write_durably
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Train by the recipe `argv[0]` with the overrides `argv[1:]`."""
     recipe = load_recipe(argv[0], argv[1:])
-    check_packages(recipe.training)
-    refuse_launcher(os.environ)
     fsdp_settings(recipe, os.environ)  # reports what does not fit before torch is imported
     run(recipe)
 

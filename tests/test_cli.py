@@ -1,6 +1,5 @@
 """The scripts' command lines: one style of options, checked where they are read; an error is one line."""
 
-import argparse
 import ast
 import os
 import re
@@ -16,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, to_path, wanted
+from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, checked
 from hf_qie.runtime.rules import Count, Weight
 
 SCRIPT = '''"""Count the tasks.
@@ -152,10 +151,10 @@ def test_there_are_scripts_with_options():
     assert {path.stem for path in SCRIPTS} >= {"check", "convert", "export", "sampling", "tiny"}
 
 
-@pytest.mark.parametrize("name", ["--num_inference_steps", "--num-inference-steps", "--steps"])
-def test_an_option_goes_by_its_older_names_and_with_hyphens(name):
+@pytest.mark.parametrize("name", ["--num_inference_steps", "--steps"])
+def test_an_option_goes_by_its_older_names(name):
     parser = Options()
-    parser.add_argument("--num_inference_steps", "--steps", type=wanted(Count))
+    parser.add_argument("--num_inference_steps", "--steps", type=checked(Count))
     assert parser.parse_args([name, "3"]).num_inference_steps == 3
 
 
@@ -177,8 +176,7 @@ SAMPLE = ["r.yaml", "--instruction", "x", "--output", "o.png"]
         (check.main, ["r.yaml", "--verify", "0"], "--verify: got 0, expected an integer of at least 1"),
         (check.main, ["--verify", "1"], "recipe: missing; --help shows the command line"),
         (export.main, ["run", "--to", "lor"], "--to: invalid choice: 'lor' (choose from "),
-        (export.main, ["run", "--output", "$NOWHERE/x"], '--output: got "$NOWHERE/x": the environment variable '),
-        (convert.main, ["r.yaml", "--empty-text", "~nobody1/x"], '--empty_text: got "~nobody1/x": ~nobody1 is not '),
+        (convert.main, ["r.yaml", "--empty-text", "x"], "--empty-text: unknown option, did you mean '--empty_text'?"),
     ],
 )  # fmt: skip
 def test_what_no_option_can_be_is_one_line_before_anything_else(main, argv, told):
@@ -187,27 +185,12 @@ def test_what_no_option_can_be_is_one_line_before_anything_else(main, argv, told
     assert str(error.value).startswith(told)
 
 
-def test_a_path_may_hold_the_home_and_variables(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("DATA", "/disk")
-    assert [to_path(text) for text in ("~/a", "$DATA/a", "${DATA}_2/a", "./~/a", "a")] == [
-        Path(text) for text in ("/home/me/a", "/disk/a", "/disk_2/a", "./~/a", "a")
-    ]
-
-
 @pytest.mark.parametrize("text", ["nan", "NaN", ".nan", "inf", "-1", "x", "true", "", "1" + "0" * 400])
 def test_a_number_is_finite_and_not_below_its_least(text):
     parser = Options()
-    parser.add_argument("--true_cfg_scale", type=wanted(Weight))
+    parser.add_argument("--true_cfg_scale", type=checked(Weight))
     with pytest.raises(InputError, match=r"^--true_cfg_scale: got .*, expected a number of at least 0$"):
         parser.parse_args([f"--true_cfg_scale={text}"])
-
-
-def test_a_file_that_is_there_needs_no_variable_for_its_name(tmp_path):
-    (tmp_path / "price$5.png").touch()
-    assert to_path(str(tmp_path / "price$5.png")) == tmp_path / "price$5.png"
-    with pytest.raises(argparse.ArgumentTypeError, match="variable 5 is not set"):
-        to_path(str(tmp_path / "price$5.jpg"))
 
 
 def test_an_option_is_written_out():
@@ -215,4 +198,4 @@ def test_an_option_is_written_out():
     options.add_argument("--push_to_hub")
     with pytest.raises(InputError, match="--push: unknown option, did you mean '--push_to_hub'"):
         options.parse_args(["--push", "org/x"])
-    assert options.parse_args(["--push-to-hub", "org/x"]).push_to_hub == "org/x"
+    assert options.parse_args(["--push_to_hub", "org/x"]).push_to_hub == "org/x"

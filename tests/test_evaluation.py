@@ -278,7 +278,7 @@ def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_p
         ),
         (
             ["training.load_best_model_at_end=true", "training.eval_steps=2", "training.save_steps=3"],
-            "training.save_steps: got 3, expected a multiple of eval_steps, which is 2: load_best_model_at_end",
+            "requires the saving steps to be a round multiple of the evaluation steps, but found 3",
         ),
         (["training.load_best_model_at_end=true", "training.eval_strategy=no"], "requires the save and eval strategy"),
     ],

@@ -14,8 +14,7 @@ from metadata import ORIENTATION, RESOLUTION, SIZES, SOFTWARE, UNIT, with_exif
 from PIL import Image
 from small_recipes import write_recipe
 
-from hf_qie.config.overrides import override
-from hf_qie.config.recipe import Task, as_dict, load_recipe, save_recipe
+from hf_qie.config.recipe import Task, as_dict, load_recipe, override, save_recipe
 from hf_qie.data.images import BadImage, header_size, read_image
 from hf_qie.data.samples import read_rows
 from hf_qie.errors import InputError

@@ -341,7 +341,7 @@ def test_a_lora_that_is_not_of_this_model_is_refused(runs, tiny, recipe_of, tmp_
         ({"true_cfg_scale": float("nan")}, "true_cfg_scale: got NaN, expected a number of at least 0"),
         ({"true_cfg_scale": "4"}, 'true_cfg_scale: got "4", expected a number of at least 0'),
         ({"seed": 2**64}, "seed: got 18446744073709551616, expected an integer from 0 to 4294967295"),
-        ({"size": (0, 64)}, "size: got 0, expected an integer of at least 64"),
+        ({"sead": 1}, "sead: unknown key, did you mean 'seed'?"),
     ],
 )
 def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(

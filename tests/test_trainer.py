@@ -214,6 +214,19 @@ def test_checkpointing_options_that_would_be_ignored_are_refused(tiny, tmp_path)
         trainer_of(path, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("report_to=wandbb", "training.report_to: wandbb is not supported, only azure_ml, "),
+        ("optim=galore_adamw", "training.optim: .*install.*galore"),
+    ],
+)
+def test_a_tracker_or_an_optimizer_that_cannot_be_used_is_refused(tiny, tmp_path, override, message):
+    path = write_recipe(tmp_path, tiny())
+    with pytest.raises(InputError, match=message):
+        trainer_of(path, "training.optim=sgd", f"training.{override}")
+
+
 def test_bfloat16_arithmetic_comes_near_float32(tiny, tmp_path):
     path = write_recipe(tmp_path, tiny(), trainable=LORA)
     exact = run(path)

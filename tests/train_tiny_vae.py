@@ -22,7 +22,7 @@ from tqdm import trange
 
 from hf_qie.demo.shapes import draw
 from hf_qie.models.qwen_image.tiny import VAE_CONFIG, VAE_FILE, tiny_vae
-from hf_qie.runtime.cli import Options, run_script, wanted
+from hf_qie.runtime.cli import Options, checked, run_script
 from hf_qie.runtime.rules import Count, Positive, Seed
 
 logger = logging.getLogger("train_tiny_vae")
@@ -119,10 +119,10 @@ def save(vae: AutoencoderKLQwenImage, *, made_by: dict[str, str]) -> None:
 def main(argv: list[str]) -> None:
     """Train, save, and log the PSNR of held-out images as the file gives it."""
     parser = Options()
-    parser.add_argument("--steps", type=wanted(Count), default=9000)
-    parser.add_argument("--batch_size", type=wanted(Count), default=8)
-    parser.add_argument("--learning_rate", type=wanted(Positive), default=2e-3)
-    parser.add_argument("--seed", type=wanted(Seed), default=0)
+    parser.add_argument("--steps", type=checked(Count), default=9000)
+    parser.add_argument("--batch_size", type=checked(Count), default=8)
+    parser.add_argument("--learning_rate", type=checked(Positive), default=2e-3)
+    parser.add_argument("--seed", type=checked(Seed), default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     vae = train(**vars(args))

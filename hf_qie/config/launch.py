@@ -37,13 +37,6 @@ _FSDP_VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-def refuse_launcher(environment: Mapping[str, str]) -> None:
-    """Raise InputError where the launcher asks for something that training does not support."""
-    for flag, capability in _REFUSED.items():
-        if _is_on(environment.get(flag, "no")):
-            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
-
-
 def num_started(environment: Mapping[str, str]) -> int:
     """How many processes the launcher started, by the variables that accelerate looks for."""
     names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -67,8 +60,11 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, Any] | None:
     """`training.fsdp_config` in full: the recipe's keys, then the launcher's, then ours; None without FSDP.
 
-    Raises InputError where they contradict each other, or a setting would have no effect.
+    Raises InputError where they contradict each other, or one has no effect or is not available.
     """
+    for flag, capability in _REFUSED.items():
+        if _is_on(environment.get(flag, "no")):
+            raise InputError(f"accelerate launch: asks for {capability}, which is not available yet; leave it out")
     training, launched = recipe.training, _is_on(environment.get("ACCELERATE_USE_FSDP", "no"))
     named = {key.removeprefix("fsdp_"): value for key, value in training.get("fsdp_config", {}).items()}
     if launched and training.get("fsdp") is False:
@@ -95,16 +91,15 @@ def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, A
 def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
     """The launcher's settings by the keys of fsdp_config."""
     settings = {key: read(environment[name]) for name, (key, read) in _FSDP_VARIABLES.items() if name in environment}
-    ways = [environment.get("FSDP_RESHARD_AFTER_FORWARD", "true")]
+    ways = [environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()]
     if settings.get("version", 1) == 1:
-        ways.append(environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD"))
-    for way in ways:
-        if way.lower() not in _RESHARD:
-            raise InputError(
-                f"accelerate launch: FSDP's sharding strategy {way!r} is not available; use FULL_SHARD, or "
-                "SHARD_GRAD_OP, which keeps gathered weights from forward to backward"
-            )
-    return settings | {"reshard_after_forward": all(_RESHARD[way.lower()] for way in ways)}
+        ways.append(environment.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").lower())
+    if refused := [way.upper() for way in ways if way not in _RESHARD]:
+        raise InputError(
+            f"accelerate launch: FSDP's sharding strategy {refused[0]!r} is not available; use FULL_SHARD, or "
+            "SHARD_GRAD_OP, which keeps gathered weights from forward to backward"
+        )
+    return settings | {"reshard_after_forward": all(_RESHARD[way] for way in ways)}
 
 
 def fsdp_environment(settings: Mapping[str, Any]) -> dict[str, str]:

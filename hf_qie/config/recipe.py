@@ -10,21 +10,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
-from hf_qie.config.overrides import override
 from hf_qie.config.training_args import check_training, training_schema
-from hf_qie.errors import InputError, Misfit
+from hf_qie.errors import InputError
 from hf_qie.runtime.rules import (
     Below1,
     Count,
     Listed,
     Name,
     Names,
+    One,
     PathName,
     Positive,
-    Rule,
     Section,
     Seed,
     Share,
@@ -33,31 +32,33 @@ from hf_qie.runtime.rules import (
     Weight,
     Whole,
     join,
+    rule,
     show,
     unknown,
     validate,
 )
 from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
-ModeScale = Annotated[float, Field(ge=-1, le=1.75), Rule("a number from -1 to 1.75")]  # where it is one to one
+ModeScale = Annotated[float, Field(ge=-1, le=1.75), rule("a number from -1 to 1.75")]  # where it is one to one
 _in_range = lambda shard: len(shard) == 2 and 0 <= shard[0] < shard[1]  # noqa: E731
-Shard = Annotated[tuple[int, ...], Listed(), Rule("[i, n] with 0 <= i < n", _in_range)]
-ModuleNames = Annotated[tuple[Name, ...], Listed(), Rule("a list of at least one name", len)]
-HubName = Annotated[str, Rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
+Shard = Annotated[tuple[int, ...], Listed, rule("[i, n] with 0 <= i < n", _in_range)]
+ModuleNames = Annotated[tuple[Name, ...], Listed, rule("a list of at least one name", len)]
+HubName = Annotated[str, rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
-TaskName = Annotated[str, Rule("a name of letters, digits and _ that does not start with a digit", _name_of_task)]
+TaskName = Annotated[str, rule("a name of letters, digits and _ that does not start with a digit", _name_of_task)]
 # An embedding set has these columns of its own, and text_embeds_drop.
 SET_COLUMNS = {"row", "source_image", "target_image", "num_sources", "image_embeds", "target_latents", "target_grid"}
 SET_COLUMNS |= {"source_latents", "source_grids", "drop"}
 CaptionNames = Annotated[
     tuple[Name, ...],
-    Listed(one=True),
-    Rule(
+    Listed,
+    One,
+    rule(
         f"a list of different column names, none of them {', '.join(sorted(SET_COLUMNS))}",
         lambda names: len(set(names)) == len(names) and SET_COLUMNS.isdisjoint(names),
     ),
 ]
-Paths = Annotated[tuple[PathName, ...], Listed(one=True)]
+Paths = Annotated[tuple[PathName, ...], Listed, One]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -83,7 +84,7 @@ class Columns(Section):
 class Task(Section):
     """One dataset and its part in the mix."""
 
-    name: SkipJsonSchema[str] = Field(exclude=True)
+    name: SkipJsonSchema[str] = Field("", exclude=True)
     data: Paths = Field((), description="files, globs, a folder of save_to_disk, or a Hub id; none with embeddings")
     split: Name = "train"
     image_root: PathName | None = Field(None, description="relative image paths start here; null: the folder of data")
@@ -154,7 +155,7 @@ class Trainable(Section):
 
     lora: Lora | None = Field(None, description="null: full fine-tuning of `modules`")
     modules: Names = Field((".",), description="parts of dotted names that train; . is all")
-    low_lr_modules: Annotated[tuple[Name, ...], Listed(one=True)] = Field((), description="train at half the rate")
+    low_lr_modules: Annotated[tuple[Name, ...], Listed, One] = Field((), description="train at half the rate")
 
 
 class Sampling(Section):
@@ -166,35 +167,25 @@ class Sampling(Section):
     true_cfg_scale: Weight = 4.0
 
 
-def _named(tasks: Any) -> Any:
+def _named(tasks: Mapping[str, Task]) -> Mapping[str, Task]:
     """Give each task its name."""
-    if isinstance(tasks, dict):
-        named = {k: _with(Task, v or {}, f"tasks.{k}", name=k) for k, v in tasks.items() if isinstance(v, dict | None)}
-        return tasks | named
-    return tasks
+    return MappingProxyType({name: task.model_copy(update={"name": name}) for name, task in tasks.items()})
 
 
 class Recipe(Section):
     """All settings of extract.py and train.py."""
 
-    path: SkipJsonSchema[Path] = Field(exclude=True)  # of the file it was read from
+    path: SkipJsonSchema[Path] = Field(Path(), exclude=True)  # of the file it was read from
     model: PathName = Field("Qwen/Qwen-Image-Edit-2509", description="Hub id, or a folder in diffusers layout")
     revision: Name | None = None
     seed: Seed = Field(0, description="the only seed")
-    tasks: Annotated[Table[TaskName, Task], BeforeValidator(_named)]
+    tasks: Annotated[Mapping[TaskName, Task], AfterValidator(_named)]
     extract: Extract = Field(default_factory=Extract)
     mix: Mix = Field(default_factory=Mix)
     loss: Loss = Field(default_factory=Loss)
     trainable: Trainable = Field(default_factory=Trainable)
     sampling: Sampling = Field(default_factory=Sampling)
     training: Table[Any, Any] = Field(default_factory=dict, description="transformers.TrainingArguments")
-
-
-def _with(section: type[Section], given: dict[Any, Any], at: str = "", **ours: Any) -> dict[Any, Any]:
-    """`given` and fields that no file may have."""
-    for key in ours.keys() & given.keys():
-        raise Misfit(join(at, key), unknown(key, section.key_names()))
-    return given | ours
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -215,14 +206,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for text in overrides:
         override(raw, text)
     try:
-        recipe = validate(Recipe, _with(Recipe, raw, path=path))
-        recipe = recipe.model_copy(update={"training": MappingProxyType(check_training(recipe.training))})
+        recipe = validate(Recipe, raw)
+        training = MappingProxyType(check_training(recipe.training))
+        recipe = recipe.model_copy(update={"path": path, "training": training})
         _check_together(recipe)
-    except Misfit as misfit:
-        at, message = misfit.args
-        by = [text for text in overrides if re.match(re.escape(text.partition("=")[0]) + r"(\W|$)", at)]
-        raise InputError(f"{path}: {f'override {by[-1]!r}: ' if by else ''}{at}: {message}") from None
+    except InputError as error:
+        by = [text for text in overrides if re.match(re.escape(text.partition("=")[0]) + r"(\W|$)", error.args[0])]
+        raise InputError(f"{path}: {f'override {by[-1]!r}: ' if by else ''}{error}") from None
     return recipe
+
+
+def override(settings: dict[str, Any], text: str) -> None:
+    """Put `a.b.c=value` into plain settings; sections that are missing on the way are added."""
+    where = f"override {text!r}"
+    if not re.match(r"[^\s.=]+(\.[^\s.=]+)*=", text):
+        raise InputError(f"{where}: expected a.b.c=value")
+    dotted, _, value = text.partition("=")
+    *parents, last = (int(part) if part.isdecimal() else part for part in dotted.split("."))
+    for key in parents:
+        section = {} if settings.get(key) is None else settings[key]
+        if not isinstance(section, dict):
+            raise InputError(f"{where}: {key} is {show(section)}, which has no keys")
+        settings[key] = dict(section)  # a copy: through a YAML alias the same section may stand elsewhere too
+        settings = settings[key]
+    settings[last] = read_yaml(value, where)
 
 
 def as_dict(value: Any) -> Any:
@@ -264,26 +271,26 @@ def _check_together(recipe: Recipe) -> None:
     """Check what no single value shows."""
     for name, task in recipe.tasks.items():
         if not task.data and task.embeddings is None:
-            raise Misfit(f"tasks.{name}.data", "missing, and no ready set in `embeddings` takes its place")
+            raise InputError(f"tasks.{name}.data", "missing, and no ready set in `embeddings` takes its place")
         inverse, forward = map(len, (task.columns.inverse_captions, task.columns.captions))
         if inverse > forward:
-            rule = f"got {inverse} for {forward} captions; the i-th is the inverse of the i-th"
-            raise Misfit(f"tasks.{name}.columns.inverse_captions", rule)
+            message = f"got {inverse} for {forward} captions; the i-th is the inverse of the i-th"
+            raise InputError(f"tasks.{name}.columns.inverse_captions", message)
     if not any(task.weight for task in recipe.tasks.values()):
-        raise Misfit("tasks", "expected at least one task with a weight above 0")
+        raise InputError("tasks", "expected at least one task with a weight above 0")
     if not any(task.eval_rows for task in recipe.tasks.values()):
         hint = "no task holds out rows to evaluate on; set tasks.<name>.eval_rows"
         if recipe.training.get("eval_strategy", "no") != "no":
-            raise Misfit("training.eval_strategy", hint)
+            raise InputError("training.eval_strategy", hint)
         if recipe.sampling.every:
-            raise Misfit("sampling.every", hint)
+            raise InputError("sampling.every", hint)
     for key in ("source_count_weights", "caption_weights"):
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):
-            raise Misfit(f"mix.{key}", "expected at least one weight above 0, or null")
+            raise InputError(f"mix.{key}", "expected at least one weight above 0, or null")
     if any(task.embeddings for task in recipe.tasks.values()):
         return  # the captions of a ready set are known once it is open
     captions = {caption: None for task in recipe.tasks.values() for caption in task.columns.captions}
     for caption in recipe.mix.caption_weights or ():
         if caption not in captions and re.sub(r"_[0-9]+$", "", caption) not in captions:  # a text of a list
-            raise Misfit(f"mix.caption_weights.{caption}", unknown(caption, captions))
+            raise InputError(f"mix.caption_weights.{caption}", unknown(caption, captions))

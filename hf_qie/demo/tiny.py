@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_qie.demo.shapes import PALETTE, SHAPES, TASKS, synthetic_edits
 from hf_qie.models.base import family_of
-from hf_qie.runtime.cli import Options, run_script, to_path, wanted
+from hf_qie.runtime.cli import Options, checked, run_script
 from hf_qie.runtime.rules import Count
 
 logger = logging.getLogger("hf_qie.demo.tiny")
@@ -48,10 +48,10 @@ def tiny_checkpoint(folder: Path, *, kind: str = "edit_plus", seed: int = 0) -> 
 def main(argv: list[str]) -> None:
     """Build what the command line asks for and log where it lies."""
     parser = Options()
-    parser.add_argument("--model", type=to_path)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="edit_plus")
-    parser.add_argument("--data", type=to_path)
-    parser.add_argument("--rows", type=wanted(Count), default=64)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=checked(Count), default=64)
     args = parser.parse_args(argv)
     disable_progress_bar()  # a bar for one file of a megabyte
     if args.model:

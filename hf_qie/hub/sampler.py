@@ -16,14 +16,20 @@ from hf_qie.hub.trained_run import find_weights
 from hf_qie.models.base import BadPrompt, Family, PromptEmbeddings, read_family
 from hf_qie.models.checkpoint import check_steps
 from hf_qie.models.lora_files import read_lora
-from hf_qie.runtime.cli import check
 from hf_qie.runtime.device import compute_dtype, own_device
-from hf_qie.runtime.rules import Count, Seed, Side, Weight
+from hf_qie.runtime.rules import Count, Section, Seed, Weight, validate
 
 logger = logging.getLogger("hf_qie.sampling")
 
 BASE = "base"  # in place of a checkpoint: the model before training
-CFG_SCALE = 4.0  # of the official pipelines
+
+
+class Options(Section):
+    """What an image depends on beside the instruction and the images to edit."""
+
+    seed: Seed = 0
+    num_inference_steps: Count | None = None  # the pipeline's own
+    true_cfg_scale: Weight = 4.0  # the pipelines' own; 1: no guidance
 
 
 class Sampler:
@@ -51,7 +57,7 @@ class Sampler:
     def __call__(
         self, instruction: str, *, images: Sequence[str | Path | Image.Image] = (), **options: Any
     ) -> Image.Image:
-        """What `instruction` makes of `images`, or of nothing; `options` are those of `generate`.
+        """What `instruction` makes of `images`, or of nothing; `options` are `Options`.
 
         Raises InputError, before a model is loaded, for an instruction or images that the pipeline cannot take.
         """
@@ -95,44 +101,33 @@ class Sampler:
         embeddings: PromptEmbeddings,
         images: Sequence[Image.Image],
         *,
-        seed: int = 0,
-        num_inference_steps: int | None = None,
-        true_cfg_scale: float = CFG_SCALE,
         size: tuple[int, int] | None = None,
+        **options: Any,
     ) -> Image.Image:
         """The pipeline's image from `embeddings`, whose two texts are the instruction and the negative prompt.
 
-        The same `seed` gives the same image. `size` (width, height) in pixels, if not the recipe's.
+        `options` are `Options`; the same `seed` gives the same image. `size` (width, height) in pixels, if not the
+        recipe's.
         """
-        self.check(seed=seed, num_inference_steps=num_inference_steps, true_cfg_scale=true_cfg_scale, size=size)
-        steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        chosen = self.check(**options)
+        steps = {"num_inference_steps": chosen.num_inference_steps} if chosen.num_inference_steps else {}
         return self.family.generate(
             self.pipeline,
             embeddings,
             images,
             size=size or self.size(images),
             source_area_px=self.source_area_px,
-            true_cfg_scale=true_cfg_scale,
-            generator=torch.Generator().manual_seed(seed),  # of the CPU, so that devices agree on the noise
+            true_cfg_scale=chosen.true_cfg_scale,
+            generator=torch.Generator().manual_seed(chosen.seed),  # of the CPU, so that devices agree on the noise
             **steps,
         )
 
-    def check(
-        self,
-        *,
-        seed: int = 0,
-        num_inference_steps: int | None = None,
-        true_cfg_scale: float = CFG_SCALE,
-        size: tuple[int, int] | None = None,
-    ) -> None:
-        """Raise InputError for options of `generate` that the pipeline cannot take, before a model is loaded."""
-        check(seed, Seed, "seed")
-        check(true_cfg_scale, Weight, "true_cfg_scale")
-        if num_inference_steps is not None:
-            check(num_inference_steps, Count, "num_inference_steps")
-            check_steps(num_inference_steps, self.recipe, "num_inference_steps")
-        for side_px in size or ():
-            check(side_px, Side, "size")
+    def check(self, **options: Any) -> Options:
+        """`options` as `Options`; raises InputError, before a model is loaded, for what the pipeline cannot take."""
+        chosen = validate(Options, options)
+        if chosen.num_inference_steps:
+            check_steps(chosen.num_inference_steps, self.recipe, "num_inference_steps")
+        return chosen
 
     def size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """(width, height) in pixels of what `images` become: the recipe's area, the shape of the pipeline's choice."""
@@ -157,9 +152,6 @@ class Sampler:
             load_lora(pipeline, self.weights, self.family)
         what = f"with {self.weights}" if self.weights else "before training"
         logger.info("%s of %s, %s", self.family.pipeline, model, what)
-        if self.source_area_px != self.family.vae_area_px:
-            text = "sources of %s pixels, as in training; the stock pipeline shows its VAE %s"
-            logger.info(text, f"{self.source_area_px:,}", f"{self.family.vae_area_px:,}")
         return pipeline.to(self.device)
 
 

@@ -1,6 +1,6 @@
 """What the scripts share: the command line, and the message and exit status of an error.
 
-An option is `--snake_case`, under the name that the recipe, diffusers or the Hub has for it; hyphens work as well.
+An option is `--snake_case`, under the name that the recipe, diffusers or the Hub has for it.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_qie.errors import InputError, Misfit
+from hf_qie.errors import InputError
 from hf_qie.runtime.files import disk_trouble
-from hf_qie.runtime.rules import expanded, show, unknown, validate
+from hf_qie.runtime.rules import unknown, validate
 from hf_qie.runtime.yaml_io import read_yaml
 
 SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
@@ -30,49 +30,27 @@ class Options(argparse.ArgumentParser):
     def __init__(self):
         super().__init__(add_help=False, allow_abbrev=False)
 
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """An argument as in argparse; the first name is the documented one, others are older or shorter."""
-        hyphened = [f"--{name[2:].replace('_', '-')}" for name in names if "_" in name]
-        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **settings)
-
     def error(self, message: str) -> NoReturn:
         """Raise InputError with the documented name of an option, or the nearest known name of an unknown one."""
         what, _, rest = message.partition(": ")
         if what == "unrecognized arguments" and rest.startswith("--"):
             name = re.split("[ =]", rest)[0]
-            names = [name for action in self._actions for name in action.option_strings]
-            raise InputError(f"{name}: {unknown(name, names, 'option')}")
+            raise InputError(f"{name}: {unknown(name, self._option_string_actions, 'option')}")
         if what == "the following arguments are required":  # argparse counts those to which none may be given
             raise InputError(f"{rest.removesuffix(', overrides')}: missing; --help shows the command line")
         raise InputError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
 
 
-def check(value: Any, kind: Any, at: str) -> Any:
-    """`value` as a `kind` of hf_qie.runtime.rules; raises InputError that names `at`."""
-    try:
-        return validate(kind, value, at)
-    except Misfit as misfit:
-        raise InputError(": ".join(misfit.args)) from None
-
-
-def wanted(kind: Any) -> Callable[[str], Any]:
+def checked(kind: Any) -> Callable[[str], Any]:
     """For the `type` of an argument: its value as a `kind` of hf_qie.runtime.rules."""
 
     def read(text: str) -> Any:
         try:
             return validate(kind, read_yaml(text, "value"), "value")
-        except (Misfit, InputError) as error:
+        except InputError as error:
             raise argparse.ArgumentTypeError(str(error.args[-1])) from None
 
     return read
-
-
-def to_path(text: str) -> Path:
-    """For the `type` of an argument: a path with `~` and variables replaced."""
-    try:
-        return Path(text) if os.path.lexists(text) else Path(expanded(text))  # the shell may have expanded it
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"got {show(text)}: {error}") from None
 
 
 @contextmanager

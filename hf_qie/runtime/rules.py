@@ -1,8 +1,8 @@
 """Rules for values of a recipe or a command line, and the message for a value that breaks one.
 
-    Count = Annotated[int, Field(ge=1), Rule("an integer of at least 1")]
+    Count = Annotated[int, Field(ge=1), rule("an integer of at least 1")]
 
-is a type, a constraint that pydantic checks, and a description for errors and for the JSON schema. Values are strict:
+is a type, a constraint that pydantic checks, and what an error says was expected. Values are strict:
 neither true nor "4" is a number, and numbers are finite.
 """
 
@@ -11,60 +11,50 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from hf_qie.errors import Misfit
+from hf_qie.errors import InputError
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 K, V = TypeVar("K"), TypeVar("V")
+FILE = "file"  # where a value comes from, in contrast to code
 
 
-@dataclass(frozen=True)
-class Rule:
+def rule(expected: str, test: Callable[[Any], Any] = lambda value: True) -> WrapValidator:
     """Annotation: what a value has to be, and a test where pydantic's constraints are not enough."""
 
-    expected: str
-    test: Callable[[Any], Any] = lambda value: True
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        return core_schema.no_info_wrap_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Any]) -> Any:
-        return handler(schema) | {"description": self.expected}
-
-    def _check(self, value: Any, handler: Callable[[Any], Any]) -> Any:
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             checked = handler(value)
-            if self.test(checked):
+            if test(checked):
                 return checked
         except ValidationError as error:
             if any(isinstance(part, int) for part in error.errors()[0]["loc"][:1]):  # an item of a list says more
                 raise
-        raise PydanticCustomError("expected", "{expected}", {"expected": self.expected})
+        raise PydanticCustomError("expected", "{expected}", {"expected": expected})
+
+    return WrapValidator(check)
 
 
-@dataclass(frozen=True)
-class Listed:
-    """Annotation of a tuple: YAML gives a list, and with `one` a single string stands for a list of one."""
-
-    one: bool = False
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        return core_schema.no_info_before_validator_function(self._listed, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Any]) -> Any:
-        array = handler(schema["schema"])
-        return {"anyOf": [array["items"], array]} if self.one else array
-
-    def _listed(self, value: Any) -> Any:
-        if isinstance(value, str) and self.one:
-            return (value,)
-        return tuple(value) if isinstance(value, list) else value
+Listed = Field(strict=False)  # of a tuple: YAML gives a list
+One = BeforeValidator(  # of a tuple: a single string stands for a list of one
+    lambda value: (value,) if isinstance(value, str) else value, json_schema_input_type=str | tuple[str, ...]
+)
 
 
 def expanded(path: str) -> str:
@@ -81,17 +71,17 @@ def expanded(path: str) -> str:
     return full
 
 
-Name = Annotated[str, Rule("a string that is not blank", str.strip)]
+Name = Annotated[str, rule("a string that is not blank", str.strip)]
 PathName = Annotated[Name, AfterValidator(expanded)]  # every key that may be a path
-Seed = Annotated[int, Field(ge=0, lt=2**32), Rule("an integer from 0 to 4294967295")]
-Whole = Annotated[int, Field(ge=0), Rule("an integer of at least 0")]
-Count = Annotated[int, Field(ge=1), Rule("an integer of at least 1")]
-Side = Annotated[int, Field(ge=64), Rule("an integer of at least 64")]  # below, a long image rounds to 0 pixels
-Positive = Annotated[float, Field(gt=0), Rule("a number above 0")]
-Weight = Annotated[float, Field(ge=0), Rule("a number of at least 0")]
-Share = Annotated[float, Field(ge=0, le=1), Rule("a number from 0 to 1")]
-Below1 = Annotated[float, Field(ge=0, lt=1), Rule("a number from 0 to below 1")]
-Names = Annotated[tuple[Name, ...], Listed(one=True), Rule("a list of at least one name", len)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), rule("an integer from 0 to 4294967295")]
+Whole = Annotated[int, Field(ge=0), rule("an integer of at least 0")]
+Count = Annotated[int, Field(ge=1), rule("an integer of at least 1")]
+Side = Annotated[int, Field(ge=64), rule("an integer of at least 64")]  # below, a long image rounds to 0 pixels
+Positive = Annotated[float, Field(gt=0), rule("a number above 0")]
+Weight = Annotated[float, Field(ge=0), rule("a number of at least 0")]
+Share = Annotated[float, Field(ge=0, le=1), rule("a number from 0 to 1")]
+Below1 = Annotated[float, Field(ge=0, lt=1), rule("a number from 0 to below 1")]
+Names = Annotated[tuple[Name, ...], Listed, One, rule("a list of at least one name", len)]
 Table = Annotated[Mapping[K, V], AfterValidator(MappingProxyType)]  # read-only
 
 
@@ -107,11 +97,12 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_keys(cls, given: Any) -> Any:
+    def _check_keys(cls, given: Any, info: ValidationInfo) -> Any:
         if given is None:  # a section whose every line is commented out
             return {}
+        known = cls.key_names() if info.context == FILE else cls.model_fields
         for key in given if isinstance(given, dict) else ():
-            if key not in cls.model_fields:
+            if key not in known:
                 raise PydanticCustomError("unknown", "unknown key", {"key": key, "known": cls.key_names()})
         return given
 
@@ -120,11 +111,11 @@ def validate(kind: Any, value: Any, at: str = "") -> Any:
     """`value`, as YAML gives it, as a `kind`: a type, an Annotated one or a Section; `at` is its address.
 
     Raises:
-        Misfit: it is not one; the first error, by its own address.
+        InputError: it is not one; the first error, by its own address.
     """
     config = None if isinstance(kind, type) and issubclass(kind, BaseModel) else STRICT
     try:
-        return TypeAdapter(kind, config=config).validate_python(value)
+        return TypeAdapter(kind, config=config).validate_python(value, context=FILE)
     except ValidationError as error:
         raise _misfit(error, value, at) from None
 
@@ -143,7 +134,7 @@ _EXPECTED = {  # by pydantic's types of errors
 }
 
 
-def _misfit(error: ValidationError, value: Any, at: str) -> Misfit:
+def _misfit(error: ValidationError, value: Any, at: str) -> InputError:
     """The first of pydantic's errors in our words."""
     first, *others = error.errors()
     context, depth = first.get("ctx", {}), 0
@@ -156,16 +147,16 @@ def _misfit(error: ValidationError, value: Any, at: str) -> Misfit:
             break
         depth += 1
     if first["type"] == "unknown":
-        return Misfit(join(at, context["key"]), unknown(context["key"], context["known"]))
+        return InputError(join(at, context["key"]), unknown(context["key"], context["known"]))
     if first["type"] == "missing":
-        return Misfit(at, "missing")
+        return InputError(at, "missing")
     got = f"got {show(first['input'])}"
     if first["type"] == "value_error":
-        return Misfit(at, f"{got}: {context['error']}")
+        return InputError(at, f"{got}: {context['error']}")
     at_union = first["loc"][depth:] not in ((), ("[key]",))
     members = [one for one in others if at_union and one["loc"][:depth] == first["loc"][:depth]]
     expected = [_EXPECTED.get(e["type"], e.get("ctx", {}).get("expected", e["msg"])) for e in [first, *members]]
-    return Misfit(at, f"{got}, expected {' or '.join(dict.fromkeys(expected))}")
+    return InputError(at, f"{got}, expected {' or '.join(dict.fromkeys(expected))}")
 
 
 def show(value: Any) -> str:

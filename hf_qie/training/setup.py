@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
 from hf_qie.config.recipe import Recipe
@@ -153,6 +154,17 @@ def _try_schedule(arguments: TrainingArguments) -> None:
         raise InputError(f"training.lr_scheduler_kwargs: do not fit the schedule {name}: {error}") from error
 
 
+def _try_packages(arguments: TrainingArguments, model: nn.Module) -> None:
+    """Raise InputError for a tracker or an optimizer that is unknown, not installed, or lacks a setting."""
+    try:
+        key = "report_to"
+        [make() for make in get_reporting_integration_callbacks(arguments.report_to)]
+        key = "optim"
+        EditTrainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"training.{key}: {error}") from error
+
+
 def global_batch_size(arguments: TrainingArguments) -> int:
     """Rows in a step, over all ranks and accumulation."""
     return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
@@ -220,6 +232,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     num_shards = arguments.world_size if arguments.fsdp else 1
+    _try_packages(arguments, on_paper)
     logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]

@@ -48,9 +48,7 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from hf_qie.extraction.plan import make_plan, own_tasks
     from hf_qie.models.base import read_family
-    from hf_qie.models.checkpoint import check_steps
 
-    check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     family = read_family(recipe.model, revision=recipe.revision)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}

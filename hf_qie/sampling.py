@@ -25,7 +25,7 @@ from typing import Any
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, checked, run_script
-from hf_qie.runtime.rules import Count, Seed, Weight
+from hf_qie.runtime.rules import Seed, Steps, Weight
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--instruction", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=checked(Seed), default=0)
-    parser.add_argument("--num_inference_steps", "--steps", type=checked(Count))
+    parser.add_argument("--num_inference_steps", "--steps", type=checked(Steps))
     parser.add_argument("--true_cfg_scale", "--cfg", type=checked(Weight), default=4.0)
     given = parser.parse_intermixed_args(argv)
     recipe = load_recipe(given.recipe, given.overrides)
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
 
     sampler = Sampler(recipe, checkpoint=given.checkpoint)
     options = {name: getattr(given, name) for name in ("seed", "num_inference_steps", "true_cfg_scale")}
-    sampler.check(**options)
     images = sampler.read(given.image)
     embeddings = sampler.embed(given.instruction, images)
     del sampler.encoder  # its 16 GB are free before the transformer is loaded

@@ -235,13 +235,6 @@ def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
     assert ": about 0 bytes to write (0.00 GB)" in capsys.readouterr().out
 
 
-def test_one_step_of_sampling_is_refused_where_the_scheduler_has_none(odd):
-    with pytest.raises(
-        InputError, match=r"^sampling.num_inference_steps: got 1, expected at least 2: the scheduler of "
-    ):
-        check.main([str(odd), "sampling.num_inference_steps=1"])
-
-
 def test_without_a_finished_set_there_is_nothing_to_verify(odd):
     with pytest.raises(InputError, match="no finished embedding set; run"):
         check.main([str(odd), "--verify", "1"])

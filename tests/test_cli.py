@@ -164,7 +164,8 @@ SAMPLE = ["r.yaml", "--instruction", "x", "--output", "o.png"]
 @pytest.mark.parametrize(
     ("main", "argv", "told"),
     [
-        (sampling.main, [*SAMPLE, "--steps", "0"], "--num_inference_steps: got 0, expected an integer of at least 1"),
+        (sampling.main, [*SAMPLE, "--steps", "0"], "--num_inference_steps: got 0, expected an integer of at least 2"),
+        (sampling.main, [*SAMPLE, "--steps", "1"], "--num_inference_steps: got 1, expected an integer of at least 2"),
         (sampling.main, [*SAMPLE, "--steps", "-1"], "--num_inference_steps: got -1, expected an integer"),
         (sampling.main, [*SAMPLE, "--steps", "2.5"], "--num_inference_steps: got 2.5, expected an integer"),
         (sampling.main, [*SAMPLE, "--cfg", ".nan"], "--true_cfg_scale: got NaN, expected a number of at least 0"),

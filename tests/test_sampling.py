@@ -335,9 +335,9 @@ def test_a_lora_that_is_not_of_this_model_is_refused(runs, tiny, recipe_of, tmp_
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"num_inference_steps": 1}, "num_inference_steps: got 1, expected at least 2: the scheduler of "),
-        ({"num_inference_steps": 0}, "num_inference_steps: got 0, expected an integer of at least 1"),
-        ({"num_inference_steps": -1}, "num_inference_steps: got -1, expected an integer of at least 1"),
+        ({"num_inference_steps": 1}, "num_inference_steps: got 1, expected an integer of at least 2"),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0, expected an integer of at least 2"),
+        ({"num_inference_steps": -1}, "num_inference_steps: got -1, expected an integer of at least 2"),
         ({"true_cfg_scale": float("nan")}, "true_cfg_scale: got NaN, expected a number of at least 0"),
         ({"true_cfg_scale": "4"}, 'true_cfg_scale: got "4", expected a number of at least 0'),
         ({"seed": 2**64}, "seed: got 18446744073709551616, expected an integer from 0 to 4294967295"),
@@ -352,28 +352,6 @@ def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(
         sampler(INSTRUCTION, images=pictures[:1], **options)
     with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
         sampler.generate(None, [], **options)
-
-
-def test_the_script_tells_of_one_step_before_a_model_loads(tiny, recipe_of, tmp_path):
-    recipe = recipe_of(weightless(tiny(), tmp_path / "weightless"))
-    more = ["--instruction", "x", "--output", str(tmp_path / "o.png"), "--checkpoint", "base", "--steps", "1"]
-    with pytest.raises(InputError, match=r"^num_inference_steps: got 1, expected at least 2"):
-        main([str(recipe.path), *more])
-
-
-def test_training_that_draws_images_tells_of_one_step_before_a_model_loads(runs):
-    task = next(iter(load_recipe(runs / "lora" / "recipe.yaml").tasks))
-    asked = ["sampling.every=1", f"tasks.{task}.eval_rows=1", "sampling.num_inference_steps=1"]
-    with pytest.raises(InputError, match=r"^sampling.num_inference_steps: got 1, expected at least 2"):
-        open_sets(load_recipe(runs / "lora" / "recipe.yaml", asked))
-
-
-def test_one_step_is_enough_where_the_scheduler_has_no_terminal(tiny, recipe_of, tmp_path):
-    model = shutil.copytree(tiny("text_to_image"), tmp_path / "model")
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"shift_terminal": None}))
-    sampler = Sampler(recipe_of(model, "extract.image_sample_size=64"), checkpoint="base")
-    assert np.asarray(sampler("A red boat", num_inference_steps=1, true_cfg_scale=1.0)).std() > 0
 
 
 @pytest.mark.parametrize("output", ["out", "out.txt", "missing/out.png"])

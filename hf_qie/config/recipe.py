@@ -28,6 +28,7 @@ from hf_qie.runtime.rules import (
     Seed,
     Share,
     Side,
+    Steps,
     Table,
     Weight,
     Whole,
@@ -40,8 +41,7 @@ from hf_qie.runtime.rules import (
 from hf_qie.runtime.yaml_io import read_yaml, write_yaml
 
 ModeScale = Annotated[float, Field(ge=-1, le=1.75), rule("a number from -1 to 1.75")]  # where it is one to one
-_in_range = lambda shard: len(shard) == 2 and 0 <= shard[0] < shard[1]  # noqa: E731
-Shard = Annotated[tuple[int, ...], Listed, rule("[i, n] with 0 <= i < n", _in_range)]
+Shard = Annotated[tuple[int, ...], Listed, rule("[i, n] with 0 <= i < n", lambda s: len(s) == 2 and 0 <= s[0] < s[1])]
 ModuleNames = Annotated[tuple[Name, ...], Listed, rule("a list of at least one name", len)]
 HubName = Annotated[str, rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
@@ -163,7 +163,7 @@ class Sampling(Section):
 
     every: Whole = Field(0, description="steps; 0: none")
     rows: Count = Field(4, description="held-out rows at fixed seeds")
-    num_inference_steps: Count = 20
+    num_inference_steps: Steps = 20
     true_cfg_scale: Weight = 4.0
 
 

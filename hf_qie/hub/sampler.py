@@ -14,21 +14,20 @@ from hf_qie.data.images import BadImage, read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.trained_run import find_weights
 from hf_qie.models.base import BadPrompt, Family, PromptEmbeddings, read_family
-from hf_qie.models.checkpoint import check_steps
 from hf_qie.models.lora_files import read_lora
 from hf_qie.runtime.device import compute_dtype, own_device
-from hf_qie.runtime.rules import Count, Section, Seed, Weight, validate
+from hf_qie.runtime.rules import Section, Seed, Steps, Weight, validate
 
 logger = logging.getLogger("hf_qie.sampling")
 
 BASE = "base"  # in place of a checkpoint: the model before training
 
 
-class Options(Section):
+class SamplingOptions(Section):
     """What an image depends on beside the instruction and the images to edit."""
 
     seed: Seed = 0
-    num_inference_steps: Count | None = None  # the pipeline's own
+    num_inference_steps: Steps | None = None  # the pipeline's own
     true_cfg_scale: Weight = 4.0  # the pipelines' own; 1: no guidance
 
 
@@ -57,11 +56,11 @@ class Sampler:
     def __call__(
         self, instruction: str, *, images: Sequence[str | Path | Image.Image] = (), **options: Any
     ) -> Image.Image:
-        """What `instruction` makes of `images`, or of nothing; `options` are `Options`.
+        """What `instruction` makes of `images`, or of nothing; `options` are `SamplingOptions`.
 
         Raises InputError, before a model is loaded, for an instruction or images that the pipeline cannot take.
         """
-        self.check(**options)
+        validate(SamplingOptions, options)
         sources = self.read(images)
         return self.generate(self.embed(instruction, sources), sources, **options)
 
@@ -106,28 +105,19 @@ class Sampler:
     ) -> Image.Image:
         """The pipeline's image from `embeddings`, whose two texts are the instruction and the negative prompt.
 
-        `options` are `Options`; the same `seed` gives the same image. `size` (width, height) in pixels, if not the
-        recipe's.
+        `options` are `SamplingOptions`; the same `seed` gives the same image. `size` (width, height) in pixels, if not
+        the recipe's.
         """
-        chosen = self.check(**options)
-        steps = {"num_inference_steps": chosen.num_inference_steps} if chosen.num_inference_steps else {}
+        chosen = validate(SamplingOptions, options)
         return self.family.generate(
             self.pipeline,
             embeddings,
             images,
             size=size or self.size(images),
             source_area_px=self.source_area_px,
-            true_cfg_scale=chosen.true_cfg_scale,
             generator=torch.Generator().manual_seed(chosen.seed),  # of the CPU, so that devices agree on the noise
-            **steps,
+            **chosen.model_dump(exclude={"seed"}, exclude_none=True),
         )
-
-    def check(self, **options: Any) -> Options:
-        """`options` as `Options`; raises InputError, before a model is loaded, for what the pipeline cannot take."""
-        chosen = validate(Options, options)
-        if chosen.num_inference_steps:
-            check_steps(chosen.num_inference_steps, self.recipe, "num_inference_steps")
-        return chosen
 
     def size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """(width, height) in pixels of what `images` become: the recipe's area, the shape of the pipeline's choice."""

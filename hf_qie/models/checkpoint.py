@@ -6,7 +6,6 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
 from hf_qie.runtime.hub_errors import hub_errors
 
@@ -32,17 +31,3 @@ def read_config(model: str, name: str, *, revision: str | None = None) -> dict[s
     if not isinstance(config, dict):
         raise InputError(f"model: {path}: expected a mapping, found a {type(config).__name__}")
     return config
-
-
-def check_steps(num_inference_steps: int, recipe: Recipe, at: str) -> None:
-    """Raise InputError where the scheduler of the recipe's model cannot sample in so many steps.
-
-    With `shift_terminal` it divides by the distance of the last step from the first, which is 0 for a single step:
-    diffusers/schedulers/scheduling_flow_match_euler_discrete.py, stretch_shift_to_terminal.
-    """
-    scheduler = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
-    if num_inference_steps < 2 and scheduler.get("shift_terminal"):
-        raise InputError(
-            f"{at}: got {num_inference_steps}, expected at least 2: the scheduler of {recipe.model} has a "
-            "shift_terminal, and so no schedule of one step"
-        )

@@ -76,6 +76,7 @@ PathName = Annotated[Name, AfterValidator(expanded)]  # every key that may be a 
 Seed = Annotated[int, Field(ge=0, lt=2**32), rule("an integer from 0 to 4294967295")]
 Whole = Annotated[int, Field(ge=0), rule("an integer of at least 0")]
 Count = Annotated[int, Field(ge=1), rule("an integer of at least 1")]
+Steps = Annotated[int, Field(ge=2), rule("an integer of at least 2")]  # one step: shift_terminal would divide by 0
 Side = Annotated[int, Field(ge=64), rule("an integer of at least 64")]  # below, a long image rounds to 0 pixels
 Positive = Annotated[float, Field(gt=0), rule("a number above 0")]
 Weight = Annotated[float, Field(ge=0), rule("a number of at least 0")]

@@ -11,7 +11,7 @@ from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
 from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
-from hf_qie.models.checkpoint import check_steps, read_config
+from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.ranks import rank
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,6 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
 
     Raises InputError where one is not found or does not fit.
     """
-    if recipe.sampling.every:
-        check_steps(recipe.sampling.num_inference_steps, recipe, "sampling.num_inference_steps")
     sets, provenances = {}, {}
     for name, task in recipe.tasks.items():
         if task.weight > 0 or task.eval_rows:

@@ -24,7 +24,7 @@ from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.schema import matrix
 from hf_qie.errors import InputError
 from hf_qie.export import main as export
-from hf_qie.hub.trained_run import saved_tensors
+from hf_qie.hub.trained_run import find_trained, saved_tensors
 from hf_qie.runtime.files import written
 from hf_qie.train import train
 from hf_qie.training.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit
@@ -326,6 +326,8 @@ def test_adapters_of_absurd_shape_or_type_are_refused(run, change, tiny, tmp_pat
         metadata = opened.metadata()
     save_file(tensors | {name: BAD_ADAPTERS[change](tensors[name]).contiguous()}, file, metadata=metadata)
     sign(checkpoint)
+    with pytest.raises(InputError, match=r"pytorch_lora_weights.safetensors: .*lora_B do not fit each other"):
+        _ = find_trained(checkpoint).adapters
     started = load_recipe(
         tmp_path / "recipe.yaml", [f"trainable.lora.init_from={file}", f"training.output_dir={tmp_path / 'other'}"]
     )

@@ -231,6 +231,7 @@ def test_text_that_is_no_recipe_is_named_by_file_and_line(write, text, told):
         (GOOD + f"loss: {{logit_std: 1{'0' * 400}}}", "loss.logit_std: got 1000"),
         (GOOD + f"training: {{learning_rate: 1{'0' * 400}}}", "training.learning_rate: got 1000"),
         (GOOD + f"seed: 0x{'f' * 5000}", 'seed: got "0xfff'),
+        (GOOD + 'revision: "\\U80001000"', "lora.yaml: "),
         (GOOD + f"seed: {'9' * 5000}", "lora.yaml: Exceeds the limit (4300 digits)"),
         ("tasks: " + "[" * 3000 + "]" * 3000, "nested too deeply; a recipe has five levels at most"),
         (GOOD + "training: {fsdp_config: {0.5: 1}}", "training.fsdp_config.0.5: unknown key"),

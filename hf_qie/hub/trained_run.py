@@ -189,8 +189,13 @@ def saved_tensors(folder: Path) -> Tensors:
 def read_adapters(path: Path) -> Adapters:
     """A LoRA file that train.py wrote; raises InputError for any other."""
     tensors, metadata = read_lora(path, where=str(path), convert=dict)
-    downs = ((key, key.removesuffix(".lora_A.weight")) for key in tensors if key.endswith(".lora_A.weight"))
-    layers = {layer.removeprefix(PREFIX): (tensors[key], tensors[f"{layer}.lora_B.weight"]) for key, layer in downs}
+    layers = {}
+    for name in (key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")):
+        down, up = (tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
+        fits = up is not None and down.ndim == up.ndim == 2 and len(down) == up.shape[1]
+        if not fits or not (down.is_floating_point() and up.is_floating_point()):
+            raise InputError(f"{path}: {name}: lora_A and lora_B do not fit each other; export another checkpoint")
+        layers[name.removeprefix(PREFIX)] = down, up
     settings = {key.removeprefix(PREFIX): value for key, value in (metadata or {}).items()}
     if "lora_alpha" not in settings:
         raise InputError(f"{path}: has no rank and alpha, which train.py writes; train again")

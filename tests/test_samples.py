@@ -383,6 +383,12 @@ def test_bytes_that_are_no_utf_8_are_named(tmp_path):
     assert refusal(tmp_path, file).startswith(f"{file}:1: invalid JSON ('utf-8' codec can't decode byte 0xe9")
 
 
+def test_a_part_of_a_byte_order_mark_is_no_blank_line(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"\xef\n")
+    assert refusal(tmp_path, file).startswith(f"{file}:1: invalid JSON")
+
+
 def test_a_long_value_is_cut(data, tmp_path):
     for value in ("x" * 10_000, ["x" * 10_000]):
         assert len(refusal(tmp_path, data([{**ROW, "target_image": value}]))) < 1000

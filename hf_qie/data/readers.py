@@ -28,7 +28,7 @@ from hf_qie.runtime.rules import show
 
 KINDS = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV", ".parquet": "Parquet"}
 DELIMITERS = ",;\t"  # of CSV, as Excel writes it by country; the one that the first line has most of
-BLANK = b"\xef\xbb\xbf \t\r\n"  # with the byte order mark of UTF-8
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, with which some editors begin a file
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes, of one dataset or of several splits
 TextRow = tuple[str, dict[str, Any]]  # place in the file, as `:3` or `, item 3` of an array; its values by column
 
@@ -100,9 +100,10 @@ def _json_rows(file: Path, lines: Iterator[bytes]) -> Iterator[TextRow]:
     """The object of each line that is not blank, or those of one array that is the whole file."""
     is_array = None  # until the first of these lines
     for number, line in enumerate(lines, start=1):
-        if not line.strip(BLANK):
+        text = line.removeprefix(BOM).strip(b" \t\r\n")
+        if not text:
             continue
-        is_array = line.lstrip(BLANK).startswith(b"[") if is_array is None else False
+        is_array = text.startswith(b"[") if is_array is None else False
         try:
             found = json.loads(b"".join([line, *lines]) if is_array else line)
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors

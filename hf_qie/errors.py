@@ -1,4 +1,4 @@
-"""The errors that speak to the user."""
+"""The error for a mistake of the user."""
 
 
 class InputError(ValueError):

@@ -12,7 +12,7 @@ launch` itself makes 1 of all but 0.
 import os
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.runtime.cli import run_script, speaking
+from hf_qie.runtime.cli import logged_from_any_rank, run_script
 from hf_qie.runtime.ranks import rank
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         open_repo(recipe.extract)  # finds out before the work whether the sets can be published
     code, is_last = extract(recipe)
     if recipe.extract.push_to_hub and is_last:
-        with speaking():
+        with logged_from_any_rank():
             push_unless_bad(recipe, code)
     return code
 

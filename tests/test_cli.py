@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from hf_qie import check, convert, export, sampling
 from hf_qie.errors import InputError
-from hf_qie.runtime.cli import LAUNCHED, SPEAK_FIRST_S, Options, checked
+from hf_qie.runtime.cli import LAUNCHED, RANK_0_FIRST_S, Options, checked
 from hf_qie.runtime.rules import Count, Weight
 
 SCRIPT = '''"""Count the tasks.
@@ -80,7 +80,7 @@ def test_the_first_process_of_a_machine_speaks_before_the_others(script, ranks, 
     done = script("lora.yaml", "seed=x", **ranks)
     assert done.stderr.startswith(f"{speaker}lora.yaml: override ")
     # a launcher ends all of them when the first one ends
-    assert not speaker or time.perf_counter() - start > SPEAK_FIRST_S
+    assert not speaker or time.perf_counter() - start > RANK_0_FIRST_S
 
 
 def test_any_other_error_keeps_its_traceback(script):

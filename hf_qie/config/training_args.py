@@ -268,8 +268,8 @@ def check_training(given: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown(key: Any) -> str:
     if key in _ELSEWHERE:
         return f"unknown key, {_ELSEWHERE[key]}"
-    told = unknown(key, training_arguments())
-    return told if "did you mean" in told else "unknown key; expected one of transformers.TrainingArguments"
+    message = unknown(key, training_arguments())
+    return message if "did you mean" in message else "unknown key; expected one of transformers.TrainingArguments"
 
 
 def _check_steps(training: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
 from hf_qie.extraction.reuse import find_reuse
 from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
-from hf_qie.runtime.cli import speaking
+from hf_qie.runtime.cli import logged_from_any_rank
 from hf_qie.runtime.device import compute_dtype, own_device
 from hf_qie.runtime.files import move_durably
 from hf_qie.runtime.lock import in_turn
@@ -141,7 +141,7 @@ def write_set(
         is_done = writer.finish(lambda: record_of(writer, device) | (known or {}))
         is_last = is_done and are_finished(writer.folder.with_name(name) for name in own_tasks(plan.recipe))
     if is_done:
-        with speaking():
+        with logged_from_any_rank():
             log_set(plan.recipe, writer.folder, minutes=(time.monotonic() - started) / 60)
     elif not writer.is_finished:
         logger.info(

@@ -109,9 +109,9 @@ class SetWriter:
     def open(self) -> None:
         """Make the folder ready: for a new set, or to resume one of the same request.
 
-        Where nothing but the data differ, a set gives way to one that reuses the rows that are the same. Raises
-        InputError for a set made from something else, unless `extract.overwrite` is set, and for one that has to give
-        way but is in use.
+        Where nothing but the data differ, a set is replaced by one that reuses the rows that are the same. Raises
+        InputError for a set made from something else, unless `extract.overwrite` is set, and for one that would be
+        replaced but is in use.
         """
         with set_lock(self.folder):
             sets = [self.folder, *reversed(previous_sets(self.folder))]

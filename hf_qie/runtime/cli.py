@@ -20,7 +20,7 @@ from hf_qie.runtime.files import disk_trouble
 from hf_qie.runtime.rules import unknown, validate
 from hf_qie.runtime.yaml_io import read_yaml
 
-SPEAK_FIRST_S = 8  # how long a rank that has nothing to say waits for the one that has
+RANK_0_FIRST_S = 8  # how long another rank waits with its error for rank 0 to print the same
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
 
 
@@ -54,8 +54,8 @@ def checked(kind: Any) -> Callable[[str], Any]:
 
 
 @contextmanager
-def speaking() -> Iterator[None]:
-    """Let what this process logs through, whatever its rank."""
+def logged_from_any_rank() -> Iterator[None]:
+    """Show what this process logs, whatever its rank."""
     logger = logging.getLogger("hf_qie")
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -73,25 +73,25 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     argv = sys.argv[1:]
     rank = os.environ.get("RANK", "0")
-    speaks = os.environ.get("LOCAL_RANK", rank) == "0"
+    is_first = os.environ.get("LOCAL_RANK", rank) == "0"
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
     logging.getLogger("hf_qie").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     if not argv or not {"-h", "--help"}.isdisjoint(argv):
-        if speaks:
+        if is_first:
             (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")
         sys.exit(0 if argv else 2)
     try:
         sys.exit(main(argv))
     except Exception as error:
-        words = str(error) if isinstance(error, InputError) else disk_trouble(error)
-        if words is None:
+        message = str(error) if isinstance(error, InputError) else disk_trouble(error)
+        if message is None:
             raise
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own traceback
-            Path(file).write_text(json.dumps({"message": words, "timestamp": int(time.time())}), encoding="utf-8")
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
         if any(name in os.environ for name in LAUNCHED):
-            words += "\nThe error stands above; a traceback below is the launcher's."
-        if not speaks:
-            time.sleep(SPEAK_FIRST_S)  # the launcher ends all ranks when one ends: rank 0 may have the same to say
-            words = f"rank {rank}: {words}"
-        sys.stderr.write(f"{words}\n")
+            message += "\nThe error stands above; a traceback below is the launcher's."
+        if not is_first:
+            time.sleep(RANK_0_FIRST_S)  # the launcher ends all ranks when one ends
+            message = f"rank {rank}: {message}"
+        sys.stderr.write(f"{message}\n")
         sys.exit(1)

@@ -8,11 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_ASPECT = 8  # beyond it the 32-pixel rounding of sizes distorts, and no checkpoint has seen it
 HEIF = b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"  # how a file begins after 4 bytes
+# by EXIF orientation, as in ImageOps.exif_transpose, which also writes the other metadata again and fails on damaged
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 with suppress(ImportError):  # an extra; without it a HEIF image is bad, and the reason names the package
     from pillow_heif import register_heif_opener
 
@@ -80,15 +90,12 @@ def read_image(file: Path | BytesIO | Image.Image) -> Image.Image:
             or its pixels are floats, which have no known range.
     """
     with _opened(file) as image:
-        orientation = _orientation(image)
+        turn = TURNS.get(_orientation(image))
         if image.format == "TIFF":  # its own hook turns it too, and decodes all metadata for that
             image.load_end = lambda: None
         image.load()
-        image = _to_rgb(image)
-        image.info.clear()  # an orientation among them would turn it again, and damaged ones stop exif_transpose
-        if orientation > 1:
-            image.getexif()[ExifTags.Base.Orientation] = orientation
-            ImageOps.exif_transpose(image, in_place=True)
+        image = _to_rgb(image if turn is None else image.transpose(turn))
+        image.info.clear()  # an orientation among them would turn it again
         return image
 
 

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     from hf_qie.hub.trained_run import find_trained
 
     trained, repo = find_trained(given.checkpoint), given.push_to_hub
+    trained.check_base()
     kind = given.to or ("lora" if trained.recipe.trainable.lora else "merged")
     if kind in ("lora", "comfyui") and not trained.recipe.trainable.lora:
         raise InputError(

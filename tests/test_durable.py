@@ -177,7 +177,9 @@ def test_the_record_of_a_set_has_the_digest_of_each_of_its_files(recipe, tmp_pat
 
 def test_trouble_with_a_disk_is_told_from_other_trouble():
     full = OSError(errno.ENOSPC, "No space left on device", "chunk.arrow")
-    assert disk_trouble(full).startswith("[Errno 28] No space left on device: 'chunk.arrow'; the disk is full, ")
+    assert disk_trouble(full).startswith(
+        "[Errno 28] No space left on device: 'chunk.arrow'; the disk cannot be read or written; "
+    )
     hidden = RuntimeError("it broke")
     hidden.__cause__ = full
     assert disk_trouble(hidden) == disk_trouble(full)
@@ -224,7 +226,7 @@ def test_extraction_onto_a_disk_that_fills_up_says_so_and_goes_on_once_there_is_
     """
     done = on_a_small_disk(tmp_path, root, size="40m", commands=commands)
     assert done.stdout.split() == ["exit", "1", "exit", "0"], done.stderr
-    assert "the disk is full, over its quota, or without permission: change that and start again" in done.stderr
+    assert "the disk cannot be read or written; fix that" in done.stderr
     assert "Traceback" not in done.stderr
     assert content(tmp_path / "copied" / "task") == whole
 
@@ -247,7 +249,7 @@ def test_a_checkpoint_onto_a_full_disk_says_so_and_the_run_goes_on_once_there_is
     first, *complete, last = [line for line in done.stdout.splitlines() if line.startswith(("exit", "/"))]
     assert (first, last) == ("exit 1", "exit 0"), done.stderr
     assert [Path(path).parent.name for path in complete] == ["checkpoint-2"]
-    assert "the disk is full, over its quota, or without permission: change that and start again" in done.stderr
+    assert "the disk cannot be read or written; fix that" in done.stderr
     assert "Traceback" not in done.stderr
     assert f"resuming from {tmp_path}/disk/run/checkpoint-2" in done.stderr
     for path in (tmp_path / "run").rglob("transformer/*.safetensors"):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -273,7 +274,8 @@ def test_a_relative_base_is_looked_for_where_training_was_started(done, tiny, tm
     (run / "recipe.yaml").write_text(recipe.replace(f"model: {tiny()}\n", "model: checkpoints/base\n"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=r"^model: 'checkpoints/base' is not a folder here"):
+    told = f"{run}/recipe.yaml: model: 'checkpoints/base' is not found from {tmp_path}/project, where training was "
+    with pytest.raises(InputError, match=rf"^{re.escape(told)}started, nor from {tmp_path}/elsewhere; "):
         export.main([str(run)])
     (tmp_path / "project" / "checkpoints").mkdir(parents=True)
     (tmp_path / "project" / "checkpoints" / "base").symlink_to(tiny())
@@ -429,6 +431,16 @@ def another_base(done: Path, folder: Path, model: str) -> Path:
     return run
 
 
+def test_a_pipeline_has_the_folders_within_the_parts_of_its_base_and_no_code(done, tiny, tmp_path):
+    base = shutil.copytree(tiny(), tmp_path / "base")
+    (base / "processor" / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/short.jinja", "code.py"):
+        (base / "processor" / name).write_text("{{ messages }}")
+    to = exported(another_base(done, tmp_path, str(base)), tmp_path / "to", "--to", "pipeline")
+    assert (to / "processor" / "additional_chat_templates" / "short.jinja").is_file()
+    assert not (to / "processor" / "code.py").exists()
+
+
 def test_of_a_quantised_base_the_lora_is_exported_and_nothing_merged(done, tiny, tmp_path):
     base = shutil.copytree(tiny(), tmp_path / "int8")
     config = json.loads((base / "transformer" / "config.json").read_text())
@@ -451,7 +463,7 @@ def test_what_cannot_be_exported_is_told_by_name(done, tmp_path):
         InputError, match=r"comfyui: .* has trained the transformer's own weights, so there is no LoRA"
     ):
         exported(full, tmp_path / "to", "--to", "comfyui")
-    with pytest.raises(InputError, match=r"^model: 'no/where' is not a folder here"):
+    with pytest.raises(InputError, match=r"recipe.yaml: model: 'no/where' is not found from "):
         exported(another_base(done, tmp_path, "no/where"), tmp_path / "to", "--to", "merged")
     with pytest.raises(InputError, match="--public: nothing is pushed"):
         exported(lora, tmp_path / "to", "--public")

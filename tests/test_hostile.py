@@ -8,6 +8,7 @@ from pathlib import Path
 
 import embedding_sets
 import numpy as np
+import pyarrow as pa
 import pytest
 import small_recipes
 import torch
@@ -231,6 +232,19 @@ def test_what_was_refused_once_is_refused_again(tmp_path, tiny):
     for _ in range(2):
         with pytest.raises(InputError, match=r"column num_sources: is not the number of source_grids \(8 such rows\)"):
             open_sets(recipe)
+
+
+def test_a_grid_that_is_null_among_those_of_the_sources_is_refused(tmp_path, tiny):
+    recipe, folder = load_recipe(write_recipe(tmp_path, tiny())), tmp_path / "sets" / "edit"
+    data, provenance = Dataset.load_from_disk(folder), json.loads((folder / PROVENANCE).read_text())
+    rows = [row | {"source_grids": [None]} for row in data.to_list()]
+    table = pa.Table.from_pylist(rows, schema=data.features.arrow_schema)
+    shutil.rmtree(folder)
+    Dataset(table, info=data.info).save_to_disk(folder)
+    provenance["record"]["files"] = {path.name: written(path) for path in folder.iterdir()}
+    (folder / PROVENANCE).write_text(json.dumps(provenance))
+    with pytest.raises(InputError, match=r"sets/edit: column source_grids: has null vectors or numbers"):
+        open_sets(recipe)
 
 
 # --- checkpoints

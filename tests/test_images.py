@@ -163,6 +163,18 @@ def test_print_colours_become_light(read):
     np.testing.assert_allclose(image.getpixel((4, 4)), (255, 0, 0), atol=9)  # JPEG
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_grey_tiff_is_turned_whatever_its_depth_and_compression(tmp_path, dtype, compression):
+    values, exif, path = np.zeros((9, 5), dtype), Image.Exif(), tmp_path / "scan.tif"
+    values[0], exif[ORIENTATION] = 200 if dtype is np.uint8 else 200 * 257, 6
+    Image.fromarray(values).save(path, exif=exif, compression=compression)
+    for file in (path, io.BytesIO(path.read_bytes())):
+        image = read_image(file)
+        assert image.size == (9, 5) == header_size(path)
+        assert (np.asarray(image)[:, -1] == 200).all() and not np.asarray(image)[:, :-1].any()
+
+
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
 def test_grey_of_16_bits_keeps_its_range(read, name):
     values = np.array([[0, 255, 257, 32768, 65535]] * 2, np.uint16)

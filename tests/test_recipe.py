@@ -209,6 +209,11 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
             "lora.yaml, line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.x'",
         ),
         (
+            "seed: !!set {1}\n",
+            "lora.yaml, line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:set'",
+        ),
+        ("seed: !!float [1]\n", "lora.yaml, line 1: expected a scalar node, but found sequence"),
+        (
             "a: &a [1]\nb: {<<: *a}\n",
             "lora.yaml, line 1: got 1, expected a mapping or a list of mappings to merge",
         ),

@@ -76,6 +76,7 @@ _ELSEWHERE = {
     "use_8bit_adam": "set training.optim: adamw_8bit",
     "lr": "it is learning_rate",
     "batch_size": "it is per_device_train_batch_size",
+    "train_batch_size": "it is per_device_train_batch_size",
     "checkpointing_steps": "it is save_steps",
     "checkpoints_total_limit": "it is save_total_limit",
     "no_cuda": "it is use_cpu",

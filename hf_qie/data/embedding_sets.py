@@ -114,7 +114,8 @@ def _wrong_values(data: Dataset) -> Iterator[str]:
             except pa.ArrowInvalid as error:
                 yield f"column {name}: {error}"
                 return
-            if matrix_width(data.features[name]) and (chunk.values.null_count or chunk.values.values.null_count):
+            is_nested = pa.types.is_list(chunk.type) and pa.types.is_nested(chunk.type.value_type)
+            if is_nested and (chunk.values.null_count or chunk.values.values.null_count):
                 yield f"column {name}: has null vectors or numbers"
     rows, counts = (table.column(name).fill_null(-1).to_numpy() for name in ("row", "num_sources"))
     yield from _found("row", rows < 0, "is null or negative")

@@ -93,6 +93,7 @@ def read_image(file: Path | BytesIO | Image.Image) -> Image.Image:
         turn = TURNS.get(_orientation(image))
         if image.format == "TIFF":  # its own hook turns it too, and decodes all metadata for that
             image.load_end = lambda: None
+            image.filename = ""  # Pillow would map a file without compression in the size of the turned image
         image.load()
         image = _to_rgb(image if turn is None else image.transpose(turn))
         image.info.clear()  # an orientation among them would turn it again

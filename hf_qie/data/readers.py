@@ -73,9 +73,9 @@ def _data_files(task: Task) -> tuple[str, list[Path]]:
 
 def _remedy(path: Path) -> str:
     """What to give in place of a file or folder that cannot be read."""
-    kinds = sorted(KINDS.keys() & map(_suffix_of, path.iterdir())) if path.is_dir() else []
-    if kinds:
-        return f"a folder of {kinds[0]} files; give {path}/*{kinds[0]}"
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    if endings := ["".join(file.suffixes) for file in inside if _suffix_of(file) in KINDS]:
+        return f"a folder of {endings[0]} files; give {path}/*{endings[0]}"
     others = "text also as .gz, one folder of save_to_disk or one dataset of the Hub as org/name"
     return f"give {', '.join(KINDS)} files, {others}"
 

@@ -155,7 +155,7 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
 class Converter(ChunkWriter):
     """Takes the embeddings of rows from files: of its models there is the processor alone, a `Foreign`."""
 
-    window_rows = 4  # with `TABLES` windows under way 16 are held: a row has megabytes
+    window_rows = 4  # with `TABLES` windows under way, and the next chunk begun, 20 are held: a row has megabytes
 
     def prepare(self, row: dict[str, Any], chunk: Chunk) -> Prepared:
         """A row with all its columns; raises BadRow."""

@@ -222,10 +222,10 @@ def log_set(recipe: Recipe, folder: Path, *, minutes: float | None = None) -> No
     """Log what became of the rows of a finished set and what it cost; without `minutes` it was finished before."""
     counts = read_provenance(folder)["record"]["counts"]
     rows = f"{counts['rows_in']:,} rows in, {counts['rows_out']:,} out"
-    rows += f" ({counts['rows_reused']:,} of them reused)" if counts["rows_reused"] else ""
+    rows += f" ({counts['rows_reused']:,} of them reused)" if counts.get("rows_reused") else ""
     rows += f", {counts['bad']:,} bad"
     rows += f" (listed in {folder / 'bad_rows.jsonl'})" if counts["bad"] else ""
-    rows += f", {counts['rows_without_caption']:,} without caption" if counts["rows_without_caption"] else ""
+    rows += f", {counts['rows_without_caption']:,} without caption" if counts.get("rows_without_caption") else ""
     if minutes is None:
         logger.info("%s: finished before: %s; delete %s to extract it again", folder.name, rows, folder)
     else:

@@ -115,8 +115,8 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     return f"{checked}; {', '.join(others)} are the base's"
 
 
-def _code(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if Path(name).suffix not in PLAIN]
+def _code(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_file() and Path(name).suffix not in PLAIN]
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -69,6 +69,15 @@ class Trained:
         loads_best = self.recipe.training.get("load_best_model_at_end", False)
         return self.state.get("best_model_checkpoint") if loads_best and self.folder == self.output_dir else None
 
+    def check_base(self) -> None:
+        """Raise InputError if the run started from a folder that is not found any more: the Hub may have its name."""
+        model, record = self.recipe.model, self.record
+        if "started_in" in record and not record["commit"] and not Path(model).is_dir():
+            raise InputError(
+                f"{self.output_dir / 'recipe.yaml'}: model: {model!r} is not found from {record['started_in']}, where "
+                f"training was started, nor from {Path.cwd()}; put it there, or write its present path into that file"
+            )
+
     @cached_property
     def adapters(self) -> Adapters | None:
         """The LoRA, of a run that trained one."""
@@ -157,8 +166,8 @@ def _newest(output_dir: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); export another checkpoint") from error
 
 

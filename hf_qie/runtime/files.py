@@ -104,7 +104,7 @@ def disk_trouble(error: BaseException | None) -> str | None:
     """What an error, or one of its causes, says of a disk, with a remedy; None where it is about something else."""
     while error is not None:
         if (isinstance(error, OSError) and error.errno in _ERRORS) or _TEXTS.search(str(error)):
-            why = "the disk is full, over its quota, or without permission"
-            return f"{str(error).splitlines()[0]}; {why}: change that and start again, what is finished is kept"
+            fix = "the disk cannot be read or written; fix that (space, quota, permission) and start again"
+            return f"{str(error).splitlines()[0]}; {fix}, what is finished is kept"
         error = error.__cause__ or error.__context__
     return None

@@ -36,9 +36,10 @@ def write_yaml(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The scalars of the core schema alone."""
+    """The core schema alone: no dates, no sets, no tags of Python."""
 
     yaml_implicit_resolvers: ClassVar = {}
+    yaml_constructors: ClassVar = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -61,7 +62,9 @@ _SCALARS = {  # tag: (what a plain scalar of that kind looks like, how it is rea
 for _tag, (_pattern, _read) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), None)
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", lambda _, node, read=_read: read(node.value))
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}", lambda loader, node, read=_read: read(loader.construct_scalar(node))
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -91,3 +94,6 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
+_Loader.add_constructor(None, _Loader.construct_undefined)

@@ -76,12 +76,20 @@ def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool
 
 
 def lora_targets(
-    transformer: nn.Module, wanted: str | Sequence[str], presets: Mapping[str, Sequence[str]]
+    transformer: nn.Module, named: str | Sequence[str], presets: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Full names of the linear layers that a preset, or a list of parts of names, stands for."""
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    parts = presets[wanted] if isinstance(wanted, str) else wanted
-    return sorted(_matching(layers, parts, "trainable.lora.target_modules", what="linear layer"))
+    """Full names of the linear layers that a preset, or a list of last parts of names, stands for."""
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    matched = set()
+    for part in presets[named] if isinstance(named, str) else named:
+        found = {name for name in layers if f".{name}".endswith(f".{part}")}
+        if not found:
+            raise InputError(
+                f"trainable.lora.target_modules: {part!r} is not the end of any linear layer's name; "
+                f"there are {', '.join(presets['all-linear'])}, and the presets {', '.join(presets)}"
+            )
+        matched |= found
+    return sorted(matched)
 
 
 def low_lr_parameters(model: nn.Module, modules: Sequence[str]) -> list[nn.Parameter]:
@@ -98,18 +106,16 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _matching(
-    named: Mapping[str, Any], parts: Iterable[str], field: str, *, what: str = "parameter that could train"
-) -> dict[str, Any]:
+def _matching(named: Mapping[str, nn.Parameter], parts: Iterable[str], field: str) -> dict[str, nn.Parameter]:
     """Those of `named` that some part matches; InputError for a part that matches none of them."""
-    found: dict[str, Any] = {}
+    found: dict[str, nn.Parameter] = {}
     for part in parts:
         hits = {name: one for name, one in named.items() if _matches(name, part)}
         if not hits:
             some = sorted({name.split(".")[0] for name in named})
             raise InputError(
-                f"{field}: {part!r} matches no {what}; it must be whole parts of a dotted name below "
-                f"{', '.join(some)}, as 'transformer_blocks.0.attn'"
+                f"{field}: {part!r} matches no parameter that could train; it must be whole parts of a dotted name "
+                f"below {', '.join(some)}, as 'transformer_blocks.0.attn'"
             )
         found |= hits
     return found

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     embeddings = sampler.embed(given.instruction, images)
     del sampler.encoder  # its 16 GB are free before the transformer is loaded
     sampler.generate(embeddings, images, **options).save(given.output)
-    logging.getLogger("hf_qie.sampling").info("%s", given.output)
+    logging.getLogger("hf_qie.sampling").info("saved: %s", given.output)
 
 
 def _check_output(path: Path) -> None:

@@ -106,7 +106,7 @@ def test_no_arguments_are_answered_with_the_docstring_as_an_error(script):
 def test_under_a_launcher_the_last_line_says_where_the_error_stands(script, launcher):
     first, last = script("lora.yaml", "seed=x", **{launcher: "no"}).stderr.splitlines()
     assert first.startswith("lora.yaml: override 'seed=x': seed: ")
-    assert last == "The error stands above; a traceback below is the launcher's."
+    assert last == "See the error above; a traceback below is the launcher's."
 
 
 def test_of_several_ranks_the_launcher_repeats_the_message_at_its_end(script, tmp_path):

@@ -47,7 +47,7 @@ A LoRA for [org/base](https://huggingface.co/org/base), trained by hf_qie for 4 
 import torch
 from diffusers import QwenImageEditPlusPipeline
 
-pipe = QwenImageEditPlusPipeline.from_pretrained("org/base", torch_dtype=torch.float32)
+pipe = QwenImageEditPlusPipeline.from_pretrained("org/base", dtype=torch.float32)
 pipe.load_lora_weights("org/lora")
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 ```

@@ -379,7 +379,7 @@ def test_the_script_edits_two_pictures(root, runs, pictures, tmp_path):
     sampler = Sampler(load_recipe(recipe, [*SMALL, SMALL_SOURCES]))
     with Image.open(tmp_path / "out.png") as made:
         assert made.tobytes() == sampler(INSTRUCTION, images=pictures[:2], **QUICK).tobytes()
-    assert f"INFO hf_qie.sampling: {tmp_path / 'out.png'}\n" in done.stderr
+    assert f"INFO hf_qie.sampling: saved: {tmp_path / 'out.png'}\n" in done.stderr
 
 
 def test_help_is_the_docstring_and_waits_for_no_library(root):

@@ -144,6 +144,19 @@ def test_a_set_of_another_checkpoint_is_refused(root, tiny, tmp_path):
     assert "tasks.edit: its embedding set does not fit the checkpoint" in message
 
 
+def test_a_set_of_another_target_size_is_taken_with_a_warning(tiny, tmp_path, caplog):
+    path = write_recipe(tmp_path, tiny())
+    provenance = tmp_path / "sets" / "edit" / PROVENANCE
+    made = json.loads(provenance.read_text())
+    made["record"]["request"] = made["record"].get("request", {}) | {"image_sample_size": 64}
+    provenance.write_text(json.dumps(made))
+    open_sets(load_recipe(path, ["extract.image_sample_size=256"]))
+    assert "tasks.edit: its set was made with extract.image_sample_size: 64, the recipe has 256; " in caplog.text
+    caplog.clear()
+    open_sets(load_recipe(path, ["extract.image_sample_size=64"]))
+    assert "image_sample_size" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

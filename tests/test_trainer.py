@@ -253,7 +253,7 @@ def test_the_shares_that_were_drawn_are_logged_with_each_loss_and_at_the_end(tin
     path = write_recipe(tmp_path, tiny(), training={"max_steps": 8, "logging_steps": 4, "save_steps": 4})
     trainer = run(path, *cut(2, 2))
     tasks = [trainer.train_dataset[draw]["task"] for draw in range(32)]
-    parts = [("since the last log", part) for part in (tasks[:16], tasks[16:])] + [("since the start", tasks)]
+    parts = [("since the last log", part) for part in (tasks[:16], tasks[16:])] + [("by this launch", tasks)]
     for since, part in parts:
         names = {"edit": "edit with 1 source(s)", "text_to_image": "text_to_image with 0 source(s)"}
         shares = [f"{name} {part.count(task) / len(part):.4f}" for task, name in names.items() if task in part]
@@ -320,6 +320,13 @@ def test_a_resumed_run_logs_and_saves_when_its_recipe_says(tiny, tmp_path):
     assert {f.name for f in Path(resumed.args.output_dir).glob("checkpoint-*")} == {
         f"checkpoint-{n}" for n in (2, 3, 4)
     }
+
+
+def test_a_run_that_is_past_its_end_is_refused_and_keeps_its_record(tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), trainable=LORA)
+    run(path)
+    with pytest.raises(InputError, match=r"^training.max_steps: 2, but .*checkpoint-4 has more steps; raise it"):
+        run(path, "training.max_steps=2")
 
 
 def test_a_finished_run_trains_no_further_and_says_so(tiny, tmp_path, caplog):

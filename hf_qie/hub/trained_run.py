@@ -108,7 +108,7 @@ def find_trained(path: Path) -> Trained:
     """
     PartialState()  # the log of checkpoints needs it
     if not path.is_dir():
-        raise InputError(f"{path}: not found; {WANTED}")
+        raise InputError(f"{path}: {'is a file' if path.exists() else 'not found'}; {WANTED}")
     one = (path / "complete.json").exists() or path.resolve().name.startswith("checkpoint-")
     output_dir = path.resolve().parent if one else path
     if not (output_dir / "recipe.yaml").is_file():

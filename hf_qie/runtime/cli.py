@@ -89,7 +89,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own traceback
             Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
         if any(name in os.environ for name in LAUNCHED):
-            message += "\nThe error stands above; a traceback below is the launcher's."
+            message += "\nSee the error above; a traceback below is the launcher's."
         if not is_first:
             time.sleep(RANK_0_FIRST_S)  # the launcher ends all ranks when one ends
             message = f"rank {rank}: {message}"

@@ -32,6 +32,7 @@ STATE = "trainer_state.json"  # Trainer's name; in the output folder it says tha
 WEIGHTS_ALONE = "it holds weights alone (save_only_model)"
 WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading would tell little more
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
+NAMED = 5  # keys of a message
 # Sections of the recipe that must not change, beside the sets and the size of a step.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
 # Of TrainingArguments, what decides the learning rate and how the optimizer works.
@@ -127,7 +128,8 @@ def run_identity(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Trainin
 def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> Path | None:
     """The last complete checkpoint in the output folder, by rank 0, so that all resume from the same one.
 
-    Raises InputError where it belongs to another run than `identity`, has other states, or is not on this machine.
+    Raises InputError where it belongs to another run than `identity`, has other states or more steps than the run, or
+    is not on this machine.
     """
     found = [last_checkpoint(arguments.output_dir) if PartialState().is_main_process else None]
     (checkpoint,) = broadcast_object_list(found)
@@ -141,10 +143,17 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
     was = complete["identity"] | _kinds(complete["settings"]["keys"])
     identity = _plain(identity) | _kinds(_keys(arguments))
     if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
-        said = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing)
+        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+        said = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing[:NAMED])
         raise InputError(
-            f"{checkpoint.parent}: holds a run with another {', '.join(differing)}, which this one cannot resume "
-            f"({said}); set training.output_dir to another folder, or undo the change"
+            f"{checkpoint.parent}: holds a run with another {', '.join(differing[:NAMED])}{more}, which this one "
+            f"cannot resume ({said}); set training.output_dir to another folder, where trainable.lora.init_from may "
+            "name the weights to start from, or undo the change"
+        )
+    if step_of(checkpoint) > arguments.max_steps:
+        raise InputError(
+            f"training.max_steps: {arguments.max_steps}, but {checkpoint} has more steps; raise it, or set "
+            "training.output_dir to another folder"
         )
     return checkpoint
 

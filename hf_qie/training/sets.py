@@ -1,7 +1,9 @@
 """The embedding sets that a run trains and evaluates on, opened and checked. Imports torch only once they fit."""
 
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -40,7 +42,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
                     "the set for this checkpoint"
                 )
     if rank() == 0:
-        for warning in unverified(provenances):
+        for warning in [*unverified(provenances), *_other_sizes(recipe, provenances)]:
             logger.warning(warning)
     from hf_qie.data.loader import check_caption_weights
     from hf_qie.data.online_latents import has_latents, made_from, with_files
@@ -51,3 +53,15 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
         roots = [root] if root else made_from(provenances[name]) or ["."]  # a set of the Hub does not say where
         sets[name] = data if has_latents(data) else with_files(data, task=name, roots=roots)
     return sets
+
+
+def _other_sizes(recipe: Recipe, provenances: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A warning for each set whose targets have another size than the recipe's, by which images are sampled."""
+    side = recipe.extract.image_sample_size
+    for name, provenance in provenances.items():
+        made = provenance["record"].get("request", {}).get("image_sample_size", side)
+        if made != side:
+            yield (
+                f"tasks.{name}: its set was made with extract.image_sample_size: {made}, the recipe has {side}; "
+                "training keeps the set's, sampling.py and the model card go by the recipe's"
+            )

@@ -264,5 +264,5 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
-    if checkpoint and step_of(checkpoint) >= arguments.max_steps:
+    if checkpoint and step_of(checkpoint) == arguments.max_steps:
         logger.warning("%s is the end of this run; raise training.max_steps to train further", checkpoint)

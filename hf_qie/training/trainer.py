@@ -198,7 +198,7 @@ class EditTrainer(Trainer):
             logs |= losses | self.throughput.read()
             logger.info("drawn since the last log: %s", realised_shares(drawn))
         elif "train_runtime" in logs and self.losses.drawn_in_all:
-            logger.info("drawn since the start: %s", realised_shares(self.losses.drawn_in_all))
+            logger.info("drawn by this launch: %s", realised_shares(self.losses.drawn_in_all))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -218,6 +218,8 @@ class EditTrainer(Trainer):
         to_resume_from = _internal_call and not sharded
         dtype = torch.bfloat16 if self.args.mixed_precision == "bf16" and not to_resume_from else None
         save_weights(self.model, folder, writes=self.args.should_save, dtype=dtype)
+        if not _internal_call:
+            logger.info("weights saved in %s", folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.args.fsdp:

@@ -143,12 +143,12 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
     was = complete["identity"] | _kinds(complete["settings"]["keys"])
     identity = _plain(identity) | _kinds(_keys(arguments))
     if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
-        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+        fields = ", ".join(differing[:NAMED]) + (f" and {len(differing) - NAMED} more" * (len(differing) > NAMED))
         said = "; ".join(f"{key} was {was.get(key)}, is {identity.get(key)}" for key in differing[:NAMED])
         raise InputError(
-            f"{checkpoint.parent}: holds a run with another {', '.join(differing[:NAMED])}{more}, which this one "
-            f"cannot resume ({said}); set training.output_dir to another folder, where trainable.lora.init_from may "
-            "name the weights to start from, or undo the change"
+            f"{checkpoint.parent}: holds a run with another {fields}, which this one cannot resume ({said}); set "
+            "training.output_dir to another folder, where trainable.lora.init_from may name the weights to start "
+            "from, or undo the change"
         )
     if step_of(checkpoint) > arguments.max_steps:
         raise InputError(

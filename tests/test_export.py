@@ -431,6 +431,14 @@ def another_base(done: Path, folder: Path, model: str) -> Path:
     return run
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "run.json"])
+def test_a_record_of_a_run_that_is_no_object_is_named(done, tmp_path, name):
+    run = shutil.copytree(done / "lora" / "alone", tmp_path / "run")
+    (run / name).write_text("[]")
+    with pytest.raises(InputError, match=rf"{name}: cannot be read \(expected a JSON object\)"):
+        exported(run, tmp_path / "to")
+
+
 def test_a_pipeline_has_the_folders_within_the_parts_of_its_base_and_no_code(done, tiny, tmp_path):
     base = shutil.copytree(tiny(), tmp_path / "base")
     (base / "processor" / "additional_chat_templates").mkdir()

@@ -12,18 +12,20 @@ from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.config.training_args import check_training
 from hf_qie.errors import InputError
 from hf_qie.training.setup import training_arguments
 
 
-def recipe(dropout: float | None = None, **training) -> Recipe:
+def recipe(dropout: float | None = None, memory: dict | None = None, **training) -> Recipe:
     lora = None if dropout is None else Lora(dropout=dropout)
     return Recipe(
         path=Path("recipe.yaml"),
         tasks={"edit": Task(name="edit", data=("none.jsonl",))},
         trainable=Trainable(lora=lora),
+        memory=Memory(**memory or {}),
         training=check_training(training),
     )
 
@@ -109,6 +111,8 @@ MISTAKES = [
         FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
         "FSDP's sharding strategy 'HYBRID_SHARD' is not available; use FULL_SHARD",
     ),
+    (recipe(memory={"quantization": "nf4"}), FSDP, "memory.quantization: nf4 cannot be combined with FSDP"),
+    (recipe(fsdp=True, memory={"stream_blocks": 40}), {}, "memory.stream_blocks: 40 cannot be combined with FSDP"),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from hf_qie import check
+from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import (
     Columns,
     Extract,
@@ -119,7 +120,7 @@ def test_nothing_in_a_recipe_can_be_changed(write):
 BAD_FILES = {
     "tasks: {portraits: {data: a, wieght: 1}}": "tasks.portraits.wieght: unknown key, did you mean 'weight'?",
     GOOD + "zzz: 1": "zzz: unknown key, known: model, revision, seed, tasks, extract, mix, loss, trainable, "
-    "sampling, training",
+    "memory, sampling, training",
     "seed: 1": "tasks: missing",
     "tasks: {}": "tasks: expected at least one task with a weight above 0",
     "tasks: {a: {data: x, weight: 0}}": "tasks: expected at least one task with a weight above 0",
@@ -166,6 +167,17 @@ BAD_FILES = {
     GOOD + "trainable: {lora: {target_modules: atention}}": "trainable.lora.target_modules: got \"atention\", "
     "expected 'attention', 'attention+mlp' or 'all-linear' or a list of at least one name",
     GOOD + "trainable: {lora: {dropout: 1}}": "trainable.lora.dropout: got 1, expected a number from 0 to below 1",
+    GOOD + "memory: {quantization: int4}": "memory.quantization: got \"int4\", expected 'fp8', 'int8' or 'nf4'",
+    GOOD + "memory: {quantization: nf4}": 'memory.quantization: got "nf4", but only a frozen base can be; set '
+    "trainable.lora",
+    GOOD + "memory: {stream_blocks: 30}": "memory.stream_blocks: got 30, but only a frozen base can be; set "
+    "trainable.lora",
+    GOOD + "memory: {stream_blocks: 30}\ntrainable: {lora: {}}": "memory.stream_blocks: got 30; it needs "
+    "training.activation_checkpointing: true",
+    GOOD + "memory: {offload_activations: true}": "memory.offload_activations: got true; it needs "
+    "training.activation_checkpointing: true",
+    GOOD + "memory: {stream_blocks: 2}\ntrainable: {lora: {}}\ntraining: {activation_checkpointing: true}": "memory."
+    "stream_blocks: got 2, expected 0 or more than 2, which are always on the device",
     GOOD + "trainable: {lora: true}": "trainable.lora: got true, expected a mapping",
 }  # fmt: skip
 
@@ -220,7 +232,7 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
         (
             '{"<<": 1}',
             "lora.yaml: <<: unknown key, known: model, revision, seed, tasks, extract, mix, loss, "
-            "trainable, sampling, training",
+            "trainable, memory, sampling, training",
         ),
         ("seed: !!int x\n", "lora.yaml: invalid literal for int() with base 10: 'x'"),
     ],
@@ -331,7 +343,7 @@ PATHS = {"model", "data", "image_root", "embeddings", "output_dir", "init_from"}
 
 
 def test_a_key_that_takes_any_string_is_a_path_or_says_that_it_is_none(write, environment):
-    sections = [Recipe, Task, Columns, Extract, Mix, Loss, Lora, Trainable, Sampling]
+    sections = [Recipe, Task, Columns, Extract, Mix, Loss, Lora, Trainable, Memory, Sampling]
     strings = {"string": set(), "path": set()}
     for section in sections:
         for key, rule in section.model_fields.items():

@@ -73,6 +73,9 @@ def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, A
         if named:
             raise InputError("training.fsdp_config: without effect; set training.fsdp: true, or launch --use_fsdp")
         return None
+    for key in ("quantization", "stream_blocks"):
+        if value := getattr(recipe.memory, key):
+            raise InputError(f"memory.{key}: {value} cannot be combined with FSDP; leave one of them out")
     # only rank 0 reads the checkpoint; else the host would hold it once per rank
     settings = {"cpu_ram_efficient_loading": True} | (_launched(environment) if launched else {}) | named
     checkpointing = settings.get("activation_checkpointing", False)

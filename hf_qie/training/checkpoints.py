@@ -115,6 +115,7 @@ def run_identity(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Trainin
     may change.
     """
     identity = {at: as_dict(value) for at, value in leaves(recipe) if at.split(".")[0] in SAME}
+    identity["memory.quantization"] = recipe.memory.quantization  # another base; how memory is saved may change
     for name, data in sets.items():
         task = recipe.tasks[name]
         if task.weight > 0:

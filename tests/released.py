@@ -15,6 +15,13 @@ TRANSFORMER = {  # transformer/config.json of Qwen-Image-Edit-2509
     "out_channels": 16,
     "patch_size": 2,
 }
+SCHEDULER = {  # scheduler/scheduler_config.json, as far as training reads it
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "use_dynamic_shifting": True,
+}
 NUM_PARAMETERS = 20_430_401_088  # as the sum over the released safetensors
 
 ENCODER = {  # text_encoder/config.json: Qwen2.5-VL-7B
@@ -42,8 +49,10 @@ WIDTH = 3584  # of prompt states
 
 
 def write_released(folder: Path) -> Path:
-    """A checkpoint of which there is nothing but the pipeline's name and the transformer's config."""
-    (folder / "transformer").mkdir(parents=True)
+    """A checkpoint of which there is nothing but the pipeline's name and two configs."""
+    for name in ("transformer", "scheduler"):
+        (folder / name).mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPlusPipeline"}))
     (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder

@@ -106,15 +106,21 @@ class RowFlops:
         return float(self.numbers @ self._terms(num_latents, num_tokens))
 
 
-def count_by_blocks(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
-    """Operations of a step on one row; of blocks that are alike one is counted for all, which saves most of the time.
+def blocks_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList, bool]:
+    """The blocks of `model`: their owner, their name in it, they themselves, and whether all inner ones are alike.
 
     The first one passes no gradient on, and of the last one a part has none: neither is like the others.
     """
     owner = base_of(model)
     name, blocks = next((name, part) for name, part in owner.named_children() if isinstance(part, nn.ModuleList))
     trains = [[parameter.requires_grad for parameter in block.parameters()] for block in blocks]
-    if len(blocks) < 4 or any(one != trains[1] for one in trains[1:-1]):
+    return owner, name, blocks, all(one == trains[1] for one in trains[1:-1])
+
+
+def count_by_blocks(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
+    """Operations of a step on one row; of blocks that are alike one is counted for all: most of the time is saved."""
+    owner, name, blocks, alike = blocks_of(model)
+    if len(blocks) < 4 or not alike:
         return count(model, family, num_latents, num_tokens)
     few = []
     for kept in (2, 3):

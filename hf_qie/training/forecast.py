@@ -83,7 +83,7 @@ class Ledger(TorchDispatchMode):
 
     def follow(self, tensor: Tensor, category: str | None = None) -> None:
         """Count the storage of `tensor` while it lives; `category` also moves one that is known."""
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor the shard
         key = storage._cdata
         if key not in self._known:
             finalize(storage, self._forget, key).atexit = False
@@ -107,6 +107,24 @@ class Ledger(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         category, num_bytes = self._known.pop(key)
         self.live[category] -= num_bytes
+
+    def __enter__(self) -> "Ledger":
+        resize = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            if storage._cdata in self._known:
+                category, num_bytes = self._known[storage._cdata]
+                self._known[storage._cdata] = category, size
+                self._count(category, size - num_bytes)
+            return storage
+
+        self._resize, torch.UntypedStorage.resize_ = resize, followed  # frees and fills what FSDP gathers
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **kwargs or {})

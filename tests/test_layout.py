@@ -11,7 +11,7 @@ PACKAGE = ROOT / "hf_qie"
 LAYERS = (
     "errors plots runtime.rules runtime.yaml_io runtime.files runtime.cli runtime.ranks runtime.device "
     "runtime.lock config.training_args config.memory config.recipe config.launch "
-    "runtime.hub_errors models.checkpoint models.lora_files models.base models.qwen_image.prompts "
+    "runtime.hub_errors models.checkpoint models.lora_files models.base models.quantization models.qwen_image.prompts "
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.transformer "
     "models.qwen_image.pipeline models.qwen_image.tiny models.qwen_image.family data.seeding data.schema data.fetch "
     "data.tables data.readers data.samples data.images data.provenance "

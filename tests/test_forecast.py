@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from hf_qie.config.recipe import load_recipe
-from hf_qie.training.forecast import Shape, forecast
+from hf_qie.data.largest import Shape
+from hf_qie.training.forecast import Run, forecast
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 
@@ -54,42 +55,53 @@ class Measure(TrainerCallback):
             self.peak = self.held + int(change.cumsum(0).max())
 
 
-def measured(path):
-    recipe = load_recipe(path)
-    trainer, _ = build_trainer(recipe, open_sets(recipe))
-    found = Measure(trainer)
-    trainer.add_callback(found)
+def measured(trainer):
+    trainer.add_callback(found := Measure(trainer))
     trainer.train()
     return found.peak
 
 
-@pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "not checkpointed"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("way", ["LoRA", "all"])
-@pytest.mark.parametrize("size", ["tiny", "middle"])
-def test_the_forecast_is_what_a_step_takes_on_the_cpu(tiny, middle, tmp_path, size, way, precision, checkpointed):
+CASES = [
+    (size, way, precision, training)
+    for size, way in (("tiny", "all"), ("middle", "LoRA"))
+    for precision in ("no", "bf16")
+    for training in ({}, CHECKPOINTED)
+]
+CASES += [("middle", "all", "no", CHECKPOINTED | {"optim": "adafactor"})]
+CASES += [("tiny", "LoRA", "no", CHECKPOINTED | {"optim": "adamw_torch", "gradient_accumulation_steps": 2})]
+
+
+@pytest.mark.parametrize(("size", "way", "precision", "training"), CASES)
+def test_the_forecast_is_what_a_step_takes_on_the_cpu(tiny, middle, tmp_path, size, way, precision, training):
     model, grids = (tiny(), ((8, 8), (8, 8))) if size == "tiny" else (middle, ((12, 12), (12, 12)))
     write_set(tmp_path / "sets" / "edit", model, grids=grids)
-    training = {"max_steps": 2, "save_steps": 10, "per_device_train_batch_size": 2, "bf16": precision == "bf16"}
-    training |= {"activation_checkpointing": checkpointed, "save_strategy": "no"}
+    settings = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 2, "bf16": precision == "bf16"}
     trainable = {"LoRA": LORA, "all": {}}[way]
-    path = write_recipe(tmp_path, model, training=training, trainable=trainable, mix={"same_shape": 2})
+    path = write_recipe(tmp_path, model, training=settings | training, trainable=trainable, mix={"same_shape": 2})
     recipe = load_recipe(path, ["tasks={edit: {data: edit.jsonl}}"])
     trainer, _ = build_trainer(recipe, open_sets(recipe))
-    trainer.add_callback(found := Measure(trainer))
-    trainer.train()
-    shape = Shape(target=grids[0], sources=grids[1:], num_tokens=9, rows=2)
-    expected = forecast(recipe, shape, precision=precision, device="cpu")
-    print(f"FIG {size} {way} {precision} ckpt={checkpointed}: forecast {expected.peak/1e6:.2f} MB measured {found.peak/1e6:.2f} MB off {expected.peak/found.peak-1:+.2%}")
-    assert expected.peak == pytest.approx(found.peak, rel=0.1)
+    shape = Shape(grids=grids, num_tokens=9, rows=2)
+    expected = forecast(Run(recipe=recipe, shape=shape, precision=precision, device="cpu")).peak
+    found = measured(trainer)
+    print(
+        f"FIG {size} {way} {precision} {training}: forecast {expected / 1e6:.2f} MB measured {found / 1e6:.2f} MB off {expected / found - 1:+.2%}"
+    )
+    assert expected == pytest.approx(found, rel=0.1)
+
+
+LARGEST = ((32, 32), (64, 64))  # 512 px, and a source of 1024 px
+
+
+def released_run(tmp_path, grids=LARGEST, *, num_ranks=1, fsdp=None, training=CHECKPOINTED, **sections):
+    recipe = released(tmp_path, training=training | {"gradient_accumulation_steps": 4}, **sections)
+    return Run(recipe=recipe, shape=Shape(grids=grids, num_tokens=600), num_ranks=num_ranks, fsdp=fsdp)
 
 
 @pytest.mark.parametrize(
-    ("target", "training", "peak_gb"),
-    [((32, 32), CHECKPOINTED, 45.7), ((64, 64), CHECKPOINTED, 47.6), ((32, 32), {}, 88.9)],
+    ("grids", "training", "peak_gb"),
+    [(LARGEST, CHECKPOINTED, 45.7), (((64, 64), (64, 64)), CHECKPOINTED, 47.6), (LARGEST, {}, 88.9)],
 )
-def test_a_lora_of_the_released_model_takes_what_was_counted_by_hand(tmp_path, target, training, peak_gb):
-    recipe = released(tmp_path, trainable=LORA, training=training | {"gradient_accumulation_steps": 4})
-    found = forecast(recipe, Shape(target=target, sources=((64, 64),), num_tokens=600))
+def test_a_lora_of_the_released_model_takes_what_was_counted_before(tmp_path, grids, training, peak_gb):
+    found = forecast(released_run(tmp_path, grids, training=training, trainable=LORA))
     assert found.peak / 1e9 == pytest.approx(peak_gb, rel=0.02)
     assert found.weights / 1e9 == pytest.approx(41.24, abs=0.01)

@@ -119,29 +119,29 @@ def _wrong_values(data: Dataset) -> Iterator[str]:
                 yield f"column {name}: has null vectors or numbers"
     rows, counts = (table.column(name).fill_null(-1).to_numpy() for name in ("row", "num_sources"))
     yield from _found("row", rows < 0, "is null or negative")
-    yield from _found("num_sources", counts != _lengths(table, "source_grids"), "is not the number of source_grids")
+    yield from _found("num_sources", counts != lengths(table, "source_grids"), "is not the number of source_grids")
     yield from _wrong_direction(table, "", np.ones(len(table), bool))
     if f"{INVERSE}image_embeds" in table.column_names:
-        yield from _wrong_direction(table, INVERSE, _lengths(table, f"{INVERSE}image_embeds") >= 0)
+        yield from _wrong_direction(table, INVERSE, lengths(table, f"{INVERSE}image_embeds") >= 0)
 
 
 def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterator[str]:
     """What is wrong with one direction, in the rows `there`."""
     for name, least in (("image_embeds", 0), ("text_embeds_drop", 1)):
-        yield from _found(prefix + name, there & (_lengths(table, prefix + name) < least), "has no embeddings")
+        yield from _found(prefix + name, there & (lengths(table, prefix + name) < least), "has no embeddings")
     if f"{prefix}target_grid" not in table.column_names:
         return  # the inverse has the forward row's
     if prefix:
-        there = there & (_lengths(table, f"{prefix}target_grid") >= 0)
+        there = there & (lengths(table, f"{prefix}target_grid") >= 0)
     areas = {}
     for column in columns_of("grid"):
         name, sides = prefix + column.name, grids_in(table.column(prefix + column.name))
-        yield from _found(name, there & (_lengths(table, name) < (0 if column.many else 2)), "is null")
+        yield from _found(name, there & (lengths(table, name) < (0 if column.many else 2)), "is null")
         if sides.size and not 1 <= sides.min() <= sides.max() <= MOST_SIDE:
             yield f"column {name}: sides from {sides.min():,} to {sides.max():,}, expected 1 to {MOST_SIDE:,}"
-        counts = np.maximum(_lengths(table, name), 0) // (1 if column.many else 2)
+        counts = np.maximum(lengths(table, name), 0) // (1 if column.many else 2)
         areas[column.of] = np.bincount(np.repeat(np.arange(len(table)), counts), sides.prod(axis=1), len(table))
-    latents = {column: _lengths(table, prefix + column.name) for column in columns_of("latents")}
+    latents = {column: lengths(table, prefix + column.name) for column in columns_of("latents")}
     if any((length >= 0).any() for length in latents.values()):  # else a set without latents
         for column, length in latents.items():
             wrong = there & (length != areas.get(column.of, areas[TARGET]))
@@ -153,6 +153,6 @@ def _found(column: str, wrong: np.ndarray, words: str) -> Iterator[str]:
         yield f"place {int(wrong.argmax()):,}, column {column}: {words} ({int(wrong.sum()):,} such rows)"
 
 
-def _lengths(table: pa.Table, name: str) -> np.ndarray:
+def lengths(table: pa.Table, name: str) -> np.ndarray:
     """Items of each row's list in a column; -1 where it is null."""
     return pc.list_value_length(table.column(name)).fill_null(-1).to_numpy()

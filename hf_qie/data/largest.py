@@ -1,0 +1,55 @@
+"""The rows that take the most memory to train on, as far as an embedding set tells without reading an embedding."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from hf_qie.config.recipe import Mix
+from hf_qie.data.embedding_sets import lengths
+from hf_qie.data.loader import TaskRows
+from hf_qie.data.mixture import read_groups
+from hf_qie.data.schema import INVERSE, TEXT_EMBEDS
+from hf_qie.models.base import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of a micro-batch."""
+
+    grids: tuple[Grid, ...]  # the target's, then each source's
+    num_tokens: int  # of the longest prompt
+    rows: int = 1
+
+    @property
+    def size(self) -> int:
+        """Tokens that the transformer sees of a row."""
+        return self.num_tokens + sum(height * width for height, width in self.grids)
+
+
+def largest(shapes: Iterable[Shape]) -> Shape:
+    """The one with the most tokens."""
+    return max(shapes, key=lambda shape: shape.size)
+
+
+def largest_in(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: Mix) -> Shape:
+    """Of the rows that training draws from whole sets, in the directions and with the captions that it draws."""
+    found = []
+    for group in read_groups(sets, weights, mix):
+        data, rows = sets[group.task], TaskRows(group.task, sets[group.task], mix=mix)
+        ways = ["", INVERSE] if group.inverse.any() else [""]
+        num_tokens = np.stack([_num_tokens(data, prefix, rows.weights[way]) for way, prefix in enumerate(ways)])
+        num_tokens = num_tokens[group.inverse.astype(int), group.rows]
+        order = np.lexsort([-num_tokens, group.bucket])  # the longest prompt of a bucket first
+        for entry in order[np.unique(group.bucket[order], return_index=True)[1]]:
+            row = rows.read(int(group.rows[entry]), inverse=bool(group.inverse[entry]), caption=None)
+            found.append(Shape(grids=tuple(row["grids"]), num_tokens=int(num_tokens[entry])))
+    return largest(found)
+
+
+def _num_tokens(data: Dataset, prefix: str, captions: Iterable[str]) -> np.ndarray:
+    """Of the longest prompt of each row of a set in one direction."""
+    table = data.data.table
+    texts = [lengths(table, name) for name in (*captions, f"{prefix}{TEXT_EMBEDS}drop")]
+    return lengths(table, f"{prefix}image_embeds") + np.maximum.reduce(texts)

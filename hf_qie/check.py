@@ -2,6 +2,7 @@
 
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...]
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --verify 16
+    python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --memory [--gpu_memory 24] [--num_gpus 8]
     python hf_qie/check.py --schema
 
 The first opens the header of every image and counts the tokens of every caption, without any model, and reports for
@@ -11,8 +12,10 @@ duplicates, rows without a caption, pairs whose aspect differs by more than 1 % 
 counts), and images of less than half the side of extract.image_sample_size. Beside them noise-levels.png shows how
 often train.py will draw which noise level, with which weight, and where the pipeline samples.
 The second reads every byte of the finished sets, encodes that many rows of each again, through the official pipeline,
-and compares. The third prints the JSON schema of a recipe, for editors; recipes/recipe.schema.json is a copy.
-Exit codes: 0, 1 (the rows cannot be used, the disk is too small, or a set differs by more than rounding).
+and compares. The third forecasts what training takes of each GPU, for the largest micro-batch of the sets, or of rows
+that have none yet, and the fewest changes by which it fits a card that is sold with so many GB.
+The fourth prints the JSON schema of a recipe, for editors; recipes/recipe.schema.json is a copy.
+Exit codes: 0, 1 (the rows cannot be used, disk or card is too small, or a set differs by more than rounding).
 """
 
 import json
@@ -20,13 +23,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_qie.config.recipe import Recipe, load_recipe, recipe_schema
 from hf_qie.config.training_args import training_arguments
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, checked, run_script
-from hf_qie.runtime.rules import Count
+from hf_qie.runtime.rules import Count, Positive
 
 if TYPE_CHECKING:
     from hf_qie.extraction.plan import Plan
@@ -38,14 +41,18 @@ FIRST_LOOK = "first-look"  # no task can have this name
 def main(argv: list[str]) -> None:
     """Check the rows of every task that has data, or verify the finished sets."""
     if argv == ["--schema"]:
-        show(json.dumps(recipe_schema(), indent=1))
-        return
+        return show(json.dumps(recipe_schema(), indent=1))
     parser = Options()
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--verify", type=checked(Count))
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--gpu_memory", "--gpu-memory", type=checked(Positive))
+    parser.add_argument("--num_gpus", "--num-gpus", type=checked(Count), default=1)
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.memory:
+        return check_memory(recipe, arguments)
     from hf_qie.extraction.plan import make_plan, own_tasks
     from hf_qie.models.base import read_family
 
@@ -95,6 +102,17 @@ def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) ->
     except InputError as error:
         problems.append(str(error))
     return problems
+
+
+def check_memory(recipe: Recipe, options: Any) -> None:
+    """Report what training takes of a GPU; raises InputError where that is more than it has."""
+    from hf_qie.extraction.stats import largest_shape
+    from hf_qie.training.fit import forecast_recipe, report, verdict
+
+    run, found = forecast_recipe(recipe, largest_shape(recipe), num_ranks=options.num_gpus)
+    show(report(run, found))
+    if options.gpu_memory:
+        show(verdict(run, found, options.gpu_memory, overrides=options.overrides))
 
 
 def show(text: str) -> None:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from hf_qie.config.recipe import Mix
-from hf_qie.data.embedding_sets import lengths
+from hf_qie.config.recipe import Mix, Recipe
+from hf_qie.data.embedding_sets import lengths, open_embeddings
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.mixture import read_groups
+from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.schema import INVERSE, TEXT_EMBEDS
 from hf_qie.models.base import Grid
 
@@ -46,6 +48,16 @@ def largest_in(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: M
             row = rows.read(int(group.rows[entry]), inverse=bool(group.inverse[entry]), caption=None)
             found.append(Shape(grids=tuple(row["grids"]), num_tokens=int(num_tokens[entry])))
     return largest(found)
+
+
+def ready_sets(recipe: Recipe) -> dict[str, Dataset]:
+    """The sets to train on that are given, or that extraction has finished."""
+    sets = {}
+    for name, task in recipe.tasks.items():
+        folder = Path(recipe.extract.output_dir, name)
+        if task.weight > 0 and (task.embeddings or (folder / PROVENANCE).is_file()):
+            sets[name], _ = open_embeddings(task.embeddings or folder, task=name)
+    return sets
 
 
 def _num_tokens(data: Dataset, prefix: str, captions: Iterable[str]) -> np.ndarray:

@@ -3,8 +3,10 @@
 import filecmp
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +16,16 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from tqdm import tqdm
 
-from hf_qie.config.recipe import Mix
+from hf_qie.config.recipe import Mix, Recipe
+from hf_qie.config.training_args import training_arguments
+from hf_qie.data.largest import Shape, largest, largest_in, ready_sets
 from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow, most_bad, text_columns
-from hf_qie.data.schema import INVERSE, SOURCES, TARGET, columns_of
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET, TEXT_EMBEDS, columns_of
+from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
-from hf_qie.extraction.plan import Plan
+from hf_qie.extraction.plan import Plan, make_plan
+from hf_qie.models.base import read_family
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind in the report; all are in the file
@@ -49,6 +55,7 @@ class Survey:
         self.sizes: dict[str, Counter] = {name: Counter() for name in self.labels}  # (width, height) px
         self.num_tokens: dict[str, Counter] = {caption: Counter() for caption in text_columns(plan.task.columns)}
         self.findings: list[Finding] = []
+        self.largest: Shape | None = None  # of what a row becomes, the most tokens for the transformer
         self._first: dict[int, int] = {}  # hash of a row's content -> its first row
         # the columns that decide on buckets, without embeddings
         grids = [prefix + column.name for prefix in ("", INVERSE) for column in columns_of("grid")]
@@ -68,6 +75,7 @@ class Survey:
                 continue
             self.findings += self._odd(row, look)
             self.num_bytes += look.num_bytes
+            self.largest = largest([*shapes_of(look), *filter(None, [self.largest])])
             for name, headers in look.headers.items():
                 self.sizes[name].update(header.size for header in headers)
             for caption, num_tokens in look.num_tokens.items():
@@ -128,6 +136,17 @@ class Survey:
         return [wrong] if bad > most else []
 
 
+def shapes_of(look: Outlook) -> list[Shape]:
+    """What the transformer sees of a row, in each of its directions, with the longest caption."""
+    shapes = []
+    for prefix in ("", INVERSE):
+        if (num_image := look.num_embeds.get(f"{prefix}image_embeds")) is not None:
+            texts = [number for name, number in look.num_embeds.items() if name.startswith(prefix + TEXT_EMBEDS)]
+            grids = look.grids[f"{prefix}target_grid"], *look.grids[f"{prefix}source_grids"]
+            shapes.append(Shape(grids=grids, num_tokens=num_image + max(texts)))
+    return shapes
+
+
 def survey(plan: Plan, processor: Any) -> Survey:
     """Look at every row of a plan."""
     found = Survey(plan)
@@ -137,6 +156,26 @@ def survey(plan: Plan, processor: Any) -> Survey:
             found.add(rows, outlooks(rows, plan, processor))
             bar.update(len(rows))
     return found
+
+
+def largest_shape(recipe: Recipe) -> Shape:
+    """Of a micro-batch of the rows to train on: by their sets, or, where a task has none yet, by headers and captions.
+
+    Raises InputError where there is no row.
+    """
+    sets, shapes, processor = ready_sets(recipe), [], None
+    family = read_family(recipe.model, revision=recipe.revision)
+    if sets:
+        shapes.append(largest_in(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix))
+    with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
+        for name, task in recipe.tasks.items():
+            if task.weight > 0 and name not in sets:
+                processor = processor or family.load_processor(recipe.model, revision=recipe.revision)
+                shapes.append(survey(make_plan(recipe, task, family, Path(folder)), processor).largest)
+                if shapes[-1] is None:
+                    raise InputError(f"tasks.{name}: every row is bad; check.py without --memory names the reasons")
+    rows = recipe.training.get("per_device_train_batch_size", training_arguments()["per_device_train_batch_size"][1])
+    return replace(largest(shapes), rows=rows)
 
 
 def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:

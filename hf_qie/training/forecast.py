@@ -94,18 +94,20 @@ class Run:
         return any(map(self.recipe.training.get, keys)) or bool(self.fsdp and self.fsdp.get(keys[0]))
 
 
-def forecast(run: Run) -> Forecast:
-    """What a micro-batch takes at most."""
-    model = build_model(run.recipe, mixed_precision=run.precision, empty=True)
+def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
+    """What a micro-batch takes at most; `model` is the run's on the meta device, if it is there already."""
+    if model is None:
+        model = build_model(run.recipe, mixed_precision=run.precision, empty=True)
     owner, name, blocks, alike = blocks_of(model)
     fewest = 4 if run.fsdp else 3  # a first, a last and inner ones: of two that are sharded one is gathered ahead
     with _fake_ranks(run) as mesh:
         if not alike or len(blocks) <= fewest + 1:
-            return _elsewhere(run, *_step(run, model, mesh))
+            return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh))
         few = []
         for kept in (fewest, fewest + 1):
             setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
             few.append(_step(run, copy.deepcopy(model), mesh))
+        setattr(owner, name, blocks)
     (fewer, block), (more, _) = few
     return _elsewhere(run, _drawn_out(fewer, more, len(blocks) - fewest), block)
 
@@ -125,10 +127,13 @@ def _elsewhere(run: Run, peaks: Mapping[Any, Counter], block: int) -> Forecast:
     if run.fsdp and run.fsdp.get("cpu_offload"):
         host = found.host + found.weights + found.gradients + found.optimizer
         found = replace(found, weights=0, gradients=0, optimizer=0, host=host)
-    if count := run.recipe.memory.stream_blocks:
-        weights, host = found.weights - (count - NUM_SLOTS) * block, found.host + count * block
-        found = replace(found, weights=weights, host=host)
-    return found
+    return streamed(found, run.recipe.memory.stream_blocks)
+
+
+def streamed(found: Forecast, count: int) -> Forecast:
+    """With the frozen weights of `count` blocks in CPU memory."""
+    away = max(count - NUM_SLOTS, 0)
+    return replace(found, weights=found.weights - away * found.block, host=found.host + count * found.block)
 
 
 @contextmanager

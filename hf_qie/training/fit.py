@@ -1,0 +1,152 @@
+"""Whether a recipe fits a GPU by the forecast, and the fewest changes that make it fit."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, product
+
+from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.memory import NUM_SLOTS
+from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.data.largest import Shape
+from hf_qie.errors import InputError
+from hf_qie.training.cost import blocks_of
+from hf_qie.training.forecast import MARGIN_BYTES, MARGIN_SHARE, Forecast, Run, forecast, streamed
+from hf_qie.training.model import build_model
+
+# A card that is sold with 24 GB has 24 GiB, of which the driver shows programs about 98 %: of an RTX 4090 23.5 GiB,
+# of an H100 with 80 GB 79.1 GiB
+GIB, SHOWN = 2**30, 0.98
+EIGHT_BIT = "adamw_bnb_8bit"
+STREAM = ("memory.stream_blocks",)  # its value is the smallest that fits
+
+UNSEEN = f"with {MARGIN_SHARE:.0%} and {MARGIN_BYTES / 1e9:g} GB for kernels' workspaces, fragmentation, CUDA and NCCL"
+
+Overrides = tuple[str, ...]
+
+
+def usable_bytes(gpu_memory: float) -> float:
+    """What a program can use of a card that is sold with so many GB."""
+    return SHOWN * GIB * gpu_memory
+
+
+def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float) -> tuple[Overrides, Forecast]:
+    """The fewest changes by which what is needed stays below `limit` bytes, among as many those of least harm.
+
+    Where none do, those that need the least. `change` gives the run with overrides; it raises InputError.
+    """
+    model = build_model(start.recipe, mixed_precision=start.precision, empty=True)
+    num_blocks, kinds = len(blocks_of(model)[2]), list(_changes(start))
+
+    @cache
+    def needs(overrides: Overrides) -> Forecast:
+        return forecast(change(overrides), model)
+
+    def attempt(chosen: Sequence[Overrides]) -> tuple[Overrides, Forecast] | None:
+        overrides = tuple(key for one in chosen if one != STREAM for key in one)
+        try:
+            found = needs(overrides)
+            if STREAM in chosen:
+                over = math.ceil((found.needed - limit) / (1 + MARGIN_SHARE) / found.block)
+                count = min(max(NUM_SLOTS + over, NUM_SLOTS + 1), num_blocks)
+                overrides, found = (*overrides, f"{STREAM[0]}={count}"), streamed(found, count)
+                change(overrides)
+        except InputError:  # they do not go together
+            return None
+        return overrides, found
+
+    least = attempt([kind[-1] for kind in kinds])
+    if least and least[1].needed > limit:
+        return least
+    for number in range(len(kinds) + 1):
+        for some in combinations(kinds, number):
+            for chosen in product(*some):
+                found = attempt(chosen)
+                if found and found[1].needed <= limit:
+                    return found
+    raise AssertionError("all changes together fit")
+
+
+def _changes(run: Run) -> Iterator[list[Overrides]]:
+    """What could be changed, in the order of harm: each with its values, the one that takes the least last."""
+    recipe, training = run.recipe, run.recipe.training
+    frozen = recipe.trainable.lora and not run.fsdp
+    if not run.checkpointed:
+        yield [("training.activation_checkpointing=true",)]
+    if (rows := run.shape.rows) > 1:
+        accumulated = training.get("gradient_accumulation_steps", 1)
+        yield [
+            (
+                f"training.per_device_train_batch_size={fewer}",
+                f"training.gradient_accumulation_steps={accumulated * rows // fewer}",
+            )
+            for fewer in range(rows - 1, 0, -1)
+            if rows % fewer == 0
+        ]
+    if not recipe.memory.offload_activations:
+        yield [("memory.offload_activations=true",)]
+    if "8bit" not in training.get("optim", ""):
+        yield [(f"training.optim={EIGHT_BIT}",)]
+    if frozen and recipe.memory.quantization is None:
+        yield [("memory.quantization=int8",), ("memory.quantization=nf4",)]
+    if frozen and not recipe.memory.stream_blocks:
+        yield [STREAM]
+
+
+def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tuple[Run, Forecast]:
+    """What training by `recipe` takes of each of `num_ranks` GPUs, or of a CPU where it asks for that.
+
+    `shape`: of the largest micro-batch.
+    """
+    training, on_cpu = recipe.training, bool(recipe.training.get("use_cpu"))
+    precision = "fp16" if training.get("fp16") else "bf16" if training.get("bf16", not on_cpu) else "no"
+    fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"
+    run = Run(recipe=recipe, shape=shape, precision=precision, device=device, num_ranks=num_ranks, fsdp=fsdp)
+    return run, forecast(run)
+
+
+def report(run: Run, found: Forecast) -> str:
+    """The forecast as a table."""
+    pixels = run.family.pixels_per_token
+    target, *sources = (f"{pixels * width} x {pixels * height} px" for height, width in run.shape.grids)
+    rows = [
+        ("weights", found.weights, ""),
+        ("gradients", found.gradients, ""),
+        ("optimizer", found.optimizer, ""),
+        ("activations", found.activations, "and all that is temporary"),
+        ("peak", found.peak, "of each GPU"),
+        ("needed", found.needed, UNSEEN),
+        ("host", found.host, "of pinned CPU memory for each GPU"),
+    ]
+    ways = f"{run.num_ranks} GPU{'s' * (run.num_ranks > 1)}{' with FSDP' * bool(run.fsdp)}"
+    shape = f"{run.shape.rows} rows, target {target}, sources {', '.join(sources) or 'none'}"
+    head = f"forecast for {ways}; largest micro-batch: {shape}, {run.shape.num_tokens:,} prompt tokens"
+    return "\n".join([head, *(f"  {name:<11}  {_gb(size):>9} GB  {why}".rstrip() for name, size, why in rows)])
+
+
+def verdict(run: Run, found: Forecast, gpu_memory: float, *, overrides: Sequence[str]) -> str:
+    """That the forecast fits a card of `gpu_memory` GB; else raises InputError with the changes that make it fit.
+
+    `overrides`: those that the recipe has already.
+    """
+
+    def change(more: Overrides) -> Run:
+        recipe = load_recipe(run.recipe.path, [*overrides, *more])
+        fsdp_settings(recipe, os.environ)
+        rows = recipe.training.get("per_device_train_batch_size", run.shape.rows)
+        return replace(run, recipe=recipe, shape=replace(run.shape, rows=rows))
+
+    limit = usable_bytes(gpu_memory)
+    card = f"a card of {gpu_memory:g} GB, of which a program can use {_gb(limit)} GB"
+    if found.needed <= limit:
+        return f"fits {card}"
+    changes, least = fewest_changes(run, change, limit)
+    what = "the fewest changes that make it fit:" if least.needed <= limit else "nothing makes it fit; the least is"
+    figures = f"needed {_gb(least.needed)} GB, host {_gb(least.host)} GB"
+    raise InputError(f"{run.recipe.path}: does not fit {card}; {what}\n  {' '.join(changes)}\n  {figures}")
+
+
+def _gb(num_bytes: float) -> str:
+    return "unknown" if math.isnan(num_bytes) else f"{num_bytes / 1e9:,.2f}"

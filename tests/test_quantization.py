@@ -237,7 +237,7 @@ def test_evaluation_and_images_in_between_change_nothing(tiny, tmp_path, kind):
 GENERATED = [pytest.param(kind, "inductor", marks=pytest.mark.soak) for kind in KINDS]  # code: minutes
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("nf4", "eager"), *GENERATED])
+@pytest.mark.parametrize(("kind", "backend"), [("nf4", "aot_eager"), *GENERATED])
 def test_compiled_blocks_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
     training = {"optim": "sgd", "save_strategy": "no", "activation_checkpointing": True}
     path = write_recipe(tmp_path, tiny(), trainable=LORA, training=training, memory={"quantization": kind})

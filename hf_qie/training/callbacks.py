@@ -4,11 +4,15 @@ import faulthandler
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.training.checkpoints import apply_settings, mark_complete, read_complete
 from hf_qie.training.fsdp import check_sharded
+from hf_qie.training.metrics import peak_memory_bytes
+
+logger = get_logger(__name__)
 
 PATIENCE = 0.9  # of ddp_timeout: before the collectives of other ranks time out
 
@@ -62,6 +66,18 @@ class RunCallback(TrainerCallback):
             mark_complete(folder, **known, settings=settings)
             limit = trainer.recipe.training.get("save_total_limit")
             rotate_checkpoints(args.output_dir, limit, state.best_model_checkpoint, use_mtime=True)
+
+
+class PeakMemory(TrainerCallback):
+    """At the end of training the peak that was measured, beside the one that was forecast."""
+
+    def __init__(self, forecast_bytes: float):
+        self.forecast_bytes = forecast_bytes
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Log both; what was measured is that of this process."""
+        measured = peak_memory_bytes(args.device)
+        logger.info("peak memory: %.2f GB measured, %.2f GB forecast", measured / 1e9, self.forecast_bytes / 1e9)
 
 
 class StackTraces(TrainerCallback):

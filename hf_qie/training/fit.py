@@ -2,19 +2,26 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import TrainingArguments
+
 from hf_qie.config.launch import fsdp_settings
 from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe, load_recipe
-from hf_qie.data.largest import Shape
+from hf_qie.data.largest import Shape, largest_in
 from hf_qie.errors import InputError
 from hf_qie.training.cost import blocks_of
 from hf_qie.training.forecast import MARGIN_BYTES, MARGIN_SHARE, Forecast, Run, forecast, streamed
 from hf_qie.training.model import build_model
+
+logger = get_logger(__name__)
 
 # A card that is sold with 24 GB has 24 GiB, of which the driver shows programs about 98 %: of an RTX 4090 23.5 GiB,
 # of an H100 with 80 GB 79.1 GiB
@@ -105,6 +112,21 @@ def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tupl
     fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"
     run = Run(recipe=recipe, shape=shape, precision=precision, device=device, num_ranks=num_ranks, fsdp=fsdp)
     return run, forecast(run)
+
+
+def forecast_start(recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments) -> Forecast | None:
+    """What training on whole `sets` takes of this process's accelerator, logged; None where it is not forecast.
+
+    That is on the CPU, and where ranks shard: a process that has joined them cannot play all of them.
+    """
+    if arguments.device.type == "cpu" or arguments.fsdp or not PartialState().is_main_process:
+        return None
+    weights = {name: recipe.tasks[name].weight for name in sets}
+    shape = replace(largest_in(sets, weights, recipe.mix), rows=arguments.per_device_train_batch_size)
+    run = Run(recipe=recipe, shape=shape, precision=arguments.mixed_precision, num_ranks=arguments.world_size)
+    found = forecast(run)
+    logger.info(report(run, found))
+    return found
 
 
 def report(run: Run, found: Forecast) -> str:

@@ -121,7 +121,7 @@ class Throughput:
         Where the device's peak is known, also the share of it that the model's operations reach.
         """
         device = self.accelerator.device
-        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, _peak_memory_bytes(device) / 1e9]
+        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
         ranks = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device))
         rows, tokens, flops, *_ = ranks.sum(dim=0).tolist()
         *_, seconds, waited, memory = ranks.amax(dim=0).tolist()
@@ -137,7 +137,7 @@ class Throughput:
         return found
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The most that tensors took on `device` so far; on the CPU, the most that the process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -37,10 +37,11 @@ from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import checkpoint_file, read_config
 from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
-from hf_qie.training.callbacks import StackTraces
+from hf_qie.training.callbacks import PeakMemory, StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
 from hf_qie.training.cost import Footprint
 from hf_qie.training.evaluation import HeldOut, split_sets
+from hf_qie.training.fit import forecast_start
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
@@ -77,6 +78,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     identity |= {"mix.same_shape": draws.same_shape, "global batch": global_batch_size(arguments)}
     checkpoint = checkpoint_of(arguments, identity)
     record["changes"] = changes(checkpoint, arguments) if checkpoint else []
+    expected = forecast_start(recipe, sets, arguments)
     trainer = EditTrainer(
         make_model(recipe, arguments),
         arguments,
@@ -89,6 +91,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     )
     if recipe.sampling.every:
         trainer.add_callback(ImageGrid(trainer))
+    if expected:
+        trainer.add_callback(PeakMemory(expected.peak))
     _log_start(trainer, checkpoint)
     return trainer, checkpoint
 

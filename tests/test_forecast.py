@@ -83,9 +83,6 @@ def test_the_forecast_is_what_a_step_takes_on_the_cpu(tiny, middle, tmp_path, si
     shape = Shape(grids=grids, num_tokens=9, rows=2)
     expected = forecast(Run(recipe=recipe, shape=shape, precision=precision, device="cpu")).peak
     found = measured(trainer)
-    print(
-        f"FIG {size} {way} {precision} {training}: {expected / 1e6:.2f} of {found / 1e6:.2f} MB, {expected / found - 1:+.2%}"
-    )
     assert expected == pytest.approx(found, rel=0.1)
 
 

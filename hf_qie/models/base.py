@@ -136,8 +136,13 @@ class Family(ABC):
         return size[1] // self.pixels_per_token, size[0] // self.pixels_per_token
 
     @abstractmethod
-    def load_vae(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`."""
+    def load_vae(
+        self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, empty: bool = False
+    ) -> Any:
+        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`.
+
+        `.pixels(latents, grid)` decodes too, to what the image has. An `empty` one, on the CPU, has random weights.
+        """
 
     # --- prompts ---
 

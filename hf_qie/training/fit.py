@@ -16,6 +16,7 @@ from hf_qie.config.launch import fsdp_settings
 from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.largest import Shape, largest_in
+from hf_qie.data.online_latents import has_latents
 from hf_qie.errors import InputError
 from hf_qie.training.cost import blocks_of
 from hf_qie.training.forecast import MARGIN_BYTES, MARGIN_SHARE, Forecast, Run, forecast, streamed
@@ -111,6 +112,7 @@ def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tupl
     precision = "fp16" if training.get("fp16") else "bf16" if training.get("bf16", not on_cpu) else "no"
     fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"
     run = Run(recipe=recipe, shape=shape, precision=precision, device=device, num_ranks=num_ranks, fsdp=fsdp)
+    run = replace(run, encodes=not recipe.extract.latents)
     return run, forecast(run)
 
 
@@ -124,6 +126,7 @@ def forecast_start(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Train
     weights = {name: recipe.tasks[name].weight for name in sets}
     shape = replace(largest_in(sets, weights, recipe.mix), rows=arguments.per_device_train_batch_size)
     run = Run(recipe=recipe, shape=shape, precision=arguments.mixed_precision, num_ranks=arguments.world_size)
+    run = replace(run, encodes=not all(map(has_latents, sets.values())))
     found = forecast(run)
     logger.info(report(run, found))
     return found

@@ -28,6 +28,7 @@ from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.largest import Shape
 from hf_qie.models.base import Family, read_family
+from hf_qie.runtime.device import AUTO
 from hf_qie.training.cost import STATE_BYTES, blocks_of
 from hf_qie.training.fsdp import BF16_POLICY
 from hf_qie.training.ledger import ACTIVATIONS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, Ledger, on_device
@@ -81,6 +82,7 @@ class Run:
     device: str = "cuda"  # the type
     num_ranks: int = 1
     fsdp: Mapping[str, Any] | None = None  # launch.py's settings
+    encodes: bool = False  # images, as the sets have no latents
 
     @property
     def family(self) -> Family:
@@ -169,6 +171,7 @@ def _step(run: Run, model: nn.Module, mesh: Any) -> tuple[dict[Any, Counter], in
         _follow_parts(model, ledger)
         objective = Objective(run.recipe, global_batch_size=run.shape.rows)
         ledger.peaks.clear()
+        vae = _vae(run, ledger)  # noqa: F841 - on the device all the while
         ledger.start("forward")
         loss = objective.of_draws(model, _batch(run, model)).mean()
         ledger.start("backward")
@@ -228,6 +231,26 @@ def _wrap(run: Run, model: nn.Module, ledger: Ledger) -> None:
     for module in model.modules() if run.device == "cuda" else ():
         if isinstance(module, nn.LayerNorm):  # autocast normalises in float32 on CUDA, and not on the CPU
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def _vae(run: Run, ledger: Ledger) -> Any:
+    """The VAE, where training has one, after it has encoded a batch, or decoded an image as between two steps."""
+    if not (run.encodes or run.recipe.sampling.every):
+        return None
+    auto = "bfloat16" if run.device == "cuda" else "float32"  # as compute_dtype has it on a device that is there
+    dtype = getattr(torch, auto if run.recipe.extract.dtype == AUTO else run.recipe.extract.dtype)
+    where = {"revision": run.recipe.revision, "dtype": dtype, "device": torch.device("cpu")}
+    with ledger.making(WEIGHTS):
+        vae = run.family.load_vae(run.recipe.model, **where, empty=True)
+    height, width = max(run.shape.grids, key=math.prod)
+    side = run.family.pixels_per_token
+    ledger.start("VAE")
+    if run.encodes:
+        images = min(run.shape.rows, run.recipe.extract.vae_batch_size)
+        vae(list(torch.empty(images, 3, side * height, side * width)))
+    if run.recipe.sampling.every:
+        vae.pixels(torch.empty(height * width, run.family.latent_width), (height, width))
+    return vae
 
 
 def _batch(run: Run, model: nn.Module) -> dict[str, Any]:

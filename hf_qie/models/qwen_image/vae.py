@@ -26,13 +26,21 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 class LatentEncoder:
-    """The checkpoint's VAE, between pixels and packed, normalised latents."""
+    """The checkpoint's VAE, between pixels and packed, normalised latents; an `empty` one has random weights."""
 
-    def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
-        self.vae = AutoencoderKLQwenImage.from_pretrained(
-            model, subfolder="vae", revision=revision, dtype=dtype, use_safetensors=True
-        )
-        self.vae.to(device).eval().requires_grad_(False)
+    def __init__(
+        self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, empty: bool = False
+    ):
+        where = {"subfolder": "vae", "revision": revision}
+        if empty:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)  # fake tensors cannot be cast once they are parameters
+            self.vae = AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(model, **where))
+            torch.set_default_dtype(before)
+        else:
+            self.vae = AutoencoderKLQwenImage.from_pretrained(model, dtype=dtype, use_safetensors=True, **where)
+            self.vae.to(device)
+        self.vae.eval().requires_grad_(False)
         channels = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(self.vae.config.latents_mean, dtype=dtype, device=device).view(channels)
         self.std = torch.tensor(self.vae.config.latents_std, dtype=dtype, device=device).view(channels)
@@ -47,10 +55,14 @@ class LatentEncoder:
         latents = (self.vae.encode(batch).latent_dist.mode() - self.mean) / self.std
         return list(pack_latents(latents[:, :, 0]))
 
-    @torch.inference_mode()
     def decode(self, latents: Tensor, grid: Grid) -> Image.Image:
         """The image of packed latents `[S, 4C]`, as the pipelines decode it."""
+        return Image.fromarray(self.pixels(latents, grid).cpu().numpy())
+
+    @torch.inference_mode()
+    def pixels(self, latents: Tensor, grid: Grid) -> Tensor:
+        """The same on the device, `[H, W, 3]` uint8."""
         unpacked = unpack_latents(latents[None], grid)[:, :, None].to(self.mean.device, self.mean.dtype)
         pixels = self.vae.decode(unpacked * self.std + self.mean, return_dict=False)[0][0, :, 0]
         values = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
-        return Image.fromarray(values.round().to(torch.uint8).cpu().numpy())
+        return values.round().to(torch.uint8)

@@ -46,7 +46,8 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
     Where none do, those that need the least. `change` gives the run with overrides; it raises InputError.
     """
     model = build_model(start.recipe, mixed_precision=start.precision, empty=True)
-    num_blocks, kinds = len(blocks_of(model)[2]), list(_changes(start))
+    num_blocks = len(blocks_of(model)[2])
+    kinds = list(_changes(start, num_blocks))
 
     @cache
     def needs(overrides: Overrides) -> Forecast:
@@ -77,7 +78,7 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
     raise AssertionError("all changes together fit")
 
 
-def _changes(run: Run) -> Iterator[list[Overrides]]:
+def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:
     """What could be changed, in the order of harm: each with its values, the one that takes the least last."""
     recipe, training = run.recipe, run.recipe.training
     frozen = recipe.trainable.lora and not run.fsdp
@@ -99,7 +100,7 @@ def _changes(run: Run) -> Iterator[list[Overrides]]:
         yield [(f"training.optim={EIGHT_BIT}",)]
     if frozen and recipe.memory.quantization is None:
         yield [("memory.quantization=int8",), ("memory.quantization=nf4",)]
-    if frozen and not recipe.memory.stream_blocks:
+    if frozen and not recipe.memory.stream_blocks and num_blocks > NUM_SLOTS:
         yield [STREAM]
 
 

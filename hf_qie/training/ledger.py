@@ -86,6 +86,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **kwargs or {})
+        if any(value.alias_info for value in func._schema.returns):  # a view, or what was changed in place
+            return made
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self.follow(tensor)

@@ -42,6 +42,7 @@ from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
+from hf_qie.training.offloading import check_streamed, stream_blocks
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
@@ -225,12 +226,16 @@ def base_commit(recipe: Recipe) -> str | None:
 
 
 def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
-    """The model as it trains; its footprint is logged before it is loaded."""
+    """The model as it trains, on the CPU, or, where blocks are streamed, with all else on its device.
+
+    Its footprint is logged before it is loaded.
+    """
     precision = arguments.mixed_precision
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
+    check_streamed(base_of(on_paper), recipe.memory.stream_blocks)
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
     logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
@@ -239,6 +244,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     empty = empty and not PartialState().is_main_process
     # an empty one has memory of its own: accelerate tells parameters apart by their addresses
     model = on_paper.to_empty(device="cpu") if empty else build_model(recipe, mixed_precision=precision)
+    if recipe.memory.stream_blocks:
+        stream_blocks(model, base_of(model), recipe.memory.stream_blocks, arguments.device)
     if any(map(recipe.training.get, COMPILE)):
         backend = recipe.training.get("torch_compile_backend", "inductor")
         mode = recipe.training.get("torch_compile_mode")

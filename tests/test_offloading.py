@@ -159,23 +159,27 @@ def test_no_weight_is_used_before_its_copy_is_waited_for_nor_after_the_next_one_
     assert sum(number is not None for number in late.launched) < 2  # all but one that was brought ahead
 
 
-def copies_of(stream: BlockStream) -> list[int]:
-    """A list that grows by the number of each block that is copied."""
-    copied, copy = [], stream._copy
-    stream._copy = lambda number: (copied.append(number), copy(number))
-    return copied
-
-
 @pytest.mark.parametrize("count", [3, 6, 7])
-def test_a_step_copies_each_block_once_in_each_direction_but_for_those_that_are_there(count):
-    model = model_of()
-    copied = copies_of(streamed(model, count))
+def test_a_step_copies_each_block_once_in_each_direction_and_while_another_one_computes(count):
+    """But for the two that are there: where backward begins, and where the next step does."""
+    model, done = model_of(), []
+    stream = streamed(model, count)
+    copy = stream._copy
+    stream._copy = lambda number: (done.append(("copy", number)), copy(number))
+    for number in range(count):
+        block = model.get_base_model().transformer_blocks[number * NUM_BLOCKS // count]
+        block.img_mod.register_forward_pre_hook(lambda *_, number=number: done.append(("compute", number)))
     loss_of(model, 0).backward()
-    copied.clear()
-    for step in range(3):
-        loss_of(model, step).backward()
-        assert copied == [*range(2, count), *reversed(range(count - 2))]
-        copied.clear()
+    forward, backward = [("compute", 0)], [("compute", count - 1)]
+    for number in range(1, count - 1):
+        forward += [("copy", number + 1), ("compute", number)]
+        backward += [("copy", count - 2 - number), ("compute", count - 1 - number)]
+    step = [*forward, ("compute", count - 1), *backward, ("compute", 0)]
+    assert sum(what == "copy" for what, _ in step) == 2 * (count - 2)
+    for seed in range(3):
+        done.clear()
+        loss_of(model, seed).backward()
+        assert done == step
 
 
 def test_what_is_streamed_is_not_on_the_device_but_for_two_blocks():

@@ -19,7 +19,7 @@ LAYERS = (
     "extraction.preprocess extraction.manifest extraction.reuse extraction.estimate extraction.batching "
     "extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered convert "
     "data.mixture data.collate data.online_latents data.loader training.objective "
-    "training.fsdp training.model training.cost training.metrics training.evaluation "
+    "training.fsdp training.offloading training.model training.cost training.metrics training.evaluation "
     "training.image_grid training.checkpoints training.dcp_reader training.callbacks "
     "training.trainer training.sets training.setup train hub.trained_run "
     "hub.export_formats hub.model_card export hub.sampler sampling extraction.stats "

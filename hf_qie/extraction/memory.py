@@ -58,7 +58,8 @@ class Forecast:
                 f"memory, and {gb(free)} are; {gb(self.activations)} are activations of the {of}: "
                 f"set a smaller extract.{key}"
             )
-        return int((free - UNSEEN_BYTES) / (1 + UNSEEN_SHARE)) - self.vae_weights - self.activations
+        room = int((free - UNSEEN_BYTES) / (1 + UNSEEN_SHARE)) - self.vae_weights - self.activations
+        return max(room, self.encoder_least)  # which rounding may pass by a byte
 
     def __str__(self) -> str:
         parts = {"encoder": (self.encoder_weights, self.encoder_activations)}
@@ -78,9 +79,9 @@ def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -
     prompts = [family.make_prompt(processor, [], [extract.drop_caption])]
     prompts += largest_prompts(*max(good, key=lambda one: num_embeds(one[2])), processor) if good else []
     prompt = max(prompts, key=lambda one: one.num_tokens)
-    encoder = family.encoder_memory(plan.recipe.model, prompts=[prompt] * extract.batch_size, **where)
+    encoder = family.encoder_memory(plan.recipe.model, prompts=[prompt], **where)
     found = {"encoder_weights": encoder.weights, "encoder_least": encoder.least_weights}
-    found |= {"encoder_activations": encoder.activations}
+    found |= {"encoder_activations": extract.batch_size * encoder.activations}  # all tensors grow with the batch
     if extract.latents:
         size = max((largest_image(plan, look) for plan, _, look in good), key=math.prod, default=(32, 32))
         vae = family.vae_memory(plan.recipe.model, size=size, batch_size=extract.vae_batch_size, **where)
@@ -95,8 +96,11 @@ def num_embeds(look: Outlook) -> int:
 
 
 def largest_prompts(plan: Plan, row: Row, look: Outlook, processor: Any) -> list[Prompt]:
-    """The prompts of a row, over blank images of its sizes."""
-    shown = {name: [Image.new("RGB", header.size) for header in some] for name, some in look.headers.items()}
+    """The prompts of a row, over blank images of the sizes that the encoder sees."""
+    sizes = {
+        name: [plan.family.fit(one.size, plan.family.vlm_area_px) for one in of] for name, of in look.headers.items()
+    }
+    shown = {name: [Image.new("RGB", size) for size in some] for name, some in sizes.items()}
     return [
         plan.family.make_prompt(processor, shown[TARGET if prefix else SOURCES], list(texts.values()))
         for prefix, _, texts in plan.ways(row)

@@ -116,9 +116,10 @@ class Official:
     def embeddings(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:
         """Embeddings `[L, D]` of one caption over images of any size."""
         if not sources:
-            return self.text_to_image._get_qwen_prompt_embeds(caption)[0][0]
+            return self.text_to_image._get_qwen_prompt_embeds(caption, device=self.device)[0][0]
         seen = [self.edit.image_processor.resize(one, *self.sides(one, self.family.vlm_area_px)) for one in sources]
-        return self.edit._get_qwen_prompt_embeds(caption, seen[0] if self.family.max_sources == 1 else seen)[0][0]
+        images = seen[0] if self.family.max_sources == 1 else seen
+        return self.edit._get_qwen_prompt_embeds(caption, images, device=self.device)[0][0]
 
     @torch.no_grad()
     def latents(self, image: Image.Image, sides: tuple[int, int]) -> Tensor:

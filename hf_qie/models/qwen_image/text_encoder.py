@@ -143,9 +143,8 @@ def encoder_memory(
     encoder = FakeEncoder(model, revision=revision, dtype=dtype, device=torch.device("cpu"))
     text, visual, weights = encoder.model.language_model, encoder.model.visual, num_bytes(encoder.model)
     least = weights - num_bytes(text.embed_tokens) - num_bytes(text.layers) + num_bytes(text.layers[0])
-    # without gradients every layer leaves one tensor behind, so a layer of each kind has the peak of all
-    text.layers = text.layers[:1]
-    visual.blocks = visual.blocks[: visual.fullatt_block_indexes[0] + 1]
+    # without gradients every layer leaves one tensor behind: one of each kind has the peak of all
+    text.layers, visual.blocks, visual.fullatt_block_indexes = text.layers[:1], visual.blocks[:2], [1]
     return ForwardMemory(weights=weights, least_weights=least, activations=forward_peak(encoder, prompts))
 
 

@@ -52,7 +52,9 @@ class LatentEncoder:
         The mode of the posterior, as the pipelines take it for sources: a stored sample would be one noise for ever.
         """
         batch = torch.stack(list(pixels)).to(self.mean.device, self.mean.dtype)[:, :, None]
-        latents = (self.vae.encode(batch).latent_dist.mode() - self.mean) / self.std
+        # `vae.encode` also keeps the input of every layer for a next frame: 0.8 GB at 1024 x 1024
+        mode, _ = self.vae.quant_conv(self.vae.encoder(batch)).chunk(2, dim=1)
+        latents = (mode - self.mean) / self.std
         return list(pack_latents(latents[:, :, 0]))
 
     @torch.inference_mode()

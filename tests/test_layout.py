@@ -10,8 +10,8 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors plots runtime.rules runtime.yaml_io runtime.files runtime.cli runtime.ranks runtime.device "
-    "runtime.memory_tracker runtime.lock config.training_args config.memory config.recipe config.launch "
-    "runtime.hub_errors models.checkpoint models.lora_files models.base models.qwen_image.prompts "
+    "runtime.ledger runtime.memory_tracker runtime.lock config.training_args config.memory config.recipe "
+    "config.launch runtime.hub_errors models.checkpoint models.lora_files models.base models.qwen_image.prompts "
     "models.qwen_image.text_encoder models.qwen_image.vae models.qwen_image.transformer "
     "models.qwen_image.pipeline models.qwen_image.tiny models.qwen_image.family data.seeding data.schema data.fetch "
     "data.tables data.readers data.samples data.images data.provenance "

@@ -42,12 +42,15 @@ setup(
     ],
     extras_require={
         "heif": ["pillow-heif>=1.0"],  # images as phones save them
+        "quantization": ["torchao>=0.18", "bitsandbytes>=0.50"],  # memory.quantization, and optimizers of 8 bits
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.8",
             "tensorboard>=2.20",  # images and metrics in a tracker are read back from its files
             "hypothesis>=6.140",
             "pillow-heif>=1.0",
+            "torchao>=0.18",
+            "bitsandbytes>=0.50",
             "dashscope>=1.25",  # ships the real Qwen vocabulary: template and drop count are tested against it
         ],
         "quality": ["ruff>=0.14"],

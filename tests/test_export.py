@@ -25,7 +25,8 @@ from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.hub import export_formats as formats
-from hf_qie.hub.trained_run import find_trained, saved_tensors
+from hf_qie.hub.trained_run import find_trained
+from hf_qie.models.checkpoint import saved_tensors
 from hf_qie.training.checkpoints import COMPLETE, mark_complete
 from hf_qie.training.dcp_reader import Restricted, sharded_tensors
 from hf_qie.training.model import LORA_FILE, build_model, load_weights

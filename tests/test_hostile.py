@@ -25,7 +25,8 @@ from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.schema import matrix
 from hf_qie.errors import InputError
 from hf_qie.export import main as export
-from hf_qie.hub.trained_run import find_trained, saved_tensors
+from hf_qie.hub.trained_run import find_trained
+from hf_qie.models.checkpoint import saved_tensors
 from hf_qie.runtime.files import written
 from hf_qie.train import train
 from hf_qie.training.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit

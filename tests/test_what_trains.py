@@ -10,6 +10,7 @@ from accelerate import PartialState
 from diffusers import QwenImageTransformer2DModel, TorchAoConfig
 from embedding_sets import write_recipe
 from safetensors.torch import load_file
+from torchao.quantization import Int8WeightOnlyConfig
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
@@ -116,9 +117,8 @@ def test_compiled_blocks_train_as_they_are(tiny, tmp_path, kind, checkpointing):
 
 def quantised(model: Path, folder: Path) -> Path:
     """The checkpoint with its transformer as diffusers saves it with int8 weights."""
-    quantization = pytest.importorskip("torchao.quantization")
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("transformer"))
-    how = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    how = TorchAoConfig(Int8WeightOnlyConfig(version=2))
     transformer = QwenImageTransformer2DModel.from_pretrained(
         model, subfolder="transformer", quantization_config=how, dtype=torch.bfloat16
     )

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_qie.errors import InputError
-from hf_qie.hub.trained_run import PLAIN, WEIGHTS_FILE, Trained, base_folder, read_adapters, saved_tensors
+from hf_qie.hub.trained_run import Trained, read_adapters
 from hf_qie.models.base import read_family
-from hf_qie.models.checkpoint import read_config
+from hf_qie.models.checkpoint import PLAIN, WEIGHTS_FILE, checkpoint_folder, read_config, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, write_lora
 from hf_qie.training.model import TRANSFORMER_FOLDER
 
@@ -108,7 +108,7 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     others = [name for name in parts if name != TRANSFORMER_FOLDER]
     checked = export_merged(trained, folder / TRANSFORMER_FOLDER, dtype=dtype)
-    base = base_folder(recipe, others)
+    base = checkpoint_folder(recipe.model, others, revision=recipe.revision)
     for part in others:
         shutil.copytree(base / part, folder / part, ignore=_code)
     _write_json(folder / "model_index.json", index)

@@ -4,30 +4,24 @@ Letters: r rank, I width of a layer's input, O of its output.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
-from hf_qie.models.checkpoint import read_config
+from hf_qie.models.checkpoint import Tensors, checkpoint_folder, read_config, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, read_lora
-from hf_qie.runtime.hub_errors import hub_errors
 from hf_qie.training.checkpoints import RECORD, STATE, WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.training.dcp_reader import sharded_tensors
 from hf_qie.training.model import TRANSFORMER_FOLDER
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
-PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # files of a base that are fetched and copied: no code
 WANTED = "expected training.output_dir of a run, or a checkpoint-N in it"
-Tensors = Mapping[str, Callable[[], Tensor]]  # by name, each read when called: a model is never in memory as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +92,8 @@ class Trained:
                 f"--to: the base {self.recipe.model!r} is quantised ({quantised.get('quant_method')}), so nothing can "
                 "be merged into its weights; export --to lora, and load it on that base or on the one it was made from"
             )
-        return saved_tensors(base_folder(self.recipe, [TRANSFORMER_FOLDER]) / TRANSFORMER_FOLDER)
+        base = checkpoint_folder(self.recipe.model, [TRANSFORMER_FOLDER], revision=self.recipe.revision)
+        return saved_tensors(base / TRANSFORMER_FOLDER)
 
 
 def find_trained(path: Path) -> Trained:
@@ -172,30 +167,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return value
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); export another checkpoint") from error
-
-
-def base_folder(recipe: Recipe, parts: list[str]) -> Path:
-    """A folder with these parts of the checkpoint `recipe.model`, on disk or from the Hub (cached)."""
-    if not Path(recipe.model).is_dir():
-        patterns = [f"{part}/*{kind}" for part in parts for kind in PLAIN]
-        with hub_errors(f"model: {recipe.model!r} is not a folder here"):
-            return Path(snapshot_download(recipe.model, revision=recipe.revision, allow_patterns=patterns))
-    if missing := [part for part in parts if not Path(recipe.model, part).is_dir()]:
-        raise InputError(f"model: {recipe.model} has no folder {missing[0]}; it has to be in diffusers layout")
-    return Path(recipe.model)
-
-
-def saved_tensors(folder: Path) -> Tensors:
-    """The tensors of a model that diffusers saved in `folder`; raises InputError if files are missing."""
-    index, names = folder / f"{WEIGHTS_FILE}.index.json", {WEIGHTS_FILE}
-    try:
-        if index.exists():
-            mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = {Path(name).name for name in mapped.values()}  # none outside of the folder
-        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the weights cannot be read ({error}); fetch or write them again") from error
-    return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def read_adapters(path: Path) -> Adapters:

@@ -103,6 +103,8 @@ class Family(ABC):
     latent_width: int  # C
     unsupported: tuple[str, ...]  # flags of a transformer's config that we do not train
     lora_presets: Mapping[str, Sequence[str]]  # ends of names of linear layers, by `trainable.lora.target_modules`
+    unquantized: tuple[str, ...]  # parts of names of layers that stay as they are when a base is quantised
+    modulation: tuple[str, ...]  # the same, of layers that are quantised with the least error
     card_name: str  # in cards
     card_tags: tuple[str, ...]
 

@@ -1,13 +1,21 @@
-"""A checkpoint's configs, from a folder in diffusers layout or from the Hub."""
+"""A checkpoint's configs and weight files, from a folder in diffusers layout or from the Hub."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from hf_qie.errors import InputError
 from hf_qie.runtime.hub_errors import hub_errors
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
+PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # files of a checkpoint that are fetched: no code
+Tensors = Mapping[str, Callable[[], Tensor]]  # by name, each read when called: a model is never in memory as a whole
 
 
 def checkpoint_file(model: str, name: str, *, revision: str | None = None) -> Path:
@@ -31,3 +39,27 @@ def read_config(model: str, name: str, *, revision: str | None = None) -> dict[s
     if not isinstance(config, dict):
         raise InputError(f"model: {path}: expected a mapping, found a {type(config).__name__}")
     return config
+
+
+def checkpoint_folder(model: str, parts: Sequence[str], *, revision: str | None = None) -> Path:
+    """A folder with these parts of the checkpoint `model`, on disk or from the Hub (cached)."""
+    if not Path(model).is_dir():
+        patterns = [f"{part}/*{kind}" for part in parts for kind in PLAIN]
+        with hub_errors(f"model: {model!r} is not a folder here"):
+            return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    if missing := [part for part in parts if not Path(model, part).is_dir()]:
+        raise InputError(f"model: {model} has no folder {missing[0]}; it has to be in diffusers layout")
+    return Path(model)
+
+
+def saved_tensors(folder: Path) -> Tensors:
+    """The tensors of a model that diffusers saved in `folder`; raises InputError if files are missing."""
+    index, names = folder / f"{WEIGHTS_FILE}.index.json", {WEIGHTS_FILE}
+    try:
+        if index.exists():
+            mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {Path(name).name for name in mapped.values()}  # none outside of the folder
+        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the weights cannot be read ({error}); fetch or write them again") from error
+    return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118, it is no dict

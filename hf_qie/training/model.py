@@ -1,5 +1,6 @@
 """The transformer as it trains: all of it, parts of it, or adapters (LoRA) on it; and what of it lies on disk."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,26 @@ from torch import nn
 from hf_qie.config.recipe import Lora, Recipe
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, read_family
-from hf_qie.models.checkpoint import read_config
+from hf_qie.models.checkpoint import checkpoint_folder, read_config, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, UNEVEN, read_lora, write_lora
+from hf_qie.models.quantization import load_quantized
 from hf_qie.training.fsdp import gathered
 
 logger = get_logger(__name__)
 
 TRANSFORMER_FOLDER = "transformer"
+CPU = torch.device("cpu")
 
 
-def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = False) -> nn.Module:
+def build_model(
+    recipe: Recipe, *, mixed_precision: str = "no", empty: bool = False, device: torch.device = CPU
+) -> nn.Module:
     """The transformer of `recipe.model`, on the CPU, with `requires_grad` on what trains.
 
     What trains is float32; what is frozen is bfloat16 where `mixed_precision` is "bf16", as in the pipeline. An
-    `empty` one lies on the meta device: its shapes and what trains, for no memory and in seconds. Raises InputError
-    where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
+    `empty` one lies on the meta device: its shapes and what trains, for no memory and in seconds. A base that the
+    recipe quantises is so on `device`, and stays there; an empty one is not quantised. Raises InputError where the
+    checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora, where = recipe.trainable.lora, {"revision": recipe.revision}
@@ -40,9 +46,16 @@ def build_model(recipe: Recipe, *, mixed_precision: str = "no", empty: bool = Fa
             f"trainable: the transformer of {recipe.model!r} is quantised ({quantised.get('quant_method')}), so its "
             "own weights cannot train; set trainable.lora, or name a checkpoint that is not quantised"
         )
+    kind = recipe.memory.quantization
+    if kind and quantised:
+        message = f"got {kind}, but the transformer of {recipe.model!r} is quantised already; leave it out"
+        raise InputError("memory.quantization", message)
     half = mixed_precision == "bf16"
     dtype = torch.bfloat16 if lora and half else torch.float32
-    model = family.load_transformer(recipe.model, dtype=dtype, empty=empty, **where)
+    model = family.load_transformer(recipe.model, dtype=dtype, empty=empty or kind is not None, **where)
+    if kind and not empty:
+        tensors = saved_tensors(checkpoint_folder(recipe.model, [TRANSFORMER_FOLDER], **where) / TRANSFORMER_FOLDER)
+        load_quantized(model, tensors, kind, family=family, dtype=dtype, device=device)
     unused = family.without_gradient(model)
     if lora:
         model = _add_lora(model, lora, family, empty=empty)
@@ -68,7 +81,9 @@ def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool
     """
     names = lora_targets(transformer, lora.target_modules, family.lora_presets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
-    model = get_peft_model(transformer, config)
+    with warnings.catch_warnings():  # of each quantised layer, that nothing could be merged into it
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
+        model = get_peft_model(transformer, config)
     if lora.init_from is not None and not empty:
         _load_lora(model, lora.init_from, convert=family.convert_lora)
         logger.info("LoRA: started from %s", lora.init_from)

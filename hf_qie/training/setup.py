@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -34,6 +35,7 @@ from hf_qie.data.online_latents import has_latents, load_vae
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import checkpoint_file, read_config
+from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
@@ -227,6 +229,8 @@ def base_commit(recipe: Recipe) -> str | None:
 def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     """The model as it trains; its footprint is logged before it is loaded."""
     precision = arguments.mixed_precision
+    if recipe.memory.quantization:
+        check_packages(recipe.memory.quantization)
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
@@ -237,8 +241,13 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
-    # an empty one has memory of its own: accelerate tells parameters apart by their addresses
-    model = on_paper.to_empty(device="cpu") if empty else build_model(recipe, mixed_precision=precision)
+    if empty:  # with memory of its own: accelerate tells parameters apart by their addresses
+        model = on_paper.to_empty(device="cpu")
+    else:
+        model = build_model(recipe, mixed_precision=precision, device=arguments.device)
+    if recipe.memory.quantization:  # DDP cannot broadcast such weights; every rank has read the same
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if any(map(recipe.training.get, COMPILE)):
         backend = recipe.training.get("torch_compile_backend", "inductor")
         mode = recipe.training.get("torch_compile_mode")

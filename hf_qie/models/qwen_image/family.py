@@ -59,6 +59,8 @@ class QwenImage(Family):
     latent_width: int = 64
     unsupported: tuple[str, ...] = ("use_layer3d_rope", "use_additional_t_cond", "guidance_embeds")
     lora_presets: Mapping[str, Sequence[str]] = field(default_factory=lambda: LORA_PRESETS)
+    unquantized: tuple[str, ...] = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out")
+    modulation: tuple[str, ...] = ("img_mod", "txt_mod")
     card_name: str = "Qwen-Image-Edit"
     card_tags: tuple[str, ...] = ("qwen-image-edit",)
 

@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessor
 
 from hf_qie import check, extract
+from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extraction import run, verify
 from hf_qie.extraction.batching import like_length, shared_passes
-from hf_qie.extraction.memory import Forecast, forecast
+from hf_qie.extraction.memory import Forecast, forecast, forecast_gpu
 from hf_qie.extraction.preprocess import ImageCache, prepare
 from hf_qie.models.base import Prompt, read_family
 from hf_qie.runtime.device import free_bytes
@@ -196,6 +197,14 @@ def test_no_batch_of_the_data_passes_the_forecast(undivided, found, tmp_path):
             peaks.append(measured(lambda encoder=encoder, batch=batch: encoder([one.prompt for one in batch])))
     # rows of a batch are not all as large as the largest
     assert 0.7 * found.encoder_activations < max(peaks) < 1.01 * found.encoder_activations
+
+
+def test_a_gpu_computes_in_bfloat16_unless_the_recipe_says_otherwise(undivided, found):
+    assert forecast_gpu(load_recipe(undivided)) == found  # its extract.dtype is float32
+    of_gpu = forecast_gpu(load_recipe(undivided, ["extract.dtype=auto", "extract.latents=false"]))
+    assert found.encoder_weights == pytest.approx(2 * of_gpu.encoder_weights, rel=0.001)
+    assert of_gpu.vae_weights == of_gpu.vae_activations == 0
+    assert "VAE" in str(found) and "VAE" not in str(of_gpu)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,20 @@ Encoder and VAE share the device and run in turn. What no count of tensors sees,
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Outlook, Row, sample
-from hf_qie.extraction.plan import Plan
-from hf_qie.models.base import Prompt, Size
+from hf_qie.extraction.plan import Plan, make_plan, own_tasks
+from hf_qie.models.base import Prompt, Size, read_family
+from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 
 
@@ -67,6 +71,16 @@ class Forecast:
             parts["VAE"] = self.vae_weights, self.vae_activations
         each = "; ".join(f"{name} {gb(a)} of weights, {gb(b)} of activations" for name, (a, b) in parts.items())
         return f"forecast memory of extraction: {each}; peak {gb(self.peak)}, as both run in turn"
+
+
+def forecast_gpu(recipe: Recipe) -> Forecast:
+    """For all tasks of a recipe that have data, on a GPU; its `auto` dtype is bfloat16. Raises InputError."""
+    family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
+    processor = family.load_processor(recipe.model, revision=recipe.revision)
+    dtype = torch.bfloat16 if recipe.extract.dtype == AUTO else getattr(torch, recipe.extract.dtype)
+    with TemporaryDirectory(prefix="hf_qie-rows-") as folder:
+        plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in tasks.items()}
+        return forecast(plans, processor, dtype=dtype)
 
 
 def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -> Forecast:

@@ -27,29 +27,30 @@ BUFFER_BYTES = 2**30  # of host memory; pinned, torch rounds each up to a power 
 ALIGNMENT_BYTES = 64  # of a weight in it
 
 
-def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers transformer, all alike, in the order in which they compute."""
-    return [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
+def streamed_blocks(transformer: nn.Module, count: int) -> dict[str, nn.Module]:
+    """Which `count` blocks of a diffusers transformer are streamed, by name: evenly spread, in order of computation.
 
-
-def check_streamed(transformer: nn.Module, count: int) -> None:
-    """Raise InputError where there are fewer than `count` blocks; the transformer may be an empty one."""
-    if count > (there := len(repeated_blocks(transformer))):
-        raise InputError(f"memory.stream_blocks: got {count}, expected at most {there}, the blocks of the transformer")
+    The transformer may be an empty one. Raises InputError where it has fewer blocks.
+    """
+    kinds = transformer._repeated_blocks
+    blocks = [(name, module) for name, module in transformer.named_modules() if type(module).__name__ in kinds]
+    if count > len(blocks):
+        message = f"got {count}, expected at most {len(blocks)}, the blocks of the transformer"
+        raise InputError("memory.stream_blocks", message)
+    return dict(blocks[place * len(blocks) // count] for place in range(count))
 
 
 def stream_blocks(model: nn.Module, transformer: nn.Module, count: int, device: torch.device) -> "BlockStream":
-    """Move `model` to `device`, but for the frozen weights of `count` blocks of its `transformer`, evenly spread.
+    """Move `model` to `device`, but for the frozen weights of `count` blocks of its `transformer`.
 
     These stay in CPU memory, pinned if `device` is an accelerator, and are copied to the device ahead of use.
     """
-    blocks = repeated_blocks(transformer)
-    stream = BlockStream([blocks[place * len(blocks) // count] for place in range(count)], device)
+    stream = BlockStream(list(streamed_blocks(transformer, count).values()), device)
     model.to(device)  # what is streamed is no parameter of it any more
     if device.type == "cpu":
         logger.warning("memory.stream_blocks: %d saves nothing, as training runs on the CPU", count)
     gigabytes = sum(home.nbytes for homes in stream.homes for home in homes) / 1e9
-    logger.info("%d of %d blocks are streamed from CPU memory: %.1f GB on each rank", count, len(blocks), gigabytes)
+    logger.info("%d blocks are streamed: %.1f GB in CPU memory, on each rank", count, gigabytes)
     return stream
 
 

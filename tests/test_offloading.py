@@ -195,6 +195,12 @@ def test_what_is_streamed_is_not_on_the_device_but_for_two_blocks():
     assert places == [0, 1, 2, 4, 5]  # evenly spread
 
 
+def test_no_room_in_cpu_memory_is_an_error_by_name(monkeypatch):
+    monkeypatch.setattr(offloading, "BUFFER_BYTES", 2**60)
+    with pytest.raises(InputError, match=r"memory\.stream_blocks: no 1152921504\.6 GB more of CPU memory: .*; stream"):
+        streamed(model_of(), 3)
+
+
 def resident(model: nn.Module, place: int) -> bool:
     weights = [block.img_mod[1].weight for block in model.get_base_model().transformer_blocks]
     return sum(weights[place] is other for other in weights) == 1

@@ -158,10 +158,19 @@ class _HostMemory:
         self.pin, self.room = pin, torch.empty(0, dtype=torch.uint8)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy, with the strides of `tensor`, which covers its memory without gaps."""
+        """A copy, with the strides of `tensor`, which covers its memory without gaps.
+
+        Raises InputError where there is no room for it.
+        """
         size = math.ceil(tensor.nbytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if len(self.room) < size:
-            self.room = torch.empty(max(size, BUFFER_BYTES), dtype=torch.uint8, pin_memory=self.pin)
+            num_bytes = max(size, BUFFER_BYTES)
+            try:
+                self.room = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pin)
+            except RuntimeError as error:  # systems limit pinned memory, some to half of all
+                why = str(error).partition("\n")[0]
+                message = f"no {num_bytes / 1e9:.1f} GB more of {'pinned ' * self.pin}CPU memory: {why}; stream fewer"
+                raise InputError("memory.stream_blocks", message) from error
         piece, self.room = self.room[: tensor.nbytes], self.room[size:]
         return piece.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
@@ -169,7 +178,7 @@ class _HostMemory:
 def checkpoint_on_cpu(device: torch.device) -> Callable[..., Any]:
     """For diffusers' `enable_gradient_checkpointing`: the inputs of a block wait in CPU memory for its recomputation.
 
-    torch copies them, both ways, on the stream that computes, without blocking the host. trl's `OffloadActivations`
+    torch (2.14) copies both ways on the stream that computes, without blocking the host. trl's `OffloadActivations`
     has a stream of its own, but copies back no sooner, keeps up to five inputs on the device for it, synchronises
     with the host after each forward, and cannot be made without an accelerator.
     """

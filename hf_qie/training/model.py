@@ -20,7 +20,7 @@ from hf_qie.models.checkpoint import checkpoint_folder, read_config, saved_tenso
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, UNEVEN, read_lora, write_lora
 from hf_qie.models.quantization import load_quantized
 from hf_qie.training.fsdp import gathered
-from hf_qie.training.offloading import streamed
+from hf_qie.training.offloading import streamed_blocks
 
 logger = get_logger(__name__)
 
@@ -79,7 +79,7 @@ def _load_quantized(
 ) -> None:
     """Fill `transformer` with its checkpoint's weights, quantised on `device`; streamed blocks go to the CPU."""
     folder = checkpoint_folder(recipe.model, [TRANSFORMER_FOLDER], revision=recipe.revision) / TRANSFORMER_FOLDER
-    waiting = tuple(f"{name}." for name in streamed(transformer, recipe.memory.stream_blocks))
+    waiting = tuple(f"{name}." for name in streamed_blocks(transformer, recipe.memory.stream_blocks))
     load_quantized(
         transformer,
         saved_tensors(folder),

@@ -44,7 +44,7 @@ from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
-from hf_qie.training.offloading import check_streamed, stream_blocks
+from hf_qie.training.offloading import stream_blocks, streamed_blocks
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
@@ -239,7 +239,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
-    check_streamed(base_of(on_paper), recipe.memory.stream_blocks)
+    streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
     logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))

@@ -22,11 +22,11 @@ from hf_qie.data.largest import Shape
 from hf_qie.data.loader import TaskRows
 from hf_qie.errors import InputError
 from hf_qie.extraction.stats import largest_shape
+from hf_qie.runtime.ledger import storages
 from hf_qie.training.callbacks import PeakMemory
 from hf_qie.training.cost import blocks_of
 from hf_qie.training.fit import fewest_changes, forecast_recipe, forecast_start, report
 from hf_qie.training.forecast import Run, forecast
-from hf_qie.training.ledger import storages
 from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer, training_arguments
@@ -46,6 +46,19 @@ def middle(tiny, built_once):
         QwenImageTransformer2DModel(**shape).save_pretrained(folder / "transformer")
 
     return built_once("middle", build)
+
+
+@pytest.fixture(scope="module")
+def small(tiny, built_once):
+    """A checkpoint whose transformer has 3 blocks of width 64."""
+
+    def build(folder):
+        shutil.copytree(tiny(), folder)
+        shape = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+        model = QwenImageTransformer2DModel(num_layers=3, joint_attention_dim=96, **shape)
+        model.save_pretrained(folder / "transformer")
+
+    return built_once("small", build)
 
 
 class Measure(TrainerCallback):
@@ -96,7 +109,7 @@ CASES = [
 
 @pytest.mark.parametrize(("size", "trainable", "precision", "training", "memory"), CASES)
 def test_the_forecast_is_what_a_step_takes(tiny, middle, tmp_path, size, trainable, precision, training, memory):
-    model, grids = (tiny(), ((8, 8), (8, 8))) if size == "tiny" else (middle, ((12, 12), (12, 12)))
+    model, grids = (tiny(), ((8, 8), (8, 8))) if size == "tiny" else (middle, ((8, 8), (8, 8)))
     write_set(tmp_path / "sets" / "edit", model, grids=grids)
     training = NO_SAVING | training | {"per_device_train_batch_size": 1, "bf16": precision == "bf16"}
     sections = {"training": training, "trainable": trainable, "memory": memory, "mix": {"same_shape": 1}}
@@ -145,12 +158,13 @@ def test_a_streamed_block_leaves_the_device_but_for_two_slots(tmp_path):
     assert streamed.host - resident.host == 40 * block_bytes
 
 
-def test_ddp_adds_its_buckets_and_eight_bits_replace_two_floats(tmp_path):
-    run = released_run(tmp_path, trainable=LORA, training=CHECKPOINTED | EIGHT_BIT)
+def test_ddp_adds_its_buckets_and_eight_bits_replace_two_floats(tmp_path, small):
+    training = CHECKPOINTED | EIGHT_BIT | {"gradient_accumulation_steps": 2}
+    recipe = load_recipe(write_recipe(tmp_path, small, trainable=LORA, training=training))
+    run = Run(recipe=recipe, shape=Shape(grids=SMALL, num_tokens=9))
     alone, together = forecast(run), forecast(replace(run, num_ranks=2))
-    trained = alone.gradients / 4
     assert together.gradients == 2 * alone.gradients
-    assert alone.optimizer == 2 * trained
+    assert alone.optimizer == 2 * alone.gradients / 4
 
 
 def test_blocks_that_differ_are_run_one_by_one_and_give_the_same(tmp_path, middle):
@@ -164,19 +178,6 @@ def test_blocks_that_differ_are_run_one_by_one_and_give_the_same(tmp_path, middl
 
 
 # --- what fits -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small(tiny, built_once):
-    """A checkpoint whose transformer has 4 blocks of width 64."""
-
-    def build(folder):
-        shutil.copytree(tiny(), folder)
-        shape = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-        model = QwenImageTransformer2DModel(num_layers=4, joint_attention_dim=96, **shape)
-        model.save_pretrained(folder / "transformer")
-
-    return built_once("small", build)
 
 
 def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, small):
@@ -203,7 +204,7 @@ def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, sm
     assert changes(needed(checkpointed)) == (checkpointed,)
     assert changes(needed(checkpointed) - 1) == alone  # of fewer rows the most that fit
     assert changes(needed(*alone) - 1) == both  # no single change is enough
-    eight_bit, nf4, streamed = EIGHT_BIT["optim"], "memory.quantization=nf4", "memory.stream_blocks=4"
+    eight_bit, nf4, streamed = EIGHT_BIT["optim"], "memory.quantization=nf4", "memory.stream_blocks=3"
     everything = (
         checkpointed,
         *alone,

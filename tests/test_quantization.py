@@ -250,6 +250,21 @@ def test_compiled_blocks_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
         torch.testing.assert_close(compiled[name], plain[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_streamed_are_quantised_and_change_nothing(tiny, tmp_path, kind):
+    training = {"activation_checkpointing": True, "max_steps": 3}
+    path = write_recipe(tmp_path, tiny("learner"), trainable=LORA, training=training, memory={"quantization": kind})
+    plain = trained(trainer_of(path))
+    elsewhere = ["memory.stream_blocks=3", "memory.offload_activations=true", f"training.output_dir={tmp_path}/other"]
+    trainer = trainer_of(path, *elsewhere)
+    blocks = base_of(trainer.model).transformer_blocks
+    weights = [block.img_mlp.net[2].base_layer.weight for block in blocks]
+    assert {type(weight).__name__ for weight in weights} == {CLASSES[kind]}
+    assert len(set(map(id, weights))) == 3, "two slots, and the block that is not streamed"
+    streamed = trained(trainer)
+    assert all(torch.equal(value, streamed[name]) for name, value in plain.items())
+
+
 @pytest.mark.two_rank
 def test_two_ranks_train_what_one_does(tiny, tmp_path):
     path = write_recipe(tmp_path, tiny(), trainable=LORA, training={"adam_epsilon": 1e-3})

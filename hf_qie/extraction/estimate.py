@@ -125,12 +125,19 @@ def _outlook(
     )
 
 
-def estimate_bytes(plan: Plan, processor: Any) -> int:
-    """Bytes that the set of `plan` will take, from rows spread evenly over its data."""
+def sample(plan: Plan, processor: Any) -> list[tuple[Row, Outlook | BadRow]]:
+    """Rows spread evenly over the data, and what each becomes."""
     table = plan.rows.table
-    sample = np.linspace(0, len(table) - 1, min(SAMPLE_ROWS, len(table))).round().astype(int)
-    looks = outlooks([table[int(row)] for row in sample], plan, processor, fetch=False)
-    return round(len(table) * np.mean([look.num_bytes if isinstance(look, Outlook) else 0 for look in looks]))
+    numbers = np.linspace(0, len(table) - 1, min(SAMPLE_ROWS, len(table))).round().astype(int)
+    rows = [table[int(number)] for number in numbers]
+    return list(zip(rows, outlooks(rows, plan, processor, fetch=False), strict=True))
+
+
+def estimate_bytes(plan: Plan, processor: Any) -> int:
+    """Bytes that the set of `plan` will take, by a sample of its rows."""
+    looks = [look for _, look in sample(plan, processor)]
+    mean = np.mean([look.num_bytes if isinstance(look, Outlook) else 0 for look in looks])
+    return round(len(plan.rows.table) * mean)
 
 
 def check_space(num_bytes: Mapping[str, int], plans: Mapping[str, Plan]) -> str:

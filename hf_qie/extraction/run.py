@@ -5,10 +5,12 @@ finishes the set.
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
@@ -28,12 +30,13 @@ from hf_qie.data.samples import most_bad, open_rows
 from hf_qie.extraction.chunk_writer import ChunkWriter, Models
 from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
+from hf_qie.extraction.memory import Forecast, forecast
 from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
 from hf_qie.extraction.reuse import find_reuse
 from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
 from hf_qie.runtime.cli import logged_from_any_rank
-from hf_qie.runtime.device import compute_dtype, own_device
+from hf_qie.runtime.device import compute_dtype, free_bytes, own_device
 from hf_qie.runtime.files import move_durably
 from hf_qie.runtime.lock import in_turn
 from hf_qie.runtime.ranks import from_rank_0, rank
@@ -55,10 +58,12 @@ def extract(recipe: Recipe) -> tuple[int, bool]:
     datasets.disable_progress_bars()
     family, tasks, device = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe), own_device()
     opened = from_rank_0(lambda: open_sets(recipe, tasks, family, device))
-    load = cache(lambda dtype: load_models(recipe, family, dtype=getattr(torch, dtype), device=device))
+    memory = next((Forecast(**known["memory"]) for known in opened.values() if "memory" in known), None)
+    load = cache(lambda dtype: load_models(recipe, family, dtype=getattr(torch, dtype), device=device, memory=memory))
     is_last = rank() == 0 and not opened
     for name, known in opened.items():
-        if plan := open_plan(recipe, tasks[name], family, **known):
+        request, has_inverse = known["request"], known["has_inverse"]
+        if plan := open_plan(recipe, tasks[name], family, request=request, has_inverse=has_inverse):
             is_last = write_set(SetWriter(plan, known["request"]), load, device) or is_last
     return exit_code(recipe), is_last
 
@@ -88,7 +93,19 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
                 part = table.with_name(f"rows-{uuid4().hex}.part")
                 move_durably(Path(shutil.copyfile(folder / f"{name}.arrow", part)), table)
             opened[name] = {"request": writer.request, "has_inverse": plan.rows.has_inverse}
+        if opened and free_bytes(device) is not None:
+            memory = forecast_memory({name: plans[name] for name in opened}, dtype=dtype)
+            opened = {name: known | {"memory": memory} for name, known in opened.items()}
     return opened
+
+
+def forecast_memory(plans: Mapping[str, Plan], *, dtype: torch.dtype) -> dict[str, int]:
+    """The forecast for a device, as JSON holds it."""
+    first = next(iter(plans.values()))
+    processor = first.family.load_processor(first.recipe.model, revision=first.recipe.revision)
+    found = forecast(plans, processor, dtype=dtype)
+    logger.info("%s", found)
+    return asdict(found)
 
 
 def open_plan(
@@ -112,12 +129,19 @@ def check_disk(plans: Mapping[str, Plan]) -> None:
     logger.info(check_space({name: estimate_bytes(plan, processor) for name, plan in plans.items()}, plans))
 
 
-def load_models(recipe: Recipe, family: Family, *, dtype: torch.dtype, device: torch.device) -> Models:
-    """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device."""
+def load_models(
+    recipe: Recipe, family: Family, *, dtype: torch.dtype, device: torch.device, memory: Forecast | None = None
+) -> Models:
+    """Processor, prompt encoder and, where latents are stored, VAE of the checkpoint, on this rank's device.
+
+    By the forecast `memory` as much of the encoder lies there as fits; raises InputError where too little would.
+    """
     where = {"revision": recipe.revision, "dtype": dtype, "device": device}
+    free = free_bytes(device)
+    room = memory.room(free, device) if memory and free is not None else math.inf
     return Models(
         processor=family.load_processor(recipe.model, revision=recipe.revision),
-        encoder=family.load_encoder(recipe.model, **where),
+        encoder=family.load_encoder(recipe.model, room_bytes=room, **where),
         latents=family.load_vae(recipe.model, **where) if recipe.extract.latents else None,
     )
 

@@ -17,10 +17,11 @@ from hf_qie.data.samples import BadRow, refuse_bad
 from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
+from hf_qie.extraction.memory import forecast
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.preprocess import ImageCache
 from hf_qie.extraction.stats import aligned
-from hf_qie.runtime.device import computes_bfloat16, own_device
+from hf_qie.runtime.device import computes_bfloat16, free_bytes, own_device
 from hf_qie.runtime.files import check_digests
 
 
@@ -54,7 +55,14 @@ def verify_sets(plans: Mapping[str, Plan], *, num_rows: int) -> Iterator[tuple[s
     finished = [name for name, plan in plans.items() if (plan.folder / PROVENANCE).is_file()]
     if not finished:
         raise InputError(f"{first.extract.output_dir}: no finished embedding set; run hf_qie/extract.py first")
-    load = functools.cache(lambda dtype: family.load_official(model, revision=revision, dtype=dtype, device=device))
+    free = free_bytes(device)
+
+    @functools.cache
+    def load(dtype: torch.dtype) -> Any:
+        processor = family.load_processor(model, revision=revision)
+        offload = free is not None and not forecast(plans, processor, dtype=dtype).fits(free)
+        return family.load_official(model, revision=revision, dtype=dtype, device=device, offload=offload)
+
     checkpoint = checkpoint_compat(model, revision=revision, family=family)
     for name in finished:
         provenance = read_provenance(plans[name].folder)

@@ -81,6 +81,15 @@ class PromptEmbeddings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForwardMemory:
+    """Bytes that a model takes on its device when it runs without gradients."""
+
+    weights: int
+    least_weights: int  # of them, with all that can wait in CPU memory there
+    activations: int  # at the peak of a pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family(ABC):
     """One generation of models: its facts, and what its pipeline does to prompts, images and latents."""
 
@@ -136,13 +145,21 @@ class Family(ABC):
         return size[1] // self.pixels_per_token, size[0] // self.pixels_per_token
 
     @abstractmethod
-    def load_vae(
-        self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, empty: bool = False
-    ) -> Any:
-        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`.
+    def load_vae(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`."""
 
-        `.pixels(latents, grid)` decodes too, to what the image has. An `empty` one, on the CPU, has random weights.
-        """
+    @abstractmethod
+    def vae_memory(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        size: Size,
+        batch_size: int,
+        decodes: bool = False,
+    ) -> ForwardMemory:
+        """What encoding `batch_size` images of `size`, which may be 0, or decoding one takes, by the VAE's config."""
 
     # --- prompts ---
 
@@ -169,8 +186,25 @@ class Family(ABC):
         """D, by the config of the encoder."""
 
     @abstractmethod
-    def load_encoder(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-        """Callable: prompts -> their PromptEmbeddings; `.width` is D, `.device` where it lies."""
+    def load_encoder(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        room_bytes: float = math.inf,
+    ) -> Any:
+        """Callable: prompts -> their PromptEmbeddings; `.width` is D, `.device` where it lies.
+
+        Of its weights at most `room_bytes` are on the device, and at least `encoder_memory(...).least_weights`.
+        """
+
+    @abstractmethod
+    def encoder_memory(
+        self, model: str, *, revision: str | None, dtype: torch.dtype, prompts: Sequence[Prompt]
+    ) -> ForwardMemory:
+        """What a pass over `prompts` takes, by the config of the encoder."""
 
     # --- the transformer ---
 
@@ -223,8 +257,13 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def load_official(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-        """With no code of ours: `.embeddings(caption, sources)`, `.sides(image, area_px)`, `.latents`, `.grid`."""
+    def load_official(
+        self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device, offload: bool = False
+    ) -> Any:
+        """With no code of ours: `.embeddings(caption, sources)`, `.sides(image, area_px)`, `.latents`, `.grid`.
+
+        With `offload` the encoder's weights are in CPU memory and copied in for each pass.
+        """
 
     # --- what a set depends on ---
 

@@ -26,6 +26,12 @@ def own_device() -> torch.device:
     return torch.device(accelerator.type, index)
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What is free in the memory of `device`; None where it has none of its own, as a CPU."""
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return tell(device)[0] if tell else None
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether `device` has units for bfloat16; one without emulates it."""
     if device.type == "cpu":

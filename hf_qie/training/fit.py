@@ -18,8 +18,9 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.largest import Shape, largest_in
 from hf_qie.data.online_latents import has_latents
 from hf_qie.errors import InputError
+from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 from hf_qie.training.cost import blocks_of
-from hf_qie.training.forecast import MARGIN_BYTES, MARGIN_SHARE, Forecast, Run, forecast, streamed
+from hf_qie.training.forecast import Forecast, Run, forecast, streamed
 from hf_qie.training.model import build_model
 
 logger = get_logger(__name__)
@@ -30,7 +31,7 @@ GIB, SHOWN = 2**30, 0.98
 EIGHT_BIT = "adamw_bnb_8bit"
 STREAM = ("memory.stream_blocks",)  # its value is the smallest that fits
 
-UNSEEN = f"with {MARGIN_SHARE:.0%} and {MARGIN_BYTES / 1e9:g} GB for kernels' workspaces, fragmentation, CUDA and NCCL"
+UNSEEN = f"with {UNSEEN_SHARE:.0%} and {UNSEEN_BYTES / 1e9:g} GB for kernels' workspaces, fragmentation, CUDA and NCCL"
 
 Overrides = tuple[str, ...]
 
@@ -58,7 +59,7 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
         try:
             found = needs(overrides)
             if STREAM in chosen:
-                over = math.ceil((found.needed - limit) / (1 + MARGIN_SHARE) / found.block)
+                over = math.ceil((found.needed - limit) / (1 + UNSEEN_SHARE) / found.block)
                 count = min(max(NUM_SLOTS + over, NUM_SLOTS + 1), num_blocks)
                 overrides, found = (*overrides, f"{STREAM[0]}={count}"), streamed(found, count)
                 change(overrides)

@@ -27,11 +27,12 @@ from transformers.optimization import Adafactor
 from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.largest import Shape
-from hf_qie.models.base import Family, read_family
+from hf_qie.models.base import Family, ForwardMemory, read_family
 from hf_qie.runtime.device import AUTO
+from hf_qie.runtime.ledger import ACTIVATIONS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, Ledger, on_device
+from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 from hf_qie.training.cost import STATE_BYTES, blocks_of
 from hf_qie.training.fsdp import BF16_POLICY
-from hf_qie.training.ledger import ACTIVATIONS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, Ledger, on_device
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
 from hf_qie.training.stand_ins import checkpointed_elsewhere, num_bytes, quantize_fake
@@ -46,8 +47,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 FOREACH = ("adamw_torch", "sgd")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What the forecast does not see, by its own measure: of the peak, and bytes
-MARGIN_SHARE, MARGIN_BYTES = 0.03, 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Forecast:
     @property
     def needed(self) -> float:
         """The peak, and a margin for what is not seen."""
-        return (1 + MARGIN_SHARE) * self.peak + MARGIN_BYTES
+        return (1 + UNSEEN_SHARE) * self.peak + UNSEEN_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +101,14 @@ def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
         model = build_model(run.recipe, mixed_precision=run.precision, empty=True)
     owner, name, blocks, alike = blocks_of(model)
     fewest = 4 if run.fsdp else 3  # a first, a last and inner ones: of two that are sharded one is gathered ahead
+    vae = _vae(run)
     with _fake_ranks(run) as mesh:
         if not alike or len(blocks) <= fewest + 1:
-            return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh))
+            return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh, vae))
         few = []
         for kept in (fewest, fewest + 1):
             setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
-            few.append(_step(run, copy.deepcopy(model), mesh))
+            few.append(_step(run, copy.deepcopy(model), mesh, vae))
         setattr(owner, name, blocks)
     (fewer, block), (more, _) = few
     return _elsewhere(run, _drawn_out(fewer, more, len(blocks) - fewest), block)
@@ -153,7 +153,7 @@ def _fake_ranks(run: Run) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _step(run: Run, model: nn.Module, mesh: Any) -> tuple[dict[Any, Counter], int]:
+def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> tuple[dict[Any, Counter], int]:
     """Bytes by category at the peak of each part of a step, and of a block's frozen weights.
 
     `model` comes from the meta device.
@@ -171,7 +171,11 @@ def _step(run: Run, model: nn.Module, mesh: Any) -> tuple[dict[Any, Counter], in
         _follow_parts(model, ledger)
         objective = Objective(run.recipe, global_batch_size=run.shape.rows)
         ledger.peaks.clear()
-        vae = _vae(run, ledger)  # noqa: F841 - on the device all the while
+        if vae:
+            ledger.add(WEIGHTS, vae.weights)
+            ledger.start("VAE")
+            ledger.add(ACTIVATIONS, vae.activations)
+            ledger.add(ACTIVATIONS, -vae.activations)
         ledger.start("forward")
         loss = objective.of_draws(model, _batch(run, model)).mean()
         ledger.start("backward")
@@ -233,24 +237,21 @@ def _wrap(run: Run, model: nn.Module, ledger: Ledger) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def _vae(run: Run, ledger: Ledger) -> Any:
-    """The VAE, where training has one, after it has encoded a batch, or decoded an image as between two steps."""
-    if not (run.encodes or run.recipe.sampling.every):
+def _vae(run: Run) -> ForwardMemory | None:
+    """What the VAE takes, where training has one: to encode a batch, or to decode an image between two steps."""
+    extract, decodes = run.recipe.extract, bool(run.recipe.sampling.every)
+    if not (run.encodes or decodes):
         return None
     auto = "bfloat16" if run.device == "cuda" else "float32"  # as compute_dtype has it on a device that is there
-    dtype = getattr(torch, auto if run.recipe.extract.dtype == AUTO else run.recipe.extract.dtype)
-    where = {"revision": run.recipe.revision, "dtype": dtype, "device": torch.device("cpu")}
-    with ledger.making(WEIGHTS):
-        vae = run.family.load_vae(run.recipe.model, **where, empty=True)
-    height, width = max(run.shape.grids, key=math.prod)
-    side = run.family.pixels_per_token
-    ledger.start("VAE")
-    if run.encodes:
-        images = min(run.shape.rows, run.recipe.extract.vae_batch_size)
-        vae(list(torch.empty(images, 3, side * height, side * width)))
-    if run.recipe.sampling.every:
-        vae.pixels(torch.empty(height * width, run.family.latent_width), (height, width))
-    return vae
+    height, width = (run.family.pixels_per_token * side for side in max(run.shape.grids, key=math.prod))
+    return run.family.vae_memory(
+        run.recipe.model,
+        revision=run.recipe.revision,
+        dtype=getattr(torch, auto if extract.dtype == AUTO else extract.dtype),
+        size=(width, height),
+        batch_size=min(run.shape.rows, extract.vae_batch_size) if run.encodes else 0,
+        decodes=decodes,
+    )
 
 
 def _batch(run: Run, model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hf_qie.models.checkpoint import checkpoint_folder, read_config, saved_tenso
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, UNEVEN, read_lora, write_lora
 from hf_qie.models.quantization import load_quantized
 from hf_qie.training.fsdp import gathered
+from hf_qie.training.offloading import streamed_blocks
 
 logger = get_logger(__name__)
 
@@ -34,8 +35,8 @@ def build_model(
 
     What trains is float32; what is frozen is bfloat16 where `mixed_precision` is "bf16", as in the pipeline. An
     `empty` one lies on the meta device: its shapes and what trains, for no memory and in seconds. A base that the
-    recipe quantises is so on `device`, and stays there; an empty one is not quantised. Raises InputError where the
-    checkpoint does not load or a name of `recipe.trainable` matches nothing.
+    recipe quantises is so on `device`, and stays there, but for streamed blocks; an empty one is not quantised. Raises
+    InputError where the checkpoint does not load or a name of `recipe.trainable` matches nothing.
     """
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora, where = recipe.trainable.lora, {"revision": recipe.revision}
@@ -54,8 +55,7 @@ def build_model(
     dtype = torch.bfloat16 if lora and half else torch.float32
     model = family.load_transformer(recipe.model, dtype=dtype, empty=empty or kind is not None, **where)
     if kind and not empty:
-        tensors = saved_tensors(checkpoint_folder(recipe.model, [TRANSFORMER_FOLDER], **where) / TRANSFORMER_FOLDER)
-        load_quantized(model, tensors, kind, family=family, dtype=dtype, device=device)
+        _load_quantized(model, recipe, family=family, dtype=dtype, device=device)
     unused = family.without_gradient(model)
     if lora:
         model = _add_lora(model, lora, family, empty=empty)
@@ -72,6 +72,23 @@ def build_model(
         raise InputError(f"trainable: nothing trains; what {recipe.model!r} has by those names gets no gradient")
     low_lr_parameters(model, recipe.trainable.low_lr_modules)  # a name that matches nothing shows before all else
     return model
+
+
+def _load_quantized(
+    transformer: nn.Module, recipe: Recipe, *, family: Family, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill `transformer` with its checkpoint's weights, quantised on `device`; streamed blocks go to the CPU."""
+    folder = checkpoint_folder(recipe.model, [TRANSFORMER_FOLDER], revision=recipe.revision) / TRANSFORMER_FOLDER
+    waiting = tuple(f"{name}." for name in streamed_blocks(transformer, recipe.memory.stream_blocks))
+    load_quantized(
+        transformer,
+        saved_tensors(folder),
+        recipe.memory.quantization,
+        family=family,
+        dtype=dtype,
+        device=device,
+        place=lambda name: CPU if name.startswith(waiting) else device,
+    )
 
 
 def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool) -> PeftModel:

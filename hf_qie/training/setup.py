@@ -45,6 +45,7 @@ from hf_qie.training.fit import forecast_start
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model
+from hf_qie.training.offloading import stream_blocks, streamed_blocks
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
@@ -231,7 +232,10 @@ def base_commit(recipe: Recipe) -> str | None:
 
 
 def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
-    """The model as it trains; its footprint is logged before it is loaded."""
+    """The model as it trains, on the CPU, or, where blocks are streamed, with all else on its device.
+
+    Its footprint is logged before it is loaded.
+    """
     precision = arguments.mixed_precision
     if recipe.memory.quantization:
         check_packages(recipe.memory.quantization)
@@ -239,6 +243,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
+    streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
     logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
@@ -252,6 +257,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     if recipe.memory.quantization:  # DDP cannot broadcast such weights; every rank has read the same
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    if recipe.memory.stream_blocks:
+        stream_blocks(model, base_of(model), recipe.memory.stream_blocks, arguments.device)
     if any(map(recipe.training.get, COMPILE)):
         backend = recipe.training.get("torch_compile_backend", "inductor")
         mode = recipe.training.get("torch_compile_mode")

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_qie.models.base import Family
 from hf_qie.models.quantization import kind_of, quantized
-from hf_qie.training.ledger import Ledger, storages
+from hf_qie.runtime.ledger import Ledger, storages
 
 
 def checkpointed_elsewhere(ledger: Ledger, category: str, block: nn.Module, *inputs: Any) -> Any:

@@ -29,6 +29,7 @@ from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
 from hf_qie.training.objective import Objective
+from hf_qie.training.offloading import checkpoint_on_cpu
 
 logger = get_logger(__name__)
 
@@ -83,7 +84,8 @@ class EditTrainer(Trainer):
         """
         assert args.max_steps > 0, "the mixture plan has a fixed length"
         if args.activation_checkpointing:
-            base_of(model).enable_gradient_checkpointing()  # diffusers' name; its models lack Trainer's
+            on_cpu = checkpoint_on_cpu(args.device) if recipe.memory.offload_activations else None
+            base_of(model).enable_gradient_checkpointing(on_cpu)  # diffusers' name; its models lack Trainer's
             args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)

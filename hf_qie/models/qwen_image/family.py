@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, Size
 from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
 from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
-from hf_qie.models.qwen_image.text_encoder import Encoder
+from hf_qie.models.qwen_image.text_encoder import Encoder, encoder_memory
 from hf_qie.models.qwen_image.tiny import save_tiny
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
@@ -21,7 +21,7 @@ from hf_qie.models.qwen_image.transformer import (
     shift_mu,
     without_gradient,
 )
-from hf_qie.models.qwen_image.vae import LatentEncoder
+from hf_qie.models.qwen_image.vae import LatentEncoder, vae_memory
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
@@ -70,6 +70,8 @@ class QwenImage(Family):
     generate = generate
     save_tiny = save_tiny
     load_transformer = staticmethod(load_transformer)
+    vae_memory = staticmethod(vae_memory)
+    encoder_memory = staticmethod(encoder_memory)
     without_gradient = staticmethod(without_gradient)
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)

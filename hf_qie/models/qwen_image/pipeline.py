@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import cpu_offload
 from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -84,31 +85,47 @@ def sources_at(area_px: int) -> Iterator[None]:
 class Official:
     """The checkpoint's own pipeline, without its transformer."""
 
-    def __init__(self, family: Family, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        family: Family,
+        model: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: bool = False,
+    ):
         loaded = getattr(diffusers, family.pipeline).from_pretrained(
             model, revision=revision, transformer=None, dtype=dtype, use_safetensors=True
         )
-        parts = {name: getattr(loaded.to(device), name) for name in PARTS}
+        self.device = device
+        if offload:
+            cpu_offload(loaded.text_encoder, execution_device=device)
+            loaded.vae.to(device)
+        else:
+            loaded.to(device)
+        parts = {name: getattr(loaded, name) for name in PARTS}
         self.family, self.text_to_image = family, QwenImagePipeline(**parts)
         if family.max_sources == 0:  # a text-to-image checkpoint has no pipeline that encodes images, but the same VAE
             self.edit = QwenImageEditPlusPipeline(**parts, processor=None)
         else:
             self.edit = loaded
-            hand_token_types_through(loaded)
+            hand_token_types_through(loaded, device)
 
     @torch.no_grad()
     def embeddings(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:
         """Embeddings `[L, D]` of one caption over images of any size."""
         if not sources:
-            return self.text_to_image._get_qwen_prompt_embeds(caption)[0][0]
+            return self.text_to_image._get_qwen_prompt_embeds(caption, device=self.device)[0][0]
         seen = [self.edit.image_processor.resize(one, *self.sides(one, self.family.vlm_area_px)) for one in sources]
-        return self.edit._get_qwen_prompt_embeds(caption, seen[0] if self.family.max_sources == 1 else seen)[0][0]
+        images = seen[0] if self.family.max_sources == 1 else seen
+        return self.edit._get_qwen_prompt_embeds(caption, images, device=self.device)[0][0]
 
     @torch.no_grad()
     def latents(self, image: Image.Image, sides: tuple[int, int]) -> Tensor:
         """Packed latents `[S, C]` of an image of any size, seen at `sides`, height and width in pixels."""
         pixels = self.edit.image_processor.preprocess(image, *sides)[:, :, None]
-        latents = self.edit._encode_vae_image(pixels.to(self.edit.device, self.edit.vae.dtype), generator=None)
+        latents = self.edit._encode_vae_image(pixels.to(self.device, self.edit.vae.dtype), generator=None)
         return self.edit._pack_latents(latents[:, :, 0], *latents[:, :, 0].shape)[0]
 
     def sides(self, image: Image.Image, area_px: int) -> tuple[int, int]:
@@ -121,7 +138,7 @@ class Official:
         return torch.tensor(sides) // (2 * self.edit.vae_scale_factor)
 
 
-def hand_token_types_through(pipeline: Any) -> None:
+def hand_token_types_through(pipeline: Any, device: torch.device) -> None:
     """Hand the processor's `mm_token_type_ids` to the encoder: diffusers 0.42 loses them, and with them 3-D positions.
 
     https://github.com/huggingface/diffusers/issues/14194
@@ -130,7 +147,7 @@ def hand_token_types_through(pipeline: Any) -> None:
 
     def process(*args: Any, **kwargs: Any) -> Any:
         outputs = processor(*args, **kwargs)
-        types["mm_token_type_ids"] = outputs["mm_token_type_ids"].to(pipeline.device)
+        types["mm_token_type_ids"] = outputs["mm_token_type_ids"].to(device)
         return outputs
 
     pipeline.processor = process

@@ -3,19 +3,44 @@
 Letters: P prompts of a batch, L tokens of the longest, D width of the encoder.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
-from hf_qie.models.base import Prompt, PromptEmbeddings
+from hf_qie.models.base import ForwardMemory, Prompt, PromptEmbeddings
+from hf_qie.runtime.memory_tracker import fake, forward_peak, num_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder:
     """The base model without its language head: the head's logits would be the larger part of the arithmetic."""
 
-    def __init__(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        room_bytes: float = math.inf,
+    ):
+        """With at most `room_bytes` of weights on `device`; layers beyond it wait in CPU memory, numbers are the same.
+
+        The least is `encoder_memory(...).least_weights`.
+        """
+        self.model = self.load(model, revision=revision, dtype=dtype)
+        self.width: int = self.model.config.text_config.hidden_size
+        self.place(device, room_bytes)
+        self.device = self.model.visual.device  # with its index, which a process that runs alone does not name
+
+    def load(self, model: str, *, revision: str | None, dtype: torch.dtype) -> Qwen2_5_VLModel:
+        """The weights of the checkpoint, on the CPU."""
         full = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             model,
             subfolder="text_encoder",
@@ -24,9 +49,33 @@ class Encoder:
             attn_implementation="sdpa",
             use_safetensors=True,
         )
-        self.model = full.model.to(device).eval().requires_grad_(False)
-        self.width: int = full.config.text_config.hidden_size
-        self.device = self.model.device  # with its index, which a process that runs alone does not name
+        return full.model.eval().requires_grad_(False)
+
+    def place(self, device: torch.device, room_bytes: float) -> None:
+        """Put the weights on `device`; of those beyond `room_bytes` the token embeddings and the last layers stay.
+
+        Embeddings are then looked up on the CPU. accelerate's hooks copy the layers in, matrix by matrix, for each
+        pass; encoder and VAE in turn would not do, as the encoder alone is nearly as large as a 16 GB card.
+        """
+        base, text = self.model, self.model.language_model
+        if num_bytes(base) <= room_bytes:
+            base.to(device)
+            return
+        table, layers = text.embed_tokens, text.layers
+        fixed, layer = num_bytes(base) - num_bytes(table) - num_bytes(layers), num_bytes(layers[0])
+        num_here = min(int((room_bytes - fixed) / layer) - 1, len(layers))  # less one for the copies
+        assert num_here >= 0, "refused before anything was loaded"
+        others = [part for part in (*base.children(), *text.children()) if part not in (text, table, layers)]
+        for part in (*others, *layers[:num_here]):
+            part.to(device)
+        for part in layers[num_here:]:
+            cpu_offload(part, execution_device=device)
+        logger.info(
+            "encoder: %d of %d layers on %s, %d in CPU memory, copied in for each batch; with the token embeddings, "
+            "which are looked up there, %.1f GB of CPU memory",
+            *(num_here, len(layers), device, len(layers) - num_here),
+            (num_bytes(table) + (len(layers) - num_here) * layer) / 1e9,
+        )
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> list[PromptEmbeddings]:
@@ -50,7 +99,8 @@ class Encoder:
 
     def embed(self, prompts: Sequence[Prompt], ids: Tensor) -> Tensor:
         """Token embeddings `[P, L, D]` with the images' features in their places; each image is seen once."""
-        embeds = self.model.get_input_embeddings()(ids)
+        table = self.model.get_input_embeddings()
+        embeds = table(ids.to(table.weight.device)).to(ids.device)
         seen = [prompt.vision for prompt in prompts if prompt.vision]
         if not seen:
             return embeds
@@ -71,6 +121,31 @@ class Encoder:
         first = int(start.max()) + 1 if prompt.shared else 0
         rest = [torch.arange(len(tokens)).expand(3, -1) + first for tokens in prompt.branches]
         return torch.cat([start[:, 0], *rest], dim=1)
+
+
+class FakeEncoder(Encoder):
+    """Of the checkpoint's config, with fake weights."""
+
+    def load(self, model: str, *, revision: str | None, dtype: torch.dtype) -> Qwen2_5_VLModel:
+        """See `Encoder`."""
+        config = Qwen2_5_VLConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
+        with torch.device("meta"):
+            return fake(Qwen2_5_VLModel._from_config(config, dtype=dtype, attn_implementation="sdpa"))
+
+    def place(self, device: torch.device, room_bytes: float) -> None:
+        """They stay fake."""
+
+
+def encoder_memory(
+    model: str, *, revision: str | None, dtype: torch.dtype, prompts: Sequence[Prompt]
+) -> ForwardMemory:
+    """What a pass over `prompts` takes on its device; no weight is read."""
+    encoder = FakeEncoder(model, revision=revision, dtype=dtype, device=torch.device("cpu"))
+    text, visual, weights = encoder.model.language_model, encoder.model.visual, num_bytes(encoder.model)
+    least = weights - num_bytes(text.embed_tokens) - num_bytes(text.layers) + num_bytes(text.layers[0])
+    # without gradients every layer leaves one tensor behind: one of each kind has the peak of all
+    text.layers, visual.blocks, visual.fullatt_block_indexes = text.layers[:1], visual.blocks[:2], [1]
+    return ForwardMemory(weights=weights, least_weights=least, activations=forward_peak(encoder, prompts))
 
 
 def pack(prompt: Prompt) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,9 @@ class Ledger(TorchDispatchMode):
         yield
         self.category = before
 
+    def _follows(self, value: Any) -> bool:
+        return any(storage._cdata in self._known for storage in storages(value))
+
     def _forget(self, key: int) -> None:
         category, num_bytes = self._known.pop(key)
         self.live[category] -= num_bytes
@@ -86,8 +89,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **kwargs or {})
-        if any(value.alias_info for value in func._schema.returns):  # a view, or what was changed in place
-            return made
+        if any(value.alias_info for value in func._schema.returns) and not self._follows(args[0]):
+            return made  # a view of a tensor from elsewhere
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self.follow(tensor)

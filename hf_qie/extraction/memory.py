@@ -1,0 +1,133 @@
+"""What extraction takes on a device at its peak, from headers, captions and configs, before a weight is read.
+
+Encoder and VAE share the device and run in turn. What no count of tensors sees, as kernel workspaces, comes on top.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hf_qie.config.recipe import Recipe
+from hf_qie.data.schema import INVERSE, SOURCES, TARGET
+from hf_qie.errors import InputError
+from hf_qie.extraction.estimate import Outlook, Row, sample
+from hf_qie.extraction.plan import Plan, make_plan, own_tasks
+from hf_qie.models.base import Prompt, Size, read_family
+from hf_qie.runtime.device import AUTO
+from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Bytes on one device."""
+
+    encoder_weights: int
+    encoder_least: int  # of them, with all layers that can be in CPU memory there
+    encoder_activations: int
+    vae_weights: int = 0
+    vae_activations: int = 0
+
+    @property
+    def activations(self) -> int:
+        """At the peak."""
+        return max(self.encoder_activations, self.vae_activations)
+
+    @property
+    def peak(self) -> int:
+        """With all weights on the device."""
+        return self.encoder_weights + self.vae_weights + self.activations
+
+    def needed(self, encoder_weights: int) -> int:
+        """What has to be free for that much of the encoder."""
+        return math.ceil((encoder_weights + self.vae_weights + self.activations) * (1 + UNSEEN_SHARE)) + UNSEEN_BYTES
+
+    def fits(self, free: int) -> bool:
+        """Whether everything fits into `free` bytes."""
+        return self.needed(self.encoder_weights) <= free
+
+    def room(self, free: int, device: torch.device) -> int:
+        """How much of the encoder's weights fits into `free` bytes of `device`; raises InputError if too little."""
+        if (needed := self.needed(self.encoder_least)) > free:
+            key, of = "batch_size", "encoder"
+            if self.vae_activations > self.encoder_activations:
+                key, of = "vae_batch_size", "VAE"
+            raise InputError(
+                f"extract: at least {gb(needed)} have to be free on {device}, with all layers of the encoder in CPU "
+                f"memory, and {gb(free)} are; {gb(self.activations)} are activations of the {of}: "
+                f"set a smaller extract.{key}"
+            )
+        room = int((free - UNSEEN_BYTES) / (1 + UNSEEN_SHARE)) - self.vae_weights - self.activations
+        return max(room, self.encoder_least)  # which rounding may pass by a byte
+
+    def __str__(self) -> str:
+        parts = {"encoder": (self.encoder_weights, self.encoder_activations)}
+        if self.vae_weights:
+            parts["VAE"] = self.vae_weights, self.vae_activations
+        each = "; ".join(f"{name} {gb(a)} of weights, {gb(b)} of activations" for name, (a, b) in parts.items())
+        return f"forecast memory of extraction: {each}; peak {gb(self.peak)}, as both run in turn"
+
+
+def forecast_gpu(recipe: Recipe) -> Forecast:
+    """For all tasks of a recipe that have data, on a GPU; its `auto` dtype is bfloat16. Raises InputError."""
+    family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
+    processor = family.load_processor(recipe.model, revision=recipe.revision)
+    dtype = torch.bfloat16 if recipe.extract.dtype == AUTO else getattr(torch, recipe.extract.dtype)
+    with TemporaryDirectory(prefix="hf_qie-rows-") as folder:
+        plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in tasks.items()}
+        return forecast(plans, processor, dtype=dtype)
+
+
+def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -> Forecast:
+    """For batches that are as large as the largest of a sample of all tasks' rows."""
+    samples = [(plan, row, look) for plan in plans.values() for row, look in sample(plan, processor)]
+    good = [one for one in samples if isinstance(one[2], Outlook)]
+    plan = next(iter(plans.values()))
+    family, extract = plan.family, plan.extract
+    where = {"revision": plan.recipe.revision, "dtype": dtype}
+    prompts = [family.make_prompt(processor, [], [extract.drop_caption])]
+    prompts += largest_prompts(*max(good, key=lambda one: num_embeds(one[2])), processor) if good else []
+    prompt = max(prompts, key=lambda one: one.num_tokens)
+    encoder = family.encoder_memory(plan.recipe.model, prompts=[prompt], **where)
+    found = {"encoder_weights": encoder.weights, "encoder_least": encoder.least_weights}
+    found |= {"encoder_activations": extract.batch_size * encoder.activations}  # all tensors grow with the batch
+    if extract.latents:
+        size = max((largest_image(plan, look) for plan, _, look in good), key=math.prod, default=(32, 32))
+        vae = family.vae_memory(plan.recipe.model, size=size, batch_size=extract.vae_batch_size, **where)
+        found |= {"vae_weights": vae.weights, "vae_activations": vae.activations}
+    return Forecast(**found)
+
+
+def num_embeds(look: Outlook) -> int:
+    """Embeddings of the longer direction of a row."""
+    inverse = sum(number for name, number in look.num_embeds.items() if name.startswith(INVERSE))
+    return max(inverse, sum(look.num_embeds.values()) - inverse)
+
+
+def largest_prompts(plan: Plan, row: Row, look: Outlook, processor: Any) -> list[Prompt]:
+    """The prompts of a row, over blank images of the sizes that the encoder sees."""
+    sizes = {
+        name: [plan.family.fit(one.size, plan.family.vlm_area_px) for one in of] for name, of in look.headers.items()
+    }
+    shown = {name: [Image.new("RGB", size) for size in some] for name, some in sizes.items()}
+    return [
+        plan.family.make_prompt(processor, shown[TARGET if prefix else SOURCES], list(texts.values()))
+        for prefix, _, texts in plan.ways(row)
+    ]
+
+
+def largest_image(plan: Plan, look: Outlook) -> Size:
+    """The largest image of a row that the VAE sees."""
+    areas = [plan.target_area_px, *([plan.source_area_px] if look.headers[SOURCES] else [])]
+    sizes = [plan.family.fit(header.size, max(areas)) for some in look.headers.values() for header in some]
+    return max(sizes, key=math.prod)
+
+
+def gb(num_bytes: int) -> str:
+    """In GB, 10^9 bytes."""
+    return f"{num_bytes / 1e9:,.1f} GB"

@@ -166,13 +166,15 @@ def verdict(run: Run, found: Forecast, gpu_memory: float, *, overrides: Sequence
         return replace(run, recipe=recipe, shape=replace(run.shape, rows=rows))
 
     limit = usable_bytes(gpu_memory)
-    card = f"a card of {gpu_memory:g} GB, of which a program can use {_gb(limit)} GB"
+    usable = f"of which a program can use {_gb(limit)} GB"
     if found.needed <= limit:
-        return f"fits {card}"
+        return f"fits a card of {gpu_memory:g} GB, {usable}"
     changes, least = fewest_changes(run, change, limit)
     what = "the fewest changes that make it fit:" if least.needed <= limit else "nothing makes it fit; the least is"
-    figures = f"needed {_gb(least.needed)} GB, host {_gb(least.host)} GB"
-    raise InputError(f"{run.recipe.path}: does not fit {card}; {what}\n  {' '.join(changes)}\n  {figures}")
+    raise InputError(
+        f"{run.recipe.path}: does not fit a card of {gpu_memory:g} GB, {usable}; {what}\n  {' '.join(changes)}\n"
+        f"  needed {_gb(least.needed)} GB, host {_gb(least.host)} GB"
+    )
 
 
 def _gb(num_bytes: float) -> str:

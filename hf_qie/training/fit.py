@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, islice, product
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -41,10 +41,10 @@ def usable_bytes(gpu_memory: float) -> float:
     return SHOWN * GIB * gpu_memory
 
 
-def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float) -> tuple[Overrides, Forecast]:
-    """The fewest changes by which what is needed stays below `limit` bytes, among as many those of least harm.
+def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float) -> list[tuple[Overrides, Forecast]]:
+    """The ways to stay below `limit` bytes with the fewest changes, those of least harm first.
 
-    Where none do, those that need the least. `change` gives the run with overrides; it raises InputError.
+    Where there is none, the changes that need the least. `change` gives the run with overrides; it raises InputError.
     """
     model = build_model(start.recipe, mixed_precision=start.precision, empty=True)
     num_blocks = len(blocks_of(model)[2])
@@ -69,13 +69,14 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
 
     least = attempt([kind[-1] for kind in kinds])
     if least and least[1].needed > limit:
-        return least
+        return [least]
     for number in range(len(kinds) + 1):
+        fitting = []
         for some in combinations(kinds, number):
-            for chosen in product(*some):
-                found = attempt(chosen)
-                if found and found[1].needed <= limit:
-                    return found
+            ways = (way for way in map(attempt, product(*some)) if way and way[1].needed <= limit)
+            fitting += islice(ways, 1)  # of the values of a key the first that fits
+        if fitting:
+            return fitting
     raise AssertionError("all changes together fit")
 
 
@@ -97,12 +98,12 @@ def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:
         ]
     if not recipe.memory.offload_activations:
         yield [("memory.offload_activations=true",)]
+    if frozen and not recipe.memory.stream_blocks and num_blocks > NUM_SLOTS:
+        yield [STREAM]
     if "8bit" not in training.get("optim", ""):
         yield [(f"training.optim={EIGHT_BIT}",)]
     if frozen and recipe.memory.quantization is None:
         yield [("memory.quantization=int8",), ("memory.quantization=nf4",)]
-    if frozen and not recipe.memory.stream_blocks and num_blocks > NUM_SLOTS:
-        yield [STREAM]
 
 
 def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tuple[Run, Forecast]:
@@ -169,12 +170,13 @@ def verdict(run: Run, found: Forecast, gpu_memory: float, *, overrides: Sequence
     usable = f"of which a program can use {_gb(limit)} GB"
     if found.needed <= limit:
         return f"fits a card of {gpu_memory:g} GB, {usable}"
-    changes, least = fewest_changes(run, change, limit)
-    what = "the fewest changes that make it fit:" if least.needed <= limit else "nothing makes it fit; the least is"
-    raise InputError(
-        f"{run.recipe.path}: does not fit a card of {gpu_memory:g} GB, {usable}; {what}\n  {' '.join(changes)}\n"
-        f"  needed {_gb(least.needed)} GB, host {_gb(least.host)} GB"
-    )
+    ways = fewest_changes(run, change, limit)
+    fits = ways[0][1].needed <= limit
+    what = "each of these makes it fit, with the fewest changes" if fits else "nothing makes it fit; the least is"
+    lines = [f"{run.recipe.path}: does not fit a card of {gpu_memory:g} GB, {usable}; {what}:"]
+    for changes, least in ways:
+        lines.append(f"  {' '.join(changes)}\n    needed {_gb(least.needed)} GB, host {_gb(least.host)} GB")
+    raise InputError("\n".join(lines))
 
 
 def _gb(num_bytes: float) -> str:

@@ -70,13 +70,15 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
     least = attempt([kind[-1] for kind in kinds])
     if least and least[1].needed > limit:
         return least
+    tried = [least] if least else []
     for number in range(len(kinds) + 1):
         for some in combinations(kinds, number):
             for chosen in product(*some):
-                found = attempt(chosen)
-                if found and found[1].needed <= limit:
-                    return found
-    raise AssertionError("all changes together fit")
+                if found := attempt(chosen):
+                    if found[1].needed <= limit:
+                        return found
+                    tried.append(found)
+    return min(tried, key=lambda one: one[1].needed)
 
 
 def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:

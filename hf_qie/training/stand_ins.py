@@ -29,7 +29,7 @@ def num_bytes(tensor: Tensor) -> int:
 
 
 def quantize_fake(model: nn.Module, kind: str, family: Family) -> None:
-    """Quantise the frozen linear layers of `model` as `load_quantized` does; raises InputError without its packages."""
+    """Quantise the frozen linear layers of `model` as `load_quantized` does; InputError without its packages."""
     check_packages(kind)
     for name, layer in list(model.named_modules()):
         stored = isinstance(layer, nn.Linear) and ".lora_" not in name and kind_of(name, kind, family)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import combinations, islice, product
+from itertools import combinations, product
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -70,14 +70,18 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
     least = attempt([kind[-1] for kind in kinds])
     if least and least[1].needed > limit:
         return [least]
+    tried = [least] if least else []
     for number in range(len(kinds) + 1):
         fitting = []
         for some in combinations(kinds, number):
-            ways = (way for way in map(attempt, product(*some)) if way and way[1].needed <= limit)
-            fitting += islice(ways, 1)  # of the values of a key the first that fits
+            for way in filter(None, map(attempt, product(*some))):
+                tried.append(way)
+                if way[1].needed <= limit:
+                    fitting.append(way)
+                    break  # of the values of a key the first that fits
         if fitting:
             return fitting
-    raise AssertionError("all changes together fit")
+    return [min(tried, key=lambda way: way[1].needed)]
 
 
 def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:

@@ -125,7 +125,8 @@ def _drawn_out(fewer: Mapping[Any, Counter], more: Mapping[Any, Counter], times:
 def _elsewhere(run: Run, peaks: Mapping[Any, Counter], block: int) -> Forecast:
     """The highest of the peaks, with what DDP adds, and what lies in CPU memory in its place."""
     highest = max(peaks.values(), key=on_device)
-    found = Forecast(**{name: highest[name] for name in CATEGORIES}, block=block)
+    host = max(peak[HOST] for peak in peaks.values())  # at another moment
+    found = Forecast(**{name: highest[name] for name in CATEGORIES} | {HOST: host}, block=block)
     if run.fsdp and run.fsdp.get("cpu_offload"):
         host = found.host + found.weights + found.gradients + found.optimizer
         found = replace(found, weights=0, gradients=0, optimizer=0, host=host)

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from hf_qie.models.base import Family
-from hf_qie.models.quantization import kind_of, quantized
+from hf_qie.models.quantization import check_packages, kind_of, quantized
 from hf_qie.runtime.ledger import Ledger, storages
 
 
@@ -29,7 +29,8 @@ def num_bytes(tensor: Tensor) -> int:
 
 
 def quantize_fake(model: nn.Module, kind: str, family: Family) -> None:
-    """Quantise the frozen linear layers of `model` as `load_quantized` does."""
+    """Quantise the frozen linear layers of `model` as `load_quantized` does; InputError without its packages."""
+    check_packages(kind)
     for name, layer in list(model.named_modules()):
         stored = isinstance(layer, nn.Linear) and ".lora_" not in name and kind_of(name, kind, family)
         if stored:

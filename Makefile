@@ -36,7 +36,7 @@ bench: $(INSTALLED)  ## measure what docs/performance.md claims beside the usual
 	$(TEST_ENV) $(BIN)/python tests/bench/run.py
 
 memory-table: $(INSTALLED)  ## forecast what a LoRA takes on cards of 16 to 80 GB: the table in recipes/README.md; 10 minutes
-	$(TEST_ENV) $(BIN)/python tests/bench/memory_table.py
+	$(TEST_ENV) $(BIN)/python tests/memory_table.py
 
 quality: $(INSTALLED)  ## check style; changes nothing
 	$(BIN)/ruff check .

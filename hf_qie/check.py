@@ -1,8 +1,8 @@
-"""RUN 0: check the rows before a run, and verify the sets after it.
+"""RUN 0: check the rows before a run, forecast its memory, and verify the sets after it.
 
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...]
-    python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --verify 16
     python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --memory [--gpu_memory 24] [--num_gpus 8]
+    python hf_qie/check.py recipe.yaml [key.of.the.recipe=value ...] --verify 16
     python hf_qie/check.py --schema
 
 The first opens the header of every image and counts the tokens of every caption, without any model, and reports for
@@ -11,10 +11,11 @@ each task what extract.py will find and write. It leaves a contact sheet and a l
 duplicates, rows without a caption, pairs whose aspect differs by more than 1 % (of several sources the last one
 counts), and images of less than half the side of extract.image_sample_size. Beside them noise-levels.png shows how
 often train.py will draw which noise level, with which weight, and where the pipeline samples.
-The second reads every byte of the finished sets, encodes that many rows of each again, through the official pipeline,
-and compares. The third forecasts what training takes of each GPU, for the largest micro-batch of the sets, or of rows
-that have none yet, and the fewest changes by which it fits a card that is sold with so many GB.
-The fourth prints the JSON schema of a recipe, for editors; recipes/recipe.schema.json is a copy.
+The second forecasts what training takes of each GPU, for the largest micro-batch of the sets, or of rows that have
+none yet, and what extracting these takes. --gpu_memory says whether training fits a card that is sold with so many
+GB, and else lists the fewest changes by which it does.
+The third reads every byte of the finished sets, encodes that many rows of each again, through the official pipeline,
+and compares. The fourth prints the JSON schema of a recipe, for editors; recipes/recipe.schema.json is a copy.
 Exit codes: 0, 1 (the rows cannot be used, disk or card is too small, or a set differs by more than rounding).
 """
 
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qie.config.recipe import Recipe, load_recipe, recipe_schema
-from hf_qie.config.training_args import training_arguments
 from hf_qie.errors import InputError
 from hf_qie.runtime.cli import Options, checked, run_script
 from hf_qie.runtime.rules import Count, Positive
@@ -34,8 +34,6 @@ from hf_qie.runtime.rules import Count, Positive
 if TYPE_CHECKING:
     from hf_qie.extraction.plan import Plan
     from hf_qie.models.base import Family
-
-FIRST_LOOK = "first-look"  # no task can have this name
 
 
 def main(argv: list[str]) -> None:
@@ -74,41 +72,27 @@ def main(argv: list[str]) -> None:
 
 def check_rows(recipe: Recipe, family: "Family", plans: Mapping[str, "Plan"]) -> list[str]:
     """Report what the rows of every task are and become; returns why extraction would stop."""
-    from hf_qie.extraction.contact_sheet import contact_sheet
-    from hf_qie.extraction.estimate import check_space
-    from hf_qie.extraction.stats import report, survey
+    from hf_qie.extraction.first_look import first_look, folder_of
     from hf_qie.plots import noise_chart
     from hf_qie.training.objective import noise_levels
 
-    processor = family.load_processor(recipe.model, revision=recipe.revision)
-    per_device = training_arguments()["per_device_train_batch_size"][1]
-    batch_rows = recipe.mix.same_shape or recipe.training.get("per_device_train_batch_size", per_device)
-    folder = Path(recipe.extract.output_dir, FIRST_LOOK)
-    folder.mkdir(parents=True, exist_ok=True)
-    num_bytes, problems = {}, []
-    for name, plan in plans.items():
-        found = survey(plan, processor)
-        sheet = folder / f"{name}.png"
-        contact_sheet(plan, seed=recipe.seed).save(sheet)
-        show(report(found, recipe.mix, batch_rows=batch_rows, findings=folder / f"{name}.jsonl"))
-        show(f"  {sheet}: check that sources and targets are not swapped\n")
-        num_bytes[name] = found.num_bytes
-        problems += found.problems()
-    chart = folder / "noise-levels.png"  # no task can have this name either
+    problems = first_look(recipe, family, plans, show)
+    chart = folder_of(recipe) / "noise-levels.png"  # no task can have this name
     noise_chart(**noise_levels(recipe)).savefig(chart)
     show(f"{chart}: the noise levels of training, and the steps of sampling")
-    try:
-        show(check_space(num_bytes, plans))
-    except InputError as error:
-        problems.append(str(error))
     return problems
 
 
 def check_memory(recipe: Recipe, options: Any) -> None:
-    """Report what training takes of a GPU; raises InputError where that is more than it has."""
+    """Report what extraction and training take of a GPU; raises InputError where training takes more than it has."""
+    from hf_qie.data.largest import ready_sets
+    from hf_qie.extraction.memory import forecast_gpu
+    from hf_qie.extraction.plan import own_tasks
     from hf_qie.extraction.stats import largest_shape
     from hf_qie.training.fit import forecast_recipe, report, verdict
 
+    if own_tasks(recipe).keys() - ready_sets(recipe).keys():
+        show(str(forecast_gpu(recipe)))
     run, found = forecast_recipe(recipe, largest_shape(recipe), num_ranks=options.num_gpus)
     show(report(run, found))
     if options.gpu_memory:

@@ -135,7 +135,7 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
     assert told["buckets"] == "4; 28.6% of the draws from buckets of fewer rows than a batch, 2"
     assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0"]
     assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
-    folder = odd.parent / "sets" / check.FIRST_LOOK
+    folder = odd.parent / "sets" / "first-look"
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("odd.png", "noise-levels.png"))
     assert f"bad row: and 2 more, all in {folder / 'odd.jsonl'}\n" in out
     rows = [json.loads(line)["row"] for line in (folder / "odd.jsonl").read_text(encoding="utf-8").splitlines()]

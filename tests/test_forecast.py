@@ -99,7 +99,7 @@ CASES = [
     ("tiny", {}, "bf16", CHECKPOINTED, {}),
     ("tiny", LAST, "no", {"optim": "adafactor"}, {}),
     ("tiny", LORA, "no", CHECKPOINTED | ADDED_UP, {}),
-    ("tiny", LORA, "bf16", {}, {"quantization": "fp8"}),
+    ("tiny", LORA, "bf16", CHECKPOINTED, {"quantization": "fp8"}),
     ("tiny", LORA, "no", CHECKPOINTED, {"quantization": "int8"}),
     ("small", LORA, "no", CHECKPOINTED, {"offload_activations": True}),
     ("small", LORA, "bf16", CHECKPOINTED, {"stream_blocks": 3, "quantization": "nf4"}),
@@ -207,7 +207,7 @@ def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, sm
     assert max(needed(*alone), needed(*both)) < needed(checkpointed) < needed(*halved) < needed()
     assert changes(needed(checkpointed)) == [(checkpointed,), alone]
     assert changes(needed(checkpointed) - 1) == [alone]
-    assert changes(needed(halved)) == [(checkpointed,), halved]  # of fewer rows the most that fit
+    assert changes(needed(*halved)) == [(checkpointed,), halved]  # of fewer rows the most that fit
     assert changes(needed(*alone) - 1)[0] == both  # no single change is enough
     eight_bit, nf4, streamed = EIGHT_BIT["optim"], "memory.quantization=nf4", "memory.stream_blocks=3"
     everything = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
-from embedding_sets import write_recipe
+from embedding_sets import write_recipe as write_any
 from ranks import in_ranks
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,7 @@ from hf_qie.models.quantization import expanded, kind_of, load_quantized, quanti
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.training.model import adapters, base_of, parameters
 from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
+from hf_qie.training.setup import build_trainer, make_model, training_arguments
 from hf_qie.training.trainer import EditTrainer
 
 CPU = torch.device("cpu")
@@ -35,6 +35,11 @@ CLASSES = {"fp8": "Float8Tensor", "int8": "Int8Tensor", "nf4": "Params4bit", Non
 @pytest.fixture(autouse=True)
 def one_process():
     PartialState(cpu=True)
+
+
+def write_recipe(folder: Path, model: Path, **sections) -> Path:
+    training = {"activation_checkpointing": True} | sections.pop("training", {})
+    return write_any(folder, model, training=training, **{"trainable": LORA} | sections)
 
 
 def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
@@ -72,7 +77,7 @@ def test_normal_weights_are_rounded_by_so_much_and_take_so_many_bytes(kind, erro
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_layers_of_blocks_are_quantised_and_all_else_is_as_it_was(tiny, tmp_path, kind):
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, training={"bf16": True})
+    path = write_recipe(tmp_path, tiny(), training={"bf16": True})
     base = base_of(trainer_of(path, f"memory.quantization={kind}").model)
     original = QwenImageTransformer2DModel.from_pretrained(tiny() / "transformer", dtype=torch.bfloat16).state_dict()
     found = {}
@@ -159,8 +164,7 @@ def expand(plain: EditTrainer, base: EditTrainer) -> None:
 
 @pytest.mark.parametrize(("kind", "bf16"), [(kind, bf16) for kind in KINDS for bf16 in (False, True)])
 def test_adapters_get_the_gradients_of_the_expanded_weights(tiny, tmp_path, kind, bf16):
-    training = {"bf16": bf16, "activation_checkpointing": bf16}
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, training=training)
+    path = write_recipe(tmp_path, tiny(), training={"bf16": bf16})
     base, plain = trainer_of(path, f"memory.quantization={kind}"), trainer_of(path)
     exact = gradients(plain)
     expand(plain, base)
@@ -183,7 +187,7 @@ def test_adapters_get_the_gradients_of_the_expanded_weights(tiny, tmp_path, kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls_and_a_resumed_run_goes_on_bit_for_bit(tiny, tmp_path, kind):
     lora = {"lora": {"rank": 16, "alpha": 32, "target_modules": "attention+mlp"}}
-    training = {"max_steps": 30, "save_steps": 10, "learning_rate": 1e-2, "activation_checkpointing": True}
+    training = {"max_steps": 30, "save_steps": 10, "learning_rate": 1e-2}
     path = write_recipe(tmp_path, tiny(), trainable=lora, training=training, loss={"timestep_sampling": "stratified"})
     straight = trainer_of(path, f"memory.quantization={kind}")
     after, fallen = trained(straight), losses(straight)
@@ -225,7 +229,7 @@ def test_optimizers_of_less_state_train_on_it_and_resume_bit_for_bit(tiny, tmp_p
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_and_images_in_between_change_nothing(tiny, tmp_path, kind):
     tasks = {"edit": {"data": "edit.jsonl", "eval_rows": 2}, "text_to_image": {"data": "text_to_image.jsonl"}}
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, tasks=tasks, extract={"dtype": "float32"})
+    path = write_recipe(tmp_path, tiny(), tasks=tasks, extract={"dtype": "float32"})
     plain = trained(trainer_of(path, f"memory.quantization={kind}"))
     other = [f"training.output_dir={tmp_path / 'other'}", "training.eval_strategy=steps", "training.eval_steps=1"]
     other += ["sampling.every=2", "sampling.rows=1", "sampling.num_inference_steps=2"]
@@ -238,13 +242,14 @@ GENERATED = [pytest.param(kind, "inductor", marks=pytest.mark.soak) for kind in 
 
 
 @pytest.mark.parametrize(("kind", "backend"), [("nf4", "aot_eager"), *GENERATED])
-def test_compiled_blocks_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
-    training = {"optim": "sgd", "save_strategy": "no", "activation_checkpointing": True}
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, training=training, memory={"quantization": kind})
+def test_compiled_blocks_that_are_streamed_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
+    training = {"optim": "sgd", "save_strategy": "no"}
+    path = write_recipe(tmp_path, tiny("learner"), training=training, memory={"quantization": kind})
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     plain = trained(trainer_of(path))
-    compiled = trained(trainer_of(path, "training.torch_compile=true", f"training.torch_compile_backend={backend}"))
+    compiling = ["training.torch_compile=true", f"training.torch_compile_backend={backend}"]
+    compiled = trained(trainer_of(path, *compiling, "memory.stream_blocks=3", "memory.offload_activations=true"))
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
     for name in plain:  # float32 sums in another order
         torch.testing.assert_close(compiled[name], plain[name], atol=1e-5, rtol=0)
@@ -252,8 +257,8 @@ def test_compiled_blocks_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_that_are_streamed_are_quantised_and_change_nothing(tiny, tmp_path, kind):
-    training = {"activation_checkpointing": True, "max_steps": 3}
-    path = write_recipe(tmp_path, tiny("learner"), trainable=LORA, training=training, memory={"quantization": kind})
+    training = {"max_steps": 3}
+    path = write_recipe(tmp_path, tiny("learner"), training=training, memory={"quantization": kind})
     plain = trained(trainer_of(path))
     elsewhere = ["memory.stream_blocks=3", "memory.offload_activations=true", f"training.output_dir={tmp_path}/other"]
     trainer = trainer_of(path, *elsewhere)
@@ -267,7 +272,7 @@ def test_blocks_that_are_streamed_are_quantised_and_change_nothing(tiny, tmp_pat
 
 @pytest.mark.two_rank
 def test_two_ranks_train_what_one_does(tiny, tmp_path):
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, training={"adam_epsilon": 1e-3})
+    path = write_recipe(tmp_path, tiny(), training={"adam_epsilon": 1e-3})
     runs = []
     for kind in KINDS:
         alone = [f"memory.quantization={kind}", f"training.output_dir={tmp_path / kind}"]
@@ -283,7 +288,7 @@ def test_two_ranks_train_what_one_does(tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_leaves_loads_in_the_stock_pipeline_and_merges_into_the_exact_base(tiny, tmp_path, kind):
-    path = write_recipe(tmp_path, tiny(), trainable=LORA, memory={"quantization": kind})
+    path = write_recipe(tmp_path, tiny(), memory={"quantization": kind})
     trainer = trainer_of(path)
     trainer.train()
     run = tmp_path / "run"
@@ -308,19 +313,40 @@ def test_what_it_leaves_loads_in_the_stock_pipeline_and_merges_into_the_exact_ba
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_packages_that_are_missing_are_named_before_anything_is_loaded(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    path = write_recipe(tmp_path, tiny(), trainable=LORA)
-    for kind, names in (("nf4", "torchao bitsandbytes"), ("fp8", "torchao")):
-        with pytest.raises(
-            InputError, match=f"memory.quantization: {kind} needs {names}, not .*; pip install {names}"
-        ):
-            trainer_of(path, f"memory.quantization={kind}")
+def test_packages_that_are_missing_or_old_are_named_before_anything_is_loaded(tiny, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, tiny())
+    monkeypatch.setitem(quantization.FLOORS, "bitsandbytes", "99")
+    told = r"got nf4: bitsandbytes>=99 is required .* found bitsandbytes==.*; pip install 'torchao>=.*' 'bits.*>=99'"
+    with pytest.raises(InputError, match=rf"^memory\.quantization: {told}$"):
+        trainer_of(path, "memory.quantization=nf4")
+    monkeypatch.setattr(quantization, "PACKAGES", {"fp8": ("nowhere",)})
+    monkeypatch.setitem(quantization.FLOORS, "nowhere", "1")
+    with pytest.raises(InputError, match=r"got fp8: The 'nowhere>=1' .* was not found .*; pip install 'nowhere>=1'$"):
+        trainer_of(path, "memory.quantization=fp8")
+
+
+def test_float16_is_refused_as_it_overflows(tiny, tmp_path):
+    path = write_recipe(tmp_path, tiny(), memory={"quantization": "int8"})
+    with pytest.raises(InputError, match=r"memory\.quantization: got \"int8\" with training\.fp16; .* overflow"):
+        trainer_of(path, "training.fp16=true")
+    recipe = load_recipe(path)
+    arguments = training_arguments(recipe, num_rows=1)
+    arguments.mixed_precision = "fp16"  # as the launcher sets it
+    with pytest.raises(InputError, match=r"memory\.quantization: got int8 with the launcher's fp16; .* overflow"):
+        make_model(recipe, arguments)
+
+
+def test_the_compiler_is_left_as_it_was(tiny, tmp_path):
+    import torch._inductor.config as options
+
+    before = options.coordinate_descent_tuning
+    trainer_of(write_recipe(tmp_path, tiny()), "memory.quantization=fp8")
+    assert options.coordinate_descent_tuning == before == False  # noqa: E712
 
 
 def test_a_base_that_is_quantised_already_or_of_other_weights_is_refused(tiny, tmp_path):
     model = shutil.copytree(tiny(), tmp_path / "model")
-    path = write_recipe(tmp_path, model, trainable=LORA, memory={"quantization": "int8"})
+    path = write_recipe(tmp_path, model, memory={"quantization": "int8"})
     config_path, weights_path = model / "transformer" / "config.json", model / "transformer" / WEIGHTS_FILE
     config, tensors = json.loads(config_path.read_text()), load_file(weights_path)
     config_path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "torchao"}}))

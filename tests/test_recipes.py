@@ -8,20 +8,22 @@ import re
 import shlex
 import subprocess
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from memory_table import CAPTION_TOKENS, CARDS_GB, IMAGE_TOKENS, recipe_of, shape_of, table
 from released import write_released
 
 from hf_qie.config.launch import fsdp_settings
 from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.data.largest import Shape
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
-from hf_qie.training.cost import Footprint
+from hf_qie.training.fit import usable_bytes
+from hf_qie.training.forecast import Run, forecast
 from hf_qie.training.fsdp import fsdp_arguments
 from hf_qie.training.model import build_model
 from hf_qie.training.setup import training_arguments
@@ -31,6 +33,9 @@ RECIPES = ROOT / "recipes"
 # recipe, launch file, overrides: what recipes/README.md offers
 OFFERED = [
     ("lora_one_gpu.yaml", "one_gpu.yaml", ()),
+    ("lora_48gb.yaml", "one_gpu.yaml", ()),
+    ("lora_24gb.yaml", "one_gpu.yaml", ()),
+    ("lora_16gb.yaml", "one_gpu.yaml", ()),
     ("full.yaml", "one_gpu.yaml", ()),
     ("several_tasks.yaml", "8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_8_gpus.yaml", ()),
@@ -65,14 +70,6 @@ def words_of(launch: str) -> list[str]:
     if "nodes" in launch:
         words += ["--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
     return [*words, "hf_qie/train.py"]
-
-
-@cache
-def on_paper(recipe: Path, released: Path, num_shards: int) -> Footprint:
-    model = build_model(
-        load_recipe(recipe).model_copy(update={"model": str(released)}), mixed_precision="bf16", empty=True
-    )
-    return Footprint(model, optimizer="adamw_torch_fused", num_shards=num_shards)
 
 
 def test_every_recipe_and_launch_file_is_offered_and_explained():
@@ -110,16 +107,48 @@ def test_launch_file_and_recipe_go_together(name, launch, overrides):
         assert math.prod(map(int, written[2].split("x"))) == batch
 
 
-@offered
-def test_the_readme_says_what_they_take_on_paper(name, launch, overrides, released):
+SHARDED = "fsdp_8_gpus.yaml", "fsdp_2_nodes.yaml"  # half a minute each
+FORECASTS = [pytest.param(*one, marks=pytest.mark.soak if one[1] in SHARDED else ()) for one in OFFERED]
+
+
+@pytest.mark.parametrize(("name", "launch", "overrides"), FORECASTS, ids=NAMED)
+def test_the_readme_says_what_they_train_and_take(name, launch, overrides, released):
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"]({name})" in line and launch in line]
-    ranks, _ = launched(words_of(launch))
-    found = on_paper(RECIPES / name, released, ranks if "fsdp" in launch else 1)
-    cells = [cell.strip() for cell in row.split("|")]
-    numbers = [found.weight_bytes, found.gradient_bytes, found.state_bytes]
-    assert f"{found.num_trained / 1e9:.2f} B" in cells
-    assert " + ".join(f"{number / 1e9:.1f}" for number in numbers) + " GB" in cells
+    recipe = load_recipe(RECIPES / name, [f"model={released}", *overrides])
+    model = build_model(recipe, mixed_precision="bf16", empty=True)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ranks, environment = launched(words_of(launch))
+    fsdp = fsdp_settings(recipe, environment)
+    for size, sources in [(32, 3 if name == "several_tasks.yaml" else 1), (64, 3)]:
+        grids = ((size, size), *[(64, 64)] * sources)
+        shape = Shape(grids=grids, num_tokens=CAPTION_TOKENS + IMAGE_TOKENS * sources)
+        found = forecast(Run(recipe=recipe, shape=shape, num_ranks=ranks, fsdp=fsdp), model)
+        if size == 32:
+            cells = [cell.strip() for cell in row.split("|")]
+            assert f"{trained / 1e9:.2f} B" in cells
+            assert f"{found.peak / 1e9:.1f} GB" in cells
+        card = re.fullmatch(r"lora_(\d+)gb.yaml", name)
+        if not card:
+            break
+        assert found.needed < usable_bytes(int(card[1])), "it fits its card up to the largest shape"
+    if card:
+        assert f"with {round(found.host / 1e9)} GB of CPU memory" in row
+
+
+def test_a_cell_of_the_table_of_cards_is_what_the_forecast_says(released):
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    (row,) = [line.split(" | ") for line in readme.splitlines() if line.startswith("| 768 px | 1 |")]
+    written = re.fullmatch(r"`stream_blocks=(\d+)`: ([\d.]+) \+ (\d+)", row[2 + CARDS_GB.index(24)])
+    run = Run(recipe=recipe_of(released, f"memory.stream_blocks={written[1]}"), shape=shape_of(768, 1))
+    found = forecast(run)
+    assert [f"{found.peak / 1e9:.1f}", f"{found.host / 1e9:.0f}"] == [written[2], written[3]]
+    assert found.needed <= usable_bytes(24) < found.needed + found.block, "one block less would not fit"
+
+
+@pytest.mark.soak
+def test_all_of_the_table_of_cards_is_what_the_forecast_says():
+    assert table() in (RECIPES / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sorted({recipe for recipe, _, _ in OFFERED}))
@@ -186,9 +215,9 @@ def test_every_command_of_the_readme_names_a_launch_file_a_script_and_a_recipe_t
     runs = {load_recipe(path).training["output_dir"] for path in RECIPES.glob("*.yaml")}
     for line in lines:
         program, *words = shlex.split(line)
-        if program == "python":  # of what a recipe left
+        if program == "python":  # of what a recipe left, or before it
             assert (ROOT / words[0]).is_file()
-            assert words[1] in runs
+            assert words[1] in runs or (ROOT / words[1]).is_file()
             continue
         if program == "sbatch":
             script, recipe, *overrides = words

@@ -8,6 +8,7 @@ from pydantic import Field
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import Section, Whole, show
 
+FLOAT16 = "int8 weights of up to 127 overflow float16 before they are scaled; train in bfloat16 or float32"
 NUM_SLOTS = 2  # streamed blocks that are on the device at any time: the one that computes, and the next one
 
 
@@ -21,15 +22,22 @@ class Memory(Section):
     offload_activations: bool = Field(False, description="inputs of checkpointed blocks wait in CPU memory")
 
 
+def is_checkpointed(training: Mapping[str, Any]) -> bool:
+    """Whether a recipe's `training` computes activations of blocks again; the older name counts where it is alone."""
+    return bool(training.get("activation_checkpointing", training.get("gradient_checkpointing", False)))
+
+
 def check_memory(memory: Memory, *, lora: bool, training: Mapping[str, Any]) -> None:
     """Raise InputError where the section contradicts the rest of a recipe; FSDP is checked in launch.py."""
     for key in ("quantization", "stream_blocks"):
         if (value := getattr(memory, key)) and not lora:
             raise InputError(f"memory.{key}", f"got {show(value)}, but only a frozen base can be; set trainable.lora")
-    checkpointed = training.get("activation_checkpointing") or training.get("gradient_checkpointing")
-    for key in ("stream_blocks", "offload_activations"):
-        if (value := getattr(memory, key)) and not checkpointed:
-            raise InputError(f"memory.{key}", f"got {show(value)}; it needs training.activation_checkpointing: true")
+    if (kind := memory.quantization) and training.get("fp16"):
+        raise InputError("memory.quantization", f"got {show(kind)} with training.fp16; {FLOAT16}")
+    for key in ("quantization", "stream_blocks", "offload_activations"):  # else expanded weights stay until backward
+        if (value := getattr(memory, key)) and not is_checkpointed(training):
+            message = f"got {show(value)}; it needs training.activation_checkpointing: true, not that of fsdp_config"
+            raise InputError(f"memory.{key}", message)
     if 0 < memory.stream_blocks <= NUM_SLOTS:
         message = f"got {memory.stream_blocks}, expected 0 or more than {NUM_SLOTS}, which are always on the device"
         raise InputError("memory.stream_blocks", message)

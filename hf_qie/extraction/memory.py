@@ -60,7 +60,7 @@ class Forecast:
             raise InputError(
                 f"extract: at least {gb(needed)} have to be free on {device}, with all layers of the encoder in CPU "
                 f"memory, and {gb(free)} are; {gb(self.activations)} are activations of the {of}: "
-                f"set a smaller extract.{key}"
+                f"lower extract.{key}, or, if it is 1, use a device with more memory"
             )
         room = int((free - UNSEEN_BYTES) / (1 + UNSEEN_SHARE)) - self.vae_weights - self.activations
         return max(room, self.encoder_least)  # which rounding may pass by a byte

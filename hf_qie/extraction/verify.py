@@ -24,6 +24,8 @@ from hf_qie.extraction.stats import aligned
 from hf_qie.runtime.device import computes_bfloat16, free_bytes, own_device
 from hf_qie.runtime.files import check_digests
 
+LANGUAGE_HEAD_BYTES = 2 * 10**9  # which the pipeline's encoder has beyond ours, with its logits and kept states
+
 
 def bound(dtype: torch.dtype) -> float:
     """How far a column may be off by rounding alone, in parts of its length.
@@ -60,7 +62,7 @@ def verify_sets(plans: Mapping[str, Plan], *, num_rows: int) -> Iterator[tuple[s
     @functools.cache
     def load(dtype: torch.dtype) -> Any:
         processor = family.load_processor(model, revision=revision)
-        offload = free is not None and not forecast(plans, processor, dtype=dtype).fits(free)
+        offload = free is not None and not forecast(plans, processor, dtype=dtype).fits(free - LANGUAGE_HEAD_BYTES)
         return family.load_official(model, revision=revision, dtype=dtype, device=device, offload=offload)
 
     checkpoint = checkpoint_compat(model, revision=revision, family=family)

@@ -53,13 +53,15 @@ def checkpoint_folder(model: str, parts: Sequence[str], *, revision: str | None 
 
 
 def saved_tensors(folder: Path) -> Tensors:
-    """The tensors of a model that diffusers saved in `folder`; raises InputError if files are missing."""
-    index, names = folder / f"{WEIGHTS_FILE}.index.json", {WEIGHTS_FILE}
+    """The tensors of a model that diffusers saved in `folder`; raises InputError naming a file that cannot be read."""
+    index, path, files = folder / f"{WEIGHTS_FILE}.index.json", folder, []
     try:
-        if index.exists():
+        names = {WEIGHTS_FILE}
+        if (path := index).exists():
             mapped = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = {Path(name).name for name in mapped.values()}  # none outside of the folder
-        files = [safe_open(folder / name, framework="pt") for name in sorted(names)]
+        for path in (folder / name for name in sorted(names)):
+            files.append(safe_open(path, framework="pt"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the weights cannot be read ({error}); fetch or write them again") from error
+        raise InputError(f"{path}: the weights cannot be read ({error}); fetch or write them again") from error
     return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118, it is no dict

@@ -6,25 +6,36 @@ are those of the expanded weights. diffusers' own loading takes one of these lib
 only where there is a GPU; and bitsandbytes' int8 layers quantise activations as well, in float16.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.utils.versions import require_version
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family
 
+logger = get_logger(__name__)
+
+FLOORS = {"torchao": "0.18", "bitsandbytes": "0.50"}  # as in setup.py
 PACKAGES = {"fp8": ("torchao",), "int8": ("torchao",), "nf4": ("torchao", "bitsandbytes")}
 
 
 def check_packages(kind: str) -> None:
-    """Raise InputError naming the packages that quantising as `kind` takes and that are not installed."""
-    if missing := [package for package in PACKAGES[kind] if find_spec(package) is None]:
-        names = " ".join(missing)
-        raise InputError("memory.quantization", f"{kind} needs {names}, not installed here; pip install {names}")
+    """Raise InputError naming what quantising as `kind` takes and that is not installed, or too old."""
+    needs = [f"{package}>={FLOORS[package]}" for package in PACKAGES[kind]]
+    try:
+        for one in needs:
+            require_version(one)
+    except ImportError as error:  # not found, or too old
+        reason = str(error.args[0]).strip().rstrip(".")
+        message = f"got {kind}: {reason}; pip install {' '.join(map(repr, needs))}"
+        raise InputError("memory.quantization", message) from error
 
 
 def kind_of(layer: str, kind: str, family: Family) -> str | None:
@@ -59,7 +70,8 @@ def quantized(layer: nn.Linear, kind: str) -> nn.Linear:
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-        quantize_(layer, Float8WeightOnlyConfig() if kind == "fp8" else Int8WeightOnlyConfig(version=2))
+        how = Float8WeightOnlyConfig if kind == "fp8" else partial(Int8WeightOnlyConfig, version=2)
+        quantize_(layer, how(set_inductor_config=False))  # else it would change the compiler's options for good
         layer.weight.requires_grad_(False)
     layer.register_forward_pre_hook(_cast_input)
     return layer
@@ -91,6 +103,7 @@ def load_quantized(
     if unmatched := sorted(shapes.keys() ^ tensors.keys()):
         where = "checkpoint" if unmatched[0] in tensors else "transformer"
         raise InputError("model", f"{unmatched[0]} is in the {where} alone; the weights are not those of its config")
+    counts: Counter[str] = Counter()
     for name, read in tqdm(tensors.items(), desc=f"quantizing to {kind}", disable=None):
         owner, _, part = name.rpartition(".")
         layer, value = transformer.get_submodule(owner), read().to(device, dtype)
@@ -102,8 +115,11 @@ def load_quantized(
         if stored:
             layer = quantized(layer, stored)
             transformer.set_submodule(owner, layer)
+            counts[stored] += 1
         if place:
             setattr(layer, part, _moved(getattr(layer, part), place(name)))
+    layers = ", ".join(f"{count} linear layers to {stored}" for stored, count in counts.most_common())
+    logger.info("quantised: %s; the rest is %s", layers, str(dtype).removeprefix("torch."))
 
 
 def _moved(parameter: Any, device: torch.device) -> Any:
@@ -115,7 +131,7 @@ def _moved(parameter: Any, device: torch.device) -> Any:
 
 
 def expanded(weight: Tensor) -> Tensor:
-    """The values that a layer computes with, of a weight that may be quantised."""
+    """The values that a layer computes with, of a weight that may be quantised; in bfloat16 but for its rounding."""
     if state := getattr(weight, "quant_state", None):
         import bitsandbytes as bnb
 

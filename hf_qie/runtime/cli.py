@@ -21,6 +21,8 @@ from hf_qie.runtime.rules import unknown, validate
 from hf_qie.runtime.yaml_io import read_yaml
 
 RANK_0_FIRST_S = 8  # how long another rank waits with its error for rank 0 to print the same
+# Warnings as soon as torchao or bitsandbytes is imported, of kernels and classes that nothing here uses
+UNHEEDED = ("bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree")
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # accelerate launch, or torchrun, set one of them
 
 
@@ -76,6 +78,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     is_first = os.environ.get("LOCAL_RANK", rank) == "0"
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")  # stays as it is where the caller has set it up
     logging.getLogger("hf_qie").setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    for name in UNHEEDED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not argv or not {"-h", "--help"}.isdisjoint(argv):
         if is_first:
             (sys.stdout if argv else sys.stderr).write(f"{main.__globals__['__doc__']}\n")

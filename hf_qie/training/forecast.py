@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import TrainingArguments
 from transformers.optimization import Adafactor
 
-from hf_qie.config.memory import NUM_SLOTS
+from hf_qie.config.memory import NUM_SLOTS, is_checkpointed
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.largest import Shape
 from hf_qie.models.base import Family, ForwardMemory, read_family
@@ -35,6 +35,7 @@ from hf_qie.training.cost import STATE_BYTES, blocks_of
 from hf_qie.training.fsdp import BF16_POLICY
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
+from hf_qie.training.offloading import streamed_blocks
 from hf_qie.training.stand_ins import checkpointed_elsewhere, num_bytes, quantize_fake
 
 CATEGORIES = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HOST)
@@ -91,14 +92,14 @@ class Run:
     @property
     def checkpointed(self) -> bool:
         """Whether activations of blocks are computed again."""
-        keys = ("activation_checkpointing", "gradient_checkpointing")
-        return any(map(self.recipe.training.get, keys)) or bool(self.fsdp and self.fsdp.get(keys[0]))
+        return is_checkpointed(self.recipe.training) or bool(self.fsdp and self.fsdp.get("activation_checkpointing"))
 
 
 def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
     """What a micro-batch takes at most; `model` is the run's on the meta device, if it is there already."""
     if model is None:
         model = build_model(run.recipe, mixed_precision=run.precision, empty=True)
+    streamed_blocks(base_of(model), run.recipe.memory.stream_blocks)  # raises where there are fewer
     owner, name, blocks, alike = blocks_of(model)
     fewest = 4 if run.fsdp else 3  # a first, a last and inner ones: of two that are sharded one is gathered ahead
     vae = _vae(run)

@@ -101,9 +101,10 @@ def _add_lora(transformer: nn.Module, lora: Lora, family: Family, *, empty: bool
     with warnings.catch_warnings():  # of each quantised layer, that nothing could be merged into it
         warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
         model = get_peft_model(transformer, config)
-    if lora.init_from is not None and not empty:
-        _load_lora(model, lora.init_from, convert=family.convert_lora)
-        logger.info("LoRA: started from %s", lora.init_from)
+    if lora.init_from is not None:
+        _load_lora(model, lora.init_from, convert=family.convert_lora)  # of an empty one, to see whether it fits
+        if not empty:
+            logger.info("LoRA: started from %s", lora.init_from)
     return model
 
 

@@ -37,7 +37,14 @@ def streamed_blocks(transformer: nn.Module, count: int) -> dict[str, nn.Module]:
     if count > len(blocks):
         message = f"got {count}, expected at most {len(blocks)}, the blocks of the transformer"
         raise InputError("memory.stream_blocks", message)
+    if count and len({_shapes(block) for _, block in blocks}) > 1:
+        raise InputError("memory.stream_blocks", f"got {count}, but the blocks of this transformer are not all alike")
     return dict(blocks[place * len(blocks) // count] for place in range(count))
+
+
+def _shapes(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """Of a block's frozen parameters, which share a slot."""
+    return tuple((name, module._parameters[key].shape) for name, (module, key) in _frozen(block).items())
 
 
 def stream_blocks(model: nn.Module, transformer: nn.Module, count: int, device: torch.device) -> "BlockStream":
@@ -63,8 +70,9 @@ class BlockStream:
     2 x (count - NUM_SLOTS) blocks, from the CPU to the device alone.
 
     It relies on activation checkpointing, under which a block's weights are used between the hook and the end of its
-    own forward, or of its recomputation and backward. Autograd runs nodes that were recorded last first: the backward
-    of a block is launched to its end before the block before it is recomputed.
+    own forward, or of its recomputation and backward. The last operation of a block has to save a tensor for its
+    backward, as a gate does, so that the recomputation comes first. Autograd runs nodes that were recorded last first:
+    the backward of a block is launched to its end before the block before it is recomputed.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):

@@ -20,6 +20,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
+from hf_qie.config.memory import FLOAT16
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.mixture import (
@@ -237,8 +238,10 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     Its footprint is logged before it is loaded.
     """
     precision = arguments.mixed_precision
-    if recipe.memory.quantization:
-        check_packages(recipe.memory.quantization)
+    if kind := recipe.memory.quantization:
+        check_packages(kind)
+        if precision == "fp16":
+            raise InputError("memory.quantization", f"got {kind} with the launcher's fp16; {FLOAT16}")
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     if arguments.fsdp and "quantization_config" in config:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
@@ -246,7 +249,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
-    logger.info(str(Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)))
+    before = ", before memory.quantization and memory.stream_blocks" * bool(kind or recipe.memory.stream_blocks)
+    logger.info("%s%s", Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards), before)
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
@@ -271,9 +275,10 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     arguments, every = trainer.args, trainer.recipe.sampling.every
     vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
-        "training in float32, computing in %s; %d rows a step: %d ranks x %d rows x %d accumulated; %d steps, %s; "
+        "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
         trainer.record["arithmetic"],
+        "".join(f", memory.{key}: {value}" for key, value in trainer.recipe.memory if value),
         global_batch_size(arguments),
         arguments.world_size,
         arguments.per_device_train_batch_size,

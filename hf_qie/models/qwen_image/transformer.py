@@ -42,10 +42,12 @@ def load_transformer(
             with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model
                 transformer = nn.Module.to(QwenImageTransformer2DModel.from_config(config), dtype)
         else:  # never a pickle
-            transformer = QwenImageTransformer2DModel.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, **where
+            transformer, keys = QwenImageTransformer2DModel.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
             )
-    except (OSError, SafetensorError, RuntimeError) as error:
+            if unmatched := sorted([*keys["missing_keys"], *keys["unexpected_keys"]]):
+                raise ValueError(f"{unmatched[0]} is in its weights or by its config alone")
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"model: cannot load the transformer of {model!r}: {error}") from error
     # what Trainer's reporters ask of a config, and diffusers' config lacks
     transformer.config.to_json_string = transformer.to_json_string

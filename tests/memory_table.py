@@ -3,7 +3,6 @@
 Each cell is the recipe lora_one_gpu.yaml, with the first of the fewest changes that make it fit the card.
 """
 
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -11,18 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
+from released import write_released
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.data.largest import Shape
+from hf_qie.training.fit import fewest_changes, usable_bytes
+from hf_qie.training.forecast import Run, forecast
 
-from released import write_released  # noqa: E402, which lies beside the tests
-
-from hf_qie.config.recipe import Recipe, load_recipe  # noqa: E402
-from hf_qie.data.largest import Shape  # noqa: E402
-from hf_qie.training.fit import fewest_changes, usable_bytes  # noqa: E402
-from hf_qie.training.forecast import Run, forecast  # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
 CARDS_GB, SIZES_PX, NUM_SOURCES = (16, 24, 32, 48, 80), (512, 768, 1024), (0, 1, 3)
 CAPTION_TOKENS, IMAGE_TOKENS = 100, 205  # of a caption with its suffix, and of a source: 384 x 384 and "Picture 1: "
 START, END = "<!-- make memory-table -->\n", "<!-- end -->\n"

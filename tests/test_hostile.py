@@ -30,6 +30,7 @@ from hf_qie.models.checkpoint import saved_tensors
 from hf_qie.runtime.files import written
 from hf_qie.train import train
 from hf_qie.training.checkpoints import COMPLETE, last_checkpoint, mark_complete, misfit
+from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "attention"}}
@@ -361,6 +362,27 @@ def test_a_pickle_in_place_of_the_base_is_refused(tmp_path, tiny, sprung):
     file.unlink()
     with pytest.raises(InputError, match=r"model: cannot load the transformer of "):
         train(recipe, open_sets(recipe))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_weights_of_more_or_fewer_blocks_than_the_config_has_are_refused(tmp_path, tiny, layers):
+    model = shutil.copytree(tiny(), tmp_path / "model")
+    recipe = load_recipe(write_recipe(tmp_path, model))
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": layers}))
+    with pytest.raises(InputError, match=r"cannot load the transformer of .*: transformer_blocks\.[12]\..* alone$"):
+        build_model(recipe)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_an_index_of_weights_that_is_none_is_refused(tmp_path, tiny, content):
+    model = shutil.copytree(tiny(), tmp_path / "model")
+    recipe = load_recipe(write_recipe(tmp_path, model))
+    (file,) = (model / "transformer").glob("*.safetensors")
+    file.with_name(f"{file.name}.index.json").write_text(content)
+    file.rename(file.with_name("part.safetensors"))
+    with pytest.raises(InputError, match=r"model: cannot load the transformer of "):
+        build_model(recipe)
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "[" * 200_000])

@@ -47,7 +47,7 @@ def load_transformer(
             )
             if unmatched := sorted([*keys["missing_keys"], *keys["unexpected_keys"]]):
                 raise ValueError(f"{unmatched[0]} is in its weights or by its config alone")
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"model: cannot load the transformer of {model!r}: {error}") from error
     # what Trainer's reporters ask of a config, and diffusers' config lacks
     transformer.config.to_json_string = transformer.to_json_string

@@ -22,6 +22,8 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.largest import Shape
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
+from hf_qie.models.quantization import kind_of
+from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.training.fit import usable_bytes
 from hf_qie.training.forecast import Run, forecast
 from hf_qie.training.fsdp import fsdp_arguments
@@ -134,6 +136,19 @@ def test_the_readme_says_what_they_train_and_take(name, launch, overrides, relea
         assert found.needed < usable_bytes(int(card[1])), "it fits its card up to the largest shape"
     if card:
         assert f"with {round(found.host / 1e9)} GB of CPU memory" in row
+
+
+def test_the_readme_says_what_a_quantised_base_takes(released):
+    base = build_model(recipe_of(released), mixed_precision="bf16", empty=True).get_base_model()
+    bytes_each = {None: 2, "int8": 1.001, "fp8": 1.001, "nf4": 0.516}  # tests/test_quantization.py holds them
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for kind in (None, "int8", "fp8", "nf4"):
+        total = 0.0
+        for name, parameter in base.named_parameters():
+            layer, _, part = name.replace(".base_layer", "").rpartition(".")
+            stored = kind_of(layer, kind, EDIT_PLUS) if kind and part == "weight" and parameter.ndim == 2 else None
+            total += bytes_each[stored] * parameter.numel() * (".lora_" not in name)
+        assert f"| {kind or 'null'} | {total / 1e9:.1f} GB |" in readme
 
 
 def test_a_cell_of_the_table_of_cards_is_what_the_forecast_says(released):

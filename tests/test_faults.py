@@ -34,7 +34,8 @@ CHAINS = {
 
 
 QUICK = [("one rank", "lora"), ("two ranks", "full")]
-ALL = [(chain, kind) for chain in CHAINS for kind in ("full", "lora")]
+ALL = [(chain, kind) for chain in CHAINS for kind in ("full", "lora", "small")][:-1]  # FSDP shards no quantised base
+SMALL = {"quantization": "nf4", "stream_blocks": 3, "offload_activations": True}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,9 @@ def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_pa
     ranks = 1 if chain == "one rank" else 2
     training = {"per_device_train_batch_size": 4 // ranks, "max_steps": 8, "save_total_limit": 2}
     training["use_cpu"] = None if chain == "sharded" else True
-    recipe = write_recipe(tmp_path, tiny(), trainable=LORA if kind == "lora" else {}, training=training)
+    sections = {"trainable": {} if kind == "full" else LORA, "memory": SMALL if kind == "small" else {}}
+    training["activation_checkpointing"] = kind == "small"
+    recipe = write_recipe(tmp_path, tiny("learner"), training=training, **sections)
     log = tmp_path / "log"
 
     def run(name: str, **more) -> dict:

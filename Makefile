@@ -35,7 +35,7 @@ soak: $(INSTALLED)  ## run what takes longer: every optimizer, every way to comp
 bench: $(INSTALLED)  ## measure what docs/performance.md claims beside the usual way: one table, within 10 minutes
 	$(TEST_ENV) $(BIN)/python tests/bench/run.py
 
-memory-table: $(INSTALLED)  ## forecast what a LoRA takes on cards of 16 to 80 GB: the table in recipes/README.md; 10 minutes
+memory-table: $(INSTALLED)  ## forecast what a LoRA takes on cards of 16 to 80 GB: the table in recipes/README.md
 	$(TEST_ENV) $(BIN)/python tests/memory_table.py
 
 quality: $(INSTALLED)  ## check style; changes nothing

@@ -49,7 +49,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num_gpus", "--num-gpus", type=checked(Count), default=1)
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.memory:
+    if arguments.verify and (arguments.memory or arguments.gpu_memory):
+        raise InputError("--verify: cannot be combined with --memory; run them one after the other")
+    if arguments.memory or arguments.gpu_memory:
         return check_memory(recipe, arguments)
     from hf_qie.extraction.plan import make_plan, own_tasks
     from hf_qie.models.base import read_family
@@ -91,7 +93,7 @@ def check_memory(recipe: Recipe, options: Any) -> None:
     from hf_qie.extraction.stats import largest_shape
     from hf_qie.training.fit import forecast_recipe, report, verdict
 
-    if own_tasks(recipe).keys() - ready_sets(recipe).keys():
+    if {name for name in own_tasks(recipe) if recipe.tasks[name].weight} - ready_sets(recipe).keys():
         show(str(forecast_gpu(recipe)))
     run, found = forecast_recipe(recipe, largest_shape(recipe), num_ranks=options.num_gpus)
     show(report(run, found))

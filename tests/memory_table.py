@@ -1,11 +1,12 @@
 """`make memory-table`: what a LoRA takes on cards of several sizes, forecast, as a table in recipes/README.md.
 
-Each cell is the recipe lora_one_gpu.yaml, with the first of the fewest changes that make it fit the card.
+Each cell is the recipe lora_one_gpu.yaml with the first change that makes it fit the card, of those that change no
+number: none, offload_activations, stream_blocks.
 """
 
+import math
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,16 +14,18 @@ from accelerate import PartialState
 from released import write_released
 from tqdm import tqdm
 
+from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.largest import Shape
-from hf_qie.training.fit import fewest_changes, usable_bytes
-from hf_qie.training.forecast import Run, forecast
+from hf_qie.runtime.memory_tracker import UNSEEN_SHARE
+from hf_qie.training.fit import usable_bytes
+from hf_qie.training.forecast import Forecast, Run, forecast, streamed
 
 ROOT = Path(__file__).resolve().parent.parent
-CARDS_GB, SIZES_PX, NUM_SOURCES = (16, 24, 32, 48, 80), (512, 768, 1024), (0, 1, 3)
+CARDS_GB, SIZES_PX, NUM_SOURCES, BASES = (16, 24, 32, 48, 80), (512, 768, 1024), (0, 1, 3), ("null", "int8")
 CAPTION_TOKENS, IMAGE_TOKENS = 100, 205  # of a caption with its suffix, and of a source: 384 x 384 and "Picture 1: "
+NUM_BLOCKS = 60
 START, END = "<!-- make memory-table -->\n", "<!-- end -->\n"
-SHORT = {"memory.": "", "training.": "", "=true": "", "quantization=": "", "optim=": ""}
 
 
 def recipe_of(model: Path, *overrides: str) -> Recipe:
@@ -37,33 +40,37 @@ def shape_of(size_px: int, num_sources: int) -> Shape:
     return Shape(grids=((side, side), *[(64, 64)] * num_sources), num_tokens=tokens)
 
 
-def row(model: Path, size_px: int, num_sources: int) -> list[str]:
+def row(model: Path, base: str, size_px: int, num_sources: int) -> list[str]:
     """The cells of one shape, a card each."""
     PartialState(cpu=True)
-    run = Run(recipe=recipe_of(model), shape=shape_of(size_px, num_sources))
-    whole, cells = forecast(run), []
-    for card in CARDS_GB:
-        limit, changes, found = usable_bytes(card), (), whole
-        if found.needed > limit:
-            changes, found = fewest_changes(run, lambda more: replace(run, recipe=recipe_of(model, *more)), limit)[0]
-        assert found.needed <= limit, (card, size_px, num_sources)
-        settings = " ".join(changes)
-        for long, short in SHORT.items():
-            settings = settings.replace(long, short)
-        host = f" + {found.host / 1e9:.0f}" if found.host > 5e8 else ""
-        cells.append(f"{f'`{settings}`: ' if settings else ''}{found.peak / 1e9:.1f}{host}")
-    return cells
+    plain, offloaded = (
+        forecast(
+            Run(recipe=recipe_of(model, f"memory.quantization={base}", *more), shape=shape_of(size_px, num_sources))
+        )
+        for more in ((), ["memory.offload_activations=true"])
+    )
+    return [cell(plain, offloaded, usable_bytes(card)) for card in CARDS_GB]
+
+
+def cell(plain: Forecast, offloaded: Forecast, limit: float) -> str:
+    """The change and the peak, and after + what waits in CPU memory, in GB."""
+    over = math.ceil((plain.needed - limit) / (1 + UNSEEN_SHARE) / plain.block)
+    count = NUM_SLOTS + max(over, 1)
+    ways = {"": plain, "`offload_activations`: ": offloaded, f"`stream_blocks={count}`: ": streamed(plain, count)}
+    name, found = next((name, way) for name, way in ways.items() if way.needed <= limit)
+    assert count <= NUM_BLOCKS or not name.startswith("`stream")
+    return f"{name}{found.peak / 1e9:.1f}" + (f" + {found.host / 1e9:.0f}" if found.host else "")
 
 
 def table() -> str:
     """The whole table, as markdown."""
-    shapes = [(size, sources) for size in SIZES_PX for sources in NUM_SOURCES]
+    shapes = [(base, size, sources) for base in BASES for size in SIZES_PX for sources in NUM_SOURCES]
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(max_workers=2) as pool:
         cells = pool.map(partial(row, write_released(Path(folder, "model"))), *zip(*shapes, strict=True))
         rows = list(tqdm(cells, total=len(shapes)))
-    head = ["target", "sources", *(f"{card} GB" for card in CARDS_GB)]
+    head = ["quantization", "target", "sources", *(f"{card} GB" for card in CARDS_GB)]
     lines = [head, ["---"] * len(head)]
-    lines += [[f"{size} px", str(sources), *cells] for (size, sources), cells in zip(shapes, rows, strict=True)]
+    lines += [[base, f"{size} px", str(n), *cells] for (base, size, n), cells in zip(shapes, rows, strict=True)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

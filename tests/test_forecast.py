@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import QwenImageTransformer2DModel
 from embedding_sets import write_recipe, write_set
 from small_recipes import extract_edits
@@ -18,10 +20,11 @@ from transformers import TrainerCallback
 
 from hf_qie import check
 from hf_qie.config.recipe import load_recipe
-from hf_qie.data.largest import Shape
+from hf_qie.data.largest import Shape, largest_in
 from hf_qie.data.loader import TaskRows
 from hf_qie.errors import InputError
 from hf_qie.extraction.stats import largest_shape
+from hf_qie.models import quantization
 from hf_qie.runtime.ledger import storages
 from hf_qie.training.callbacks import PeakMemory
 from hf_qie.training.cost import blocks_of
@@ -221,6 +224,75 @@ def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, sm
     assert changes(0) == [everything]  # nothing fits
 
 
+def test_what_a_recipe_has_already_is_raised_where_it_does_not_fit(tmp_path, middle):
+    settings = {"trainable": LORA, "training": CHECKPOINTED, "memory": {"stream_blocks": 3, "quantization": "int8"}}
+    path = write_recipe(tmp_path, middle, **settings)
+
+    def change(overrides=()):
+        return Run(recipe=load_recipe(path, overrides), shape=Shape(grids=((12, 12),), num_tokens=9))
+
+    wanted = forecast(change(["memory.stream_blocks=5"])).needed
+    assert fewest_changes(change(), change, wanted)[0][0] == ("memory.stream_blocks=5",)
+
+
+def test_a_package_that_is_missing_leaves_quantisation_out_and_no_more(tmp_path, middle, monkeypatch, caplog):
+    path = write_recipe(tmp_path, middle, trainable=LORA, training=CHECKPOINTED)
+
+    def change(overrides=()):
+        return Run(recipe=load_recipe(path, overrides), shape=Shape(grids=((12, 12),), num_tokens=9))
+
+    model = build_model(change().recipe, mixed_precision="bf16", empty=True)
+    whole = forecast(change(), model)
+    monkeypatch.setitem(quantization.FLOORS, "torchao", "99")
+    with pytest.raises(InputError, match="torchao>=99"):
+        forecast(change(["memory.quantization=int8"]), model)
+    assert forecast(change(), model) == whole
+    ways = [way for way, _ in fewest_changes(change(), change, whole.needed - 1)]
+    assert ways and not any("quantization" in one for way in ways for one in way)
+    assert "not tried: memory.quantization: got nf4: torchao>=99 is required" in caplog.text
+
+
+def test_evaluation_on_more_rows_than_training_has_counts(tmp_path, middle):
+    path = write_recipe(tmp_path, middle, trainable=LORA, training=CHECKPOINTED)
+    run = Run(recipe=load_recipe(path), shape=Shape(grids=SMALL, num_tokens=9))
+    peaks = [forecast(replace(run, eval_rows=rows)).peak for rows in (0, 1, 8)]
+    assert peaks[0] == peaks[1] < peaks[2]
+    evaluated = ["training.eval_strategy=steps", "tasks.edit.eval_rows=1"]
+    run, _ = forecast_recipe(load_recipe(path, evaluated), replace(run.shape, rows=1))
+    assert run.eval_rows == 8  # TrainingArguments' default
+
+
+def test_an_optimizer_that_is_not_known_is_counted_as_adamw_and_said_so(tmp_path, small):
+    path = write_recipe(tmp_path, small, trainable=LORA, training=CHECKPOINTED | {"use_cpu": None})
+    found = {}
+    for name in ("adamw_torch", "schedule_free_adamw", "adamw_torch_8bit"):
+        recipe = load_recipe(path, [f"training.optim={name}"])
+        run, found[name] = forecast_recipe(recipe, Shape(grids=SMALL, num_tokens=9))
+        assert ("not known here" in report(run, found[name])) == (name == "schedule_free_adamw")
+    assert found["schedule_free_adamw"].optimizer == pytest.approx(found["adamw_torch"].optimizer, rel=0.01)
+    assert found["adamw_torch_8bit"].optimizer == found["schedule_free_adamw"].optimizer / 4
+
+
+def test_a_recipe_that_shards_needs_the_number_of_gpus(tmp_path, small):
+    recipe = load_recipe(write_recipe(tmp_path, small, training={"fsdp": True}))
+    with pytest.raises(InputError, match=r"--num_gpus: the recipe shards training"):
+        forecast_recipe(recipe, Shape(grids=SMALL, num_tokens=9))
+
+
+def test_sets_without_latents_have_a_largest_row_too(extracted):
+    recipe = load_recipe(extracted)
+    sets, bare = open_sets(recipe), {}
+    for name, data in sets.items():
+        table = data.data.table
+        for place, column in enumerate(table.column_names):
+            if column in ("target_latents", "source_latents"):
+                field = table.schema.field(column)
+                table = table.set_column(place, field, pa.nulls(len(table), field.type))
+        bare[name] = Dataset(table, info=data.info)
+    weights = dict.fromkeys(sets, 1.0)
+    assert largest_in(bare, weights, recipe.mix) == largest_in(sets, weights, recipe.mix)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -251,15 +323,16 @@ def test_the_report_is_of_the_largest_row_of_the_sets_or_of_rows_that_have_none_
     check.main([str(extracted), "--memory", "--gpu-memory", "80", "--num_gpus", "2"])
     head, *lines, verdict = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"forecast for 2 GPUs; largest micro-batch: 8 rows, target .* px, sources .* tokens", head)
-    names = "weights gradients optimizer activations peak needed host".split()
+    names = "weights gradients optimizer activations peak needed".split()
     figures = {line.split()[0]: float(line.split()[1]) for line in lines}
     assert list(figures) == names
     assert figures["needed"] == pytest.approx(1.03 * figures["peak"] + 1, abs=0.02)
-    assert verdict == "fits a card of 80 GB, of which a program can use 84.18 GB"
+    fits = r"training fits: 1\.\d\d of the 79\.03 GB \(10\^9 bytes\) that a program can use of a card of 80 GB"
+    assert re.fullmatch(fits, verdict)
 
 
 def test_a_recipe_that_does_not_fit_ends_the_check_with_what_would(extracted):
-    with pytest.raises(InputError, match=r"recipe.yaml: does not fit a card of 0.5 GB, of which .* 0.53 GB; nothing"):
+    with pytest.raises(InputError, match=r"does not fit: it needs 1\.\d+ of the 0\.49 GB .* of 0\.5 GB; none"):
         check.main([str(extracted), "trainable.lora={}", "--memory", "--gpu_memory", "0.5"])
 
 

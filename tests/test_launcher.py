@@ -111,6 +111,7 @@ MISTAKES = [
         FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
         "FSDP's sharding strategy 'HYBRID_SHARD' is not available; use FULL_SHARD",
     ),
+    (recipe(optim="adamw_bnb_8bit"), FSDP, "training.optim: adamw_bnb_8bit takes no sharded parameters"),
     (recipe(memory={"quantization": "nf4"}), FSDP, "memory.quantization: nf4 cannot be combined with FSDP"),
     (recipe(fsdp=True, memory={"stream_blocks": 40}), {}, "memory.stream_blocks: 40 cannot be combined with FSDP"),
 ]

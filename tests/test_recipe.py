@@ -171,16 +171,16 @@ BAD_FILES = {
     GOOD + "memory: {quantization: nf4}": 'memory.quantization: got "nf4", but only a frozen base can be; set '
     "trainable.lora",
     GOOD + "memory: {quantization: nf4}\ntrainable: {lora: {}}": 'memory.quantization: got "nf4"; it needs '
-    "training.activation_checkpointing: true, not that of fsdp_config",
+    "training.activation_checkpointing: true",
     GOOD + "memory: {stream_blocks: 30}": "memory.stream_blocks: got 30, but only a frozen base can be; set "
     "trainable.lora",
     GOOD + "memory: {stream_blocks: 30}\ntrainable: {lora: {}}": "memory.stream_blocks: got 30; it needs "
-    "training.activation_checkpointing: true, not that of fsdp_config",
+    "training.activation_checkpointing: true",
     GOOD + "memory: {offload_activations: true}": "memory.offload_activations: got true; it needs "
-    "training.activation_checkpointing: true, not that of fsdp_config",
+    "training.activation_checkpointing: true",
     GOOD + "memory: {offload_activations: true}\n"
     "training: {activation_checkpointing: false, gradient_checkpointing: true}": "memory."
-    "offload_activations: got true; it needs training.activation_checkpointing: true, not that of fsdp_config",
+    "offload_activations: got true; it needs training.activation_checkpointing: true",
     GOOD + "memory: {stream_blocks: 2}\ntrainable: {lora: {}}\ntraining: {activation_checkpointing: true}": "memory."
     "stream_blocks: got 2, expected 0 or more than 2, which are always on the device",
     GOOD + "trainable: {lora: true}": "trainable.lora: got true, expected a mapping",

@@ -99,7 +99,7 @@ def official(pipeline, sampler: Sampler, images: list[Path]) -> tuple[torch.Tens
     opened = [read_image(path) for path in images]
     width, height = sampler.size(opened)
     if images:
-        hand_token_types_through(pipeline)
+        hand_token_types_through(pipeline, torch.device("cpu"))
         single = isinstance(pipeline, diffusers.QwenImageEditPipeline)
         options = {"image": opened[0] if single else opened}
     else:
@@ -162,7 +162,7 @@ def test_text_to_image_equals_the_official_pipeline(tiny, recipe_of, kind):
 def test_without_3d_positions_the_edit_is_another(tiny, recipe_of, pictures, monkeypatch):
     sampler = Sampler(recipe_of(tiny(), SMALL_SOURCES), checkpoint="base")
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny(), dtype=torch.float32)
-    monkeypatch.setitem(globals(), "hand_token_types_through", lambda pipeline: None)
+    monkeypatch.setitem(globals(), "hand_token_types_through", lambda pipeline, device: None)
     latents, _ = official(stock, sampler, pictures[:2])
     assert (latents - ours(sampler, pictures[:2])[0]).abs().max() > 0.01  # a hundred times the tolerance
 

@@ -4,6 +4,7 @@ Trainer takes FSDP's settings from `training.fsdp_config` alone, and accelerate 
 would override the other in silence.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ _REFUSED = {  # by the flag that asks for it
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
     "ACCELERATE_DYNAMO_BACKEND": "compiling the whole model",  # training.torch_compile compiles its blocks
 }
+# optimizers of bitsandbytes, by TrainingArguments' names
+_BITSANDBYTES = re.compile(r".*bnb.*|paged_.*|(adamw|lion|ademamix|rmsprop)_(8|32)bit").fullmatch
 # FSDP1's names for what FSDP2 calls reshard_after_forward; the other strategies are refused.
 _RESHARD = {"true": True, "full_shard": True, "1": True, "false": False, "shard_grad_op": False, "2": False}
 
@@ -76,6 +79,8 @@ def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, A
     for key in ("quantization", "stream_blocks"):
         if value := getattr(recipe.memory, key):
             raise InputError(f"memory.{key}: {value} cannot be combined with FSDP; leave one of them out")
+    if _BITSANDBYTES(str(training.get("optim"))):
+        raise InputError(f"training.optim: {training['optim']} takes no sharded parameters; leave it out")
     # only rank 0 reads the checkpoint; else the host would hold it once per rank
     settings = {"cpu_ram_efficient_loading": True} | (_launched(environment) if launched else {}) | named
     checkpointing = settings.get("activation_checkpointing", False)

@@ -36,7 +36,8 @@ def check_memory(memory: Memory, *, lora: bool, training: Mapping[str, Any]) -> 
         raise InputError("memory.quantization", f"got {show(kind)} with training.fp16; {FLOAT16}")
     for key in ("quantization", "stream_blocks", "offload_activations"):  # else expanded weights stay until backward
         if (value := getattr(memory, key)) and not is_checkpointed(training):
-            message = f"got {show(value)}; it needs training.activation_checkpointing: true, not that of fsdp_config"
+            instead = ", in place of fsdp_config's" * ("fsdp_config" in training)
+            message = f"got {show(value)}; it needs training.activation_checkpointing: true{instead}"
             raise InputError(f"memory.{key}", message)
     if 0 < memory.stream_blocks <= NUM_SLOTS:
         message = f"got {memory.stream_blocks}, expected 0 or more than {NUM_SLOTS}, which are always on the device"

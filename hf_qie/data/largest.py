@@ -45,8 +45,8 @@ def largest_in(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: M
         num_tokens = num_tokens[group.inverse.astype(int), group.rows]
         order = np.lexsort([-num_tokens, group.bucket])  # the longest prompt of a bucket first
         for entry in order[np.unique(group.bucket[order], return_index=True)[1]]:
-            row = rows.read(int(group.rows[entry]), inverse=bool(group.inverse[entry]), caption=None)
-            found.append(Shape(grids=tuple(row["grids"]), num_tokens=int(num_tokens[entry])))
+            grids = rows.grids_of(int(group.rows[entry]), inverse=bool(group.inverse[entry]))
+            found.append(Shape(grids=tuple(grids), num_tokens=int(num_tokens[entry])))
     return largest(found)
 
 

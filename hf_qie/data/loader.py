@@ -75,8 +75,7 @@ class TaskRows:
         """
         prefix = INVERSE if inverse else ""
         text = self._text(index, self.weights[inverse], caption) or f"{prefix}{TEXT_EMBEDS}drop"
-        found = (self._stored(index, *pair, inverse=inverse) for pair in self.grids)
-        grids = [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
+        grids = self.grids_of(index, inverse=inverse)
         row = {pair[0].name: _matrix(self._stored(index, *pair, inverse=inverse)[1]) for pair in self.arrays}
         if not self.has_latents:
             row["images"] = self._images(index, grids, inverse=inverse)
@@ -87,6 +86,11 @@ class TaskRows:
             "row": self.rows.value(index, "row").as_py(),
             "caption": text.removeprefix(prefix + TEXT_EMBEDS),
         }
+
+    def grids_of(self, index: int, *, inverse: bool) -> list[Grid]:
+        """Latent grids, the target's, then each source's."""
+        found = (self._stored(index, *pair, inverse=inverse) for pair in self.grids)
+        return [tuple(grid) for column, value in found for grid in column.each(value.as_py())]
 
     def _stored(self, index: int, column: Column, other: Column, *, inverse: bool) -> tuple[Column, pa.Scalar]:
         if inverse:

@@ -70,7 +70,10 @@ class Forecast:
         if self.vae_weights:
             parts["VAE"] = self.vae_weights, self.vae_activations
         each = "; ".join(f"{name} {gb(a)} of weights, {gb(b)} of activations" for name, (a, b) in parts.items())
-        return f"forecast memory of extraction: {each}; peak {gb(self.peak)}, as both run in turn"
+        return (
+            f"forecast memory of extraction: {each}; peak {gb(self.peak)}, as both run in turn; "
+            f"with less than {gb(self.needed(self.encoder_weights))} free, layers of the encoder wait in CPU memory"
+        )
 
 
 def forecast_gpu(recipe: Recipe) -> Forecast:

@@ -69,15 +69,16 @@ class RunCallback(TrainerCallback):
 
 
 class PeakMemory(TrainerCallback):
-    """At the end of training the peak that was measured, beside the one that was forecast."""
+    """At the end of training the peak that was measured, beside the one that was forecast, if any was."""
 
-    def __init__(self, forecast_bytes: float):
+    def __init__(self, forecast_bytes: float | None):
         self.forecast_bytes = forecast_bytes
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Log both; what was measured is that of this process."""
         measured = peak_memory_bytes(args.device)
-        logger.info("peak memory: %.2f GB measured, %.2f GB forecast", measured / 1e9, self.forecast_bytes / 1e9)
+        beside = "" if self.forecast_bytes is None else f", {self.forecast_bytes / 1e9:.2f} GB forecast"
+        logger.info("peak memory: %.2f GB measured%s", measured / 1e9, beside)
 
 
 class StackTraces(TrainerCallback):

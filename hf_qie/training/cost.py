@@ -22,6 +22,8 @@ STATE_BYTES = {
     "paged_adamw_32bit": 8,
     "adamw_bnb_8bit": 2,
     "adamw_8bit": 2,
+    "adamw_torch_8bit": 2,
+    "adamw_torch_4bit": 1,
     "paged_adamw_8bit": 2,
     "lion_32bit": 4,
     "lion_8bit": 1,
@@ -63,11 +65,16 @@ class Footprint:
         of_one = STATE_BYTES.get(optimizer)  # None: of an optimizer that is not known here
         self.state_bytes = None if of_one is None else of_one * self.num_trained / num_shards
 
-    def __str__(self) -> str:
+    @property
+    def counts(self) -> str:
+        """How many parameters there are, and train."""
         lora = f" (LoRA on {self.num_lora_layers:,} linear layers)" if self.num_lora_layers else ""
+        return f"{self.num_parameters:,} parameters, of which {self.num_trained:,} train{lora}"
+
+    def __str__(self) -> str:
         state = "an unknown amount" if self.state_bytes is None else f"{self.state_bytes / 1e9:,.1f} GB"
         return (
-            f"{self.num_parameters:,} parameters, of which {self.num_trained:,} train{lora}; estimated per device: "
+            f"{self.counts}; estimated per device: "
             f"{self.weight_bytes / 1e9:,.1f} GB of weights, {self.gradient_bytes / 1e9:,.1f} GB of gradients, "
             f"{state} of optimizer state; activations come on top"
         )

@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, foreach=True),
 }
 FOREACH = ("adamw_torch", "sgd")
+AS_ADAMW = 8  # bytes of state for a parameter, of an optimizer that is not known here: as much as most take
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +57,7 @@ class Forecast:
 
     weights: float
     gradients: float
-    optimizer: float  # not a number for an optimizer that is not known here
+    optimizer: float
     activations: float  # and all that is temporary
     host: float
     block: float = 0.0  # the frozen weights of one block, wherever they are
@@ -72,6 +73,11 @@ class Forecast:
         return (1 + UNSEEN_SHARE) * self.peak + UNSEEN_BYTES
 
 
+def is_known(recipe: Recipe) -> bool:
+    """Whether the size of the optimizer's state is known."""
+    return recipe.training.get("optim", TrainingArguments.default_optim) in OPTIMIZERS | STATE_BYTES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """All that decides what a micro-batch takes."""
@@ -83,6 +89,7 @@ class Run:
     num_ranks: int = 1
     fsdp: Mapping[str, Any] | None = None  # launch.py's settings
     encodes: bool = False  # images, as the sets have no latents
+    eval_rows: int = 0  # of a batch of evaluation
 
     @property
     def family(self) -> Family:
@@ -107,10 +114,12 @@ def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
         if not alike or len(blocks) <= fewest + 1:
             return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh, vae))
         few = []
-        for kept in (fewest, fewest + 1):
-            setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
-            few.append(_step(run, copy.deepcopy(model), mesh, vae))
-        setattr(owner, name, blocks)
+        try:
+            for kept in (fewest, fewest + 1):
+                setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
+                few.append(_step(run, copy.deepcopy(model), mesh, vae))
+        finally:
+            setattr(owner, name, blocks)
     (fewer, block), (more, _) = few
     return _elsewhere(run, _drawn_out(fewer, more, len(blocks) - fewest), block)
 
@@ -125,12 +134,12 @@ def _drawn_out(fewer: Mapping[Any, Counter], more: Mapping[Any, Counter], times:
 
 def _elsewhere(run: Run, peaks: Mapping[Any, Counter], block: int) -> Forecast:
     """The highest of the peaks, with what DDP adds, and what lies in CPU memory in its place."""
+    if run.fsdp and run.fsdp.get("cpu_offload"):
+        for peak in peaks.values():
+            peak[HOST] += sum(peak.pop(name, 0) for name in (WEIGHTS, GRADIENTS, OPTIMIZER))
     highest = max(peaks.values(), key=on_device)
     host = max(peak[HOST] for peak in peaks.values())  # at another moment
     found = Forecast(**{name: highest[name] for name in CATEGORIES} | {HOST: host}, block=block)
-    if run.fsdp and run.fsdp.get("cpu_offload"):
-        host = found.host + found.weights + found.gradients + found.optimizer
-        found = replace(found, weights=0, gradients=0, optimizer=0, host=host)
     return streamed(found, run.recipe.memory.stream_blocks)
 
 
@@ -186,6 +195,11 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
         ledger.start("step")
         if optimizer:
             optimizer.step()
+        if run.eval_rows:
+            model.zero_grad()
+            ledger.start("evaluation")
+            with torch.no_grad():
+                objective.of_draws(model, _batch(run, model, rows=run.eval_rows))
     return ledger.peaks, block
 
 
@@ -214,7 +228,7 @@ def _optimizer(run: Run, model: nn.Module, ledger: Ledger) -> torch.optim.Optimi
         if ddp:
             ledger.add(GRADIENTS, local.nbytes)  # the buckets in which gradients are added up
         if name not in OPTIMIZERS:
-            ledger.add(OPTIMIZER, STATE_BYTES.get(name, math.nan) * local.numel())
+            ledger.add(OPTIMIZER, STATE_BYTES.get(name, AS_ADAMW) * local.numel())
     if name in OPTIMIZERS:
         foreach = {} if run.device == "cuda" or name not in FOREACH else {"foreach": False}
         with ledger.making(OPTIMIZER):
@@ -256,18 +270,19 @@ def _vae(run: Run) -> ForwardMemory | None:
     )
 
 
-def _batch(run: Run, model: nn.Module) -> dict[str, Any]:
-    """A collated batch on the device."""
+def _batch(run: Run, model: nn.Module, *, rows: int | None = None) -> dict[str, Any]:
+    """A collated batch on the device, of another number of `rows` in evaluation."""
+    rows = rows or run.shape.rows
     shape, (latent_width, width) = run.shape, run.family.widths(base_of(model).config)
     target, *sources = (height * width for height, width in shape.grids)
     empty = partial(torch.empty, dtype=torch.float16)
     return {
-        "target_latents": empty(shape.rows, target, latent_width),
-        "source_latents": empty(shape.rows, sum(sources), latent_width),
-        "prompt_embeds": empty(shape.rows, shape.num_tokens, width),
+        "target_latents": empty(rows, target, latent_width),
+        "source_latents": empty(rows, sum(sources), latent_width),
+        "prompt_embeds": empty(rows, shape.num_tokens, width),
         "prompt_mask": torch.tensor([[True]]),  # padding takes next to nothing
         "grids": list(shape.grids),
-        "draw": list(range(shape.rows)),
+        "draw": list(range(rows)),
     }
 
 

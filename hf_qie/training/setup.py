@@ -93,8 +93,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     )
     if recipe.sampling.every:
         trainer.add_callback(ImageGrid(trainer))
-    if expected:
-        trainer.add_callback(PeakMemory(expected.peak))
+    if arguments.device.type != "cpu":
+        trainer.add_callback(PeakMemory(expected and expected.peak))
     _log_start(trainer, checkpoint)
     return trainer, checkpoint
 
@@ -249,8 +249,9 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
-    before = ", before memory.quantization and memory.stream_blocks" * bool(kind or recipe.memory.stream_blocks)
-    logger.info("%s%s", Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards), before)
+    footprint = Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)
+    # with less on the device than there is of the model, the forecast alone says how much
+    logger.info(footprint.counts if kind or recipe.memory.stream_blocks else str(footprint))
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process

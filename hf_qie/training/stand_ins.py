@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_qie.models.base import Family
 from hf_qie.models.quantization import check_packages, kind_of, quantized
-from hf_qie.runtime.ledger import Ledger, storages
+from hf_qie.runtime.ledger import HOST, Ledger, storages
 
 
 def checkpointed_elsewhere(ledger: Ledger, category: str, block: nn.Module, *inputs: Any) -> Any:
@@ -17,7 +17,11 @@ def checkpointed_elsewhere(ledger: Ledger, category: str, block: nn.Module, *inp
 
     def away(tensor: Tensor) -> Tensor:
         with ledger.making(category):
-            return tensor.clone()
+            if category != HOST:
+                return tensor.clone()
+            rounded = 1 << (tensor.nbytes - 1).bit_length()  # as torch does with pinned memory
+            room = torch.empty(max(rounded, 1), dtype=torch.uint8)
+            return room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     with saved_tensors_hooks(away, torch.clone):
         return checkpoint(block.__call__, *inputs, use_reentrant=False)

@@ -45,17 +45,23 @@ def plans_of(path: Path, folder: Path, *overrides: str) -> tuple[dict, object]:
     return plans, family.load_processor(recipe.model, revision=None)
 
 
-def extract_edits(folder: Path, model: Path, edits: Path) -> None:
-    """`folder`/recipe.yaml over a few synthetic edits, and its finished sets."""
-    folder.mkdir()
+def few_edits(edits: Path, **numbers: int) -> dict[str, list[dict]]:
+    """By task the first rows of the synthetic edits, so many of each, with their files in full."""
     tasks = {}
-    for name, number in {"edit": 6, "combine": 3, "text_to_image": 3}.items():
+    for name, number in numbers.items():
         rows = [json.loads(line) for line in (edits / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for row in rows[:number]:
             sources = row["source_image"] or []
             row["source_image"] = [str(edits / path) for path in ([sources] if isinstance(sources, str) else sources)]
             row["target_image"] = str(edits / row["target_image"])
         tasks[name] = rows[:number]
+    return tasks
+
+
+def extract_edits(folder: Path, model: Path, edits: Path) -> None:
+    """`folder`/recipe.yaml over a few synthetic edits, and its finished sets."""
+    folder.mkdir()
+    tasks = few_edits(edits, edit=6, combine=3, text_to_image=3)
     assert extract.main([str(write_recipe(folder, model, tasks))]) == 0
 
 

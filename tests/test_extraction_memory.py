@@ -1,6 +1,5 @@
 """What extraction takes on a device: forecast from configs, and an encoder that is divided where it does not fit."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from released import ENCODER, write_released
-from small_recipes import plans_of, weightless, write_recipe
+from small_recipes import few_edits, plans_of, weightless, write_recipe
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig, Qwen2VLImageProcessor
 
@@ -33,14 +32,7 @@ NUM_LAYERS = 3  # of the tiny encoder
 
 def edits_recipe(folder: Path, model: Path, edits: Path, **settings) -> Path:
     """Rows of one source with an inverse and captions in two languages, of several sources, and of none."""
-    tasks = {}
-    for name, number in {"edit": 3, "combine": 2, "text_to_image": 2}.items():
-        rows = [json.loads(line) for line in (edits / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for row in rows[:number]:
-            sources = row["source_image"] or []
-            row["source_image"] = [str(edits / path) for path in ([sources] if isinstance(sources, str) else sources)]
-            row["target_image"] = str(edits / row["target_image"])
-        tasks[name] = rows[:number]
+    tasks = few_edits(edits, edit=3, combine=2, text_to_image=2)
     folder.mkdir(parents=True, exist_ok=True)
     return write_recipe(folder, model, tasks, extract={"batch_size": 2, **settings})
 

@@ -249,7 +249,7 @@ def test_a_package_that_is_missing_leaves_quantisation_out_and_no_more(tmp_path,
     assert forecast(change(), model) == whole
     ways = [way for way, _ in fewest_changes(change(), change, whole.needed - 1)]
     assert ways and not any("quantization" in one for way in ways for one in way)
-    assert "not tried: memory.quantization: got nf4: torchao>=99 is required" in caplog.text
+    assert "not tried: memory.quantization: got int8: torchao>=99 is required" in caplog.text
 
 
 def test_evaluation_on_more_rows_than_training_has_counts(tmp_path, middle):

@@ -19,12 +19,11 @@ from hf_qie.config.training_args import training_arguments
 from hf_qie.data.largest import Shape, largest_in
 from hf_qie.data.online_latents import has_latents
 from hf_qie.errors import InputError
-from hf_qie.models.checkpoint import read_config
 from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 from hf_qie.training.cost import blocks_of
 from hf_qie.training.forecast import Forecast, Run, forecast, is_known, streamed
-from hf_qie.training.model import build_model
+from hf_qie.training.model import build_model, saved_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +117,14 @@ def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:
         yield [STREAM]
     if "8bit" not in training.get("optim", "") and not run.fsdp:  # bitsandbytes' take no sharded parameters
         yield [(f"training.optim={EIGHT_BIT}",)]
-    if frozen and (smaller := SMALLER[recipe.memory.quantization]) and _installed():
+    if frozen and (smaller := list(filter(_installed, SMALLER[recipe.memory.quantization]))):
         yield [(f"memory.quantization={kind}",) for kind in smaller]
 
 
-def _installed() -> bool:
-    """Whether a base can be quantised here; a warning says what is missing."""
+def _installed(kind: str) -> bool:
+    """Whether a base can be quantised so here; a warning says what is missing."""
     try:
-        check_packages("nf4")
+        check_packages(kind)
     except InputError as error:
         logger.warning("not tried: %s", error)
         return False
@@ -142,7 +141,7 @@ def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tupl
     fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"
     if fsdp and num_ranks == 1:
         raise InputError("--num_gpus: the recipe shards training (training.fsdp); give the number of GPUs")
-    if _is_quantised(recipe):
+    if saved_quantised(recipe):
         raise InputError(f"model: the forecast does not know the sizes of {recipe.model!r}, which was saved quantised")
     run = Run(recipe=recipe, shape=shape, precision=precision, device=device, num_ranks=num_ranks, fsdp=fsdp)
     run = replace(run, encodes=not recipe.extract.latents, eval_rows=_eval_rows(recipe))
@@ -156,7 +155,7 @@ def forecast_start(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Train
     that was saved quantised.
     """
     is_first = PartialState().is_main_process
-    if arguments.device.type == "cpu" or arguments.fsdp or not is_first or _is_quantised(recipe):
+    if arguments.device.type == "cpu" or arguments.fsdp or not is_first or saved_quantised(recipe):
         return None
     weights = {name: recipe.tasks[name].weight for name in sets}
     shape = replace(largest_in(sets, weights, recipe.mix), rows=arguments.per_device_train_batch_size)
@@ -171,10 +170,6 @@ def _eval_rows(recipe: Recipe) -> int:
     """Rows of a batch of evaluation on one device; 0 where there is none."""
     key, training = "per_device_eval_batch_size", recipe.training
     return training.get(key, training_arguments()[key][1]) if training.get("eval_strategy", "no") != "no" else 0
-
-
-def _is_quantised(recipe: Recipe) -> bool:
-    return "quantization_config" in read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
 
 
 def report(run: Run, found: Forecast) -> str:

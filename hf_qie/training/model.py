@@ -41,7 +41,7 @@ def build_model(
     set_seed(recipe.seed)  # adapters start equal on all ranks, and in every run of the recipe
     lora, where = recipe.trainable.lora, {"revision": recipe.revision}
     family = read_family(recipe.model, **where)
-    quantised = read_config(recipe.model, "transformer/config.json", **where).get("quantization_config")
+    quantised = saved_quantised(recipe)
     if quantised and lora is None:
         raise InputError(
             f"trainable: the transformer of {recipe.model!r} is quantised ({quantised.get('quant_method')}), so its "
@@ -72,6 +72,12 @@ def build_model(
         raise InputError(f"trainable: nothing trains; what {recipe.model!r} has by those names gets no gradient")
     low_lr_parameters(model, recipe.trainable.low_lr_modules)  # a name that matches nothing shows before all else
     return model
+
+
+def saved_quantised(recipe: Recipe) -> dict[str, Any] | None:
+    """How the transformer of the checkpoint was quantised when it was saved; None where it was not."""
+    config = read_config(recipe.model, f"{TRANSFORMER_FOLDER}/config.json", revision=recipe.revision)
+    return config.get("quantization_config")
 
 
 def _load_quantized(

@@ -35,7 +35,7 @@ from hf_qie.data.mixture import (
 from hf_qie.data.online_latents import has_latents, load_vae
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
-from hf_qie.models.checkpoint import checkpoint_file, read_config
+from hf_qie.models.checkpoint import checkpoint_file
 from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import PeakMemory, StackTraces
@@ -45,7 +45,7 @@ from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fit import forecast_start
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
-from hf_qie.training.model import base_of, build_model
+from hf_qie.training.model import base_of, build_model, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
 from hf_qie.training.trainer import EditTrainer
 
@@ -242,8 +242,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
         check_packages(kind)
         if precision == "fp16":
             raise InputError("memory.quantization", f"got {kind} with the launcher's fp16; {FLOAT16}")
-    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
-    if arguments.fsdp and "quantization_config" in config:
+    if arguments.fsdp and saved_quantised(recipe):
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer

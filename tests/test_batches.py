@@ -19,7 +19,7 @@ from hf_qie.extraction.batching import like_length, same_size, shared_passes
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES
 from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
-from hf_qie.models.base import Prompt, PromptEmbeddings
+from hf_qie.models.prompts import Prompt, PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE
 from hf_qie.models.qwen_image.prompts import make_prompt
 
@@ -169,7 +169,7 @@ def test_each_row_gets_the_states_of_its_own_captions_and_of_the_drop_caption():
     ways = [small(7, [10], [11]), small(7), small(7, [12])]
     (one,) = shared_passes([prepared(way) for way in ways], batch_size=4)
     texts = [torch.tensor([float(branch[0])]) for branch in one.prompt.branches]
-    one.keep(PromptEmbeddings(image=torch.empty(0), texts=texts))
+    one.keep(PromptEmbeddings(shared=torch.empty(0), texts=texts))
     found = [{name: float(value[0]) for name, value in way.columns.items() if len(value)} for way in ways]
     drop = {"text_embeds_drop": 0}
     assert found == [

@@ -314,13 +314,16 @@ def test_a_set_of_another_format_is_refused(tmp_path):
 
 
 def test_only_a_family_of_two_resizes_takes_another_source_size():
-    assert EDIT_PLUS.source_area_px(None) == EDIT.source_area_px(None) == EDIT.source_area_px(1024) == 1024 * 1024
-    assert EDIT_PLUS.source_area_px(512) == 512 * 512
+    for same in (EDIT_PLUS.with_source_size(None), EDIT_PLUS.with_source_size(1024)):
+        assert same == EDIT_PLUS and same.vae_area_px == 1024 * 1024
+    assert EDIT.with_source_size(1024) == EDIT
+    smaller = EDIT_PLUS.with_source_size(512)
+    assert (smaller.vae_area_px, smaller.vlm_area_px) == (512 * 512, EDIT_PLUS.vlm_area_px)
     with pytest.raises(InputError) as error:
-        EDIT.source_area_px(512)
+        EDIT.with_source_size(512)
     assert str(error.value) == (
         "extract.source_sample_size: 512: QwenImageEditPipeline hands one image of 1,048,576 pixels to encoder and "
         "VAE; leave it null"
     )
     with pytest.raises(InputError, match=r"512: QwenImagePipeline takes no sources; leave it null$"):
-        TEXT_TO_IMAGE.source_area_px(512)
+        TEXT_TO_IMAGE.with_source_size(512)

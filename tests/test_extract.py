@@ -183,7 +183,7 @@ def test_stored_states_are_the_rounding_of_the_encoders(extracted, rows, edits, 
         texts = {f"{prefix}text_embeds_{name}": text for name, text in captions.items() if text}
         texts |= {f"{prefix}text_embeds_drop": " "}
         (states,) = encoder([make_prompt(processor, family.template(len(images)), images, list(texts.values()))])
-        assert_rounded(got[f"{prefix}image_embeds"] or np.empty((0, 96)), states.image)
+        assert_rounded(got[f"{prefix}image_embeds"] or np.empty((0, 96)), states.shared)
         for name, state in zip(texts, states.texts, strict=True):
             assert_rounded(got[name], state)
 

@@ -19,7 +19,8 @@ from hf_qie.extraction import run, verify
 from hf_qie.extraction.batching import like_length, shared_passes
 from hf_qie.extraction.memory import Forecast, forecast, forecast_gpu
 from hf_qie.extraction.preprocess import ImageCache, prepare
-from hf_qie.models.base import Prompt, read_family
+from hf_qie.models.base import read_family
+from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import free_bytes
 
 CPU = torch.device("cpu")

@@ -20,8 +20,8 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.models.base import PromptEmbeddings
 from hf_qie.models.checkpoint import read_config
+from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.models.qwen_image import transformer
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import text_to_image
@@ -95,12 +95,12 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
     picture = sampler.generate(embeddings, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
-    sizes = [EDIT_PLUS.fit(image.size, sampler.source_area_px) for image in images]
+    sizes = [EDIT_PLUS.fit(image.size, sampler.family.vae_area_px) for image in images]
     vae = LatentEncoder(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
     latents = [vae([to_pixels(EDIT_PLUS.resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
     batches = []
     for text in embeddings.texts:
-        embeds = torch.cat([embeddings.image, text])[None]
+        embeds = torch.cat([embeddings.shared, text])[None]
         sources = torch.cat([torch.zeros(0, 64), *latents])[None]
         batch = {"prompt_embeds": embeds, "prompt_mask": torch.ones(embeds.shape[:2]).bool()}
         batches.append(
@@ -108,7 +108,8 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
         )
     with torch.no_grad():
         config = read_config(recipe.model, "scheduler/scheduler_config.json")
-        options = {"scheduler_config": config, "num_inference_steps": 3, "true_cfg_scale": cfg, "seed": 5}
+        options = {"scheduler_config": config, "true_cfg_scale": cfg, "seed": 5}
+        options["sigmas"] = EDIT_PLUS.sampling_sigmas(3, {})
         mine = denoise(sampler.pipeline.transformer, *batches, **options)
     (z,) = seen
     theirs = ((z - vae.mean) / vae.std)[0, :, 0]
@@ -143,7 +144,7 @@ def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, 
         place = next(n for n, (name, _) in enumerate(held_out.places) if name == task)
         matrices = (row[f"text_embeds_{name}"] for name in (held_out[place]["caption"], "drop"))
         embeddings = PromptEmbeddings(
-            image=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices]
+            shared=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices]
         )
         images = [read_image(Path(path)) for path in row["source_image"]]
         height, width = row["target_grid"]

@@ -9,7 +9,7 @@ from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
-from hf_qie.models.base import BadPrompt
+from hf_qie.models.prompts import BadPrompt
 from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, TEXT_TO_IMAGE_TEMPLATE
 from hf_qie.models.qwen_image.prompts import check_drop, make_prompt
 

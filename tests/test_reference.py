@@ -82,7 +82,7 @@ def official_states(pipeline, caption, images):
 
 def our_states(encoder, prompts):
     """Our states `[L, D]`, by prompt and caption."""
-    return [[torch.cat([states.image, text]) for text in states.texts] for states in encoder(prompts)]
+    return [[torch.cat([states.shared, text]) for text in states.texts] for states in encoder(prompts)]
 
 
 def seen(family, images):
@@ -121,7 +121,7 @@ def test_states_of_text_to_image_equal_the_pipelines(ours, official, kind, capti
     (states,) = our_states(encoder, [prompt])
     for caption, mine in zip(captions, states, strict=True):
         torch.testing.assert_close(mine, official_states(pipeline, caption, []), **CLOSE)
-    assert encoder([prompt])[0].image.shape[0] == 0
+    assert encoder([prompt])[0].shared.shape[0] == 0
 
 
 def test_a_batch_of_unequal_lengths_equals_single_rows(ours, pictures):

@@ -32,7 +32,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.models.base import PromptEmbeddings
+from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import hand_token_types_through, sources_at
 from hf_qie.sampling import main
@@ -106,7 +106,7 @@ def official(pipeline, sampler: Sampler, images: list[Path]) -> tuple[torch.Tens
         options = {}
     options |= {"height": height, "width": width, "negative_prompt": " ", "true_cfg_scale": 4.0}
     options |= {"num_inference_steps": QUICK["num_inference_steps"]}
-    with decoded(pipeline) as latents, sources_at(sampler.source_area_px):
+    with decoded(pipeline) as latents, sources_at(sampler.family.vae_area_px):
         picture = pipeline(
             prompt=INSTRUCTION, generator=torch.Generator().manual_seed(QUICK["seed"]), **options
         ).images[0]
@@ -144,7 +144,6 @@ def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, pictures, monkeyp
     )
     sampler = Sampler(recipe_of(tiny("edit")), checkpoint="base")
     sampler.family = replace(sampler.family, vlm_area_px=SIDE_PX**2, vae_area_px=SIDE_PX**2)
-    sampler.source_area_px = SIDE_PX**2
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny("edit"), dtype=torch.float32)
     mine = ours(sampler, pictures[:1])
     assert type(sampler.pipeline) is type(stock) is diffusers.QwenImageEditPipeline
@@ -275,7 +274,7 @@ def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, pictur
     sampler = Sampler(recipe, checkpoint="base")
     images = sampler.read(pictures[:1])
     embeddings = sampler.embed(INSTRUCTION, images)
-    stored = PromptEmbeddings(image=embeddings.image.clone(), texts=[text.clone() for text in embeddings.texts])
+    stored = PromptEmbeddings(shared=embeddings.shared.clone(), texts=[text.clone() for text in embeddings.texts])
     other = Sampler(recipe, checkpoint="base")
     assert other.generate(stored, images, **QUICK).tobytes() == sampler(INSTRUCTION, images=images, **QUICK).tobytes()
     assert "encoder" not in vars(other)

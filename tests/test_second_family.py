@@ -69,7 +69,7 @@ def test_a_made_up_family_is_extracted_and_trained_without_a_change_elsewhere(pa
         f"{row['instruction']}{TEMPLATE.after}"
     )
     (embeddings,) = family.load_encoder(str(painter), **CPU)([prompt])
-    np.testing.assert_allclose(row["image_embeds"], embeddings.image, atol=1e-2)
+    np.testing.assert_allclose(row["image_embeds"], embeddings.shared, atol=1e-2)
     np.testing.assert_allclose(row["text_embeds_instruction"], embeddings.texts[0], atol=1e-2)
     for column in ("target_latents", "source_latents"):
         assert matrix_width(data.features[column]) == 32

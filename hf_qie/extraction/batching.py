@@ -11,7 +11,8 @@ import torch
 from hf_qie.data.schema import SOURCES
 from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
-from hf_qie.models.base import Prompt, PromptEmbeddings, Size
+from hf_qie.models.base import Size
+from hf_qie.models.prompts import Prompt, PromptEmbeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +24,10 @@ class Pass:
 
     def keep(self, made: PromptEmbeddings) -> None:
         """Put the embeddings among the columns of the rows."""
-        image, (*texts, drop) = to_float16(made.image), map(to_float16, made.texts)
+        shared, (*texts, drop) = to_float16(made.shared), map(to_float16, made.texts)
         for one in self.directions:
             found = {f"text_embeds_{caption}": texts.pop(0) for caption in one.captions}
-            found |= {"image_embeds": image, "text_embeds_drop": drop}
+            found |= {"image_embeds": shared, "text_embeds_drop": drop}
             one.columns.update({one.prefix + name: value for name, value in found.items()})
 
 

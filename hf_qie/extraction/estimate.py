@@ -22,7 +22,7 @@ from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
 from hf_qie.errors import InputError
 from hf_qie.extraction.plan import File, Plan, files_of, image_files
 from hf_qie.extraction.reuse import is_remade
-from hf_qie.models.base import BadPrompt, PromptLengths
+from hf_qie.models.prompts import BadPrompt, PromptLengths
 
 SAMPLE_ROWS = 512  # whose headers tell the size of a set: a second on a disk, a few over a network
 ROW_BYTES = 128  # of a row beside embeddings, latents and strings: numbers, grids, offsets
@@ -102,10 +102,10 @@ def _outlook(
         num_tokens |= dict(zip(captions, length.captions, strict=True))
         grids = plan.grids(plan.sizes(images, headers))
         try:
-            plan.check_length({name: length.image + num_tokens[name] + length.suffix for name in captions}, grids)
+            plan.check_length({name: length.shared + num_tokens[name] + length.suffix for name in captions}, grids)
         except BadRow as error:
             return error
-        num_embeds[f"{prefix}image_embeds"] = length.image
+        num_embeds[f"{prefix}image_embeds"] = length.shared
         num_embeds |= {f"{prefix}text_embeds_{name}": num_tokens[name] + length.suffix for name in captions}
         for column in columns_of("grid"):
             grid_columns[prefix + column.name] = grids[column.of] if column.many else grids[column.of][0]

@@ -18,7 +18,8 @@ from hf_qie.data.schema import INVERSE, SOURCES, TARGET
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Outlook, Row, sample
 from hf_qie.extraction.plan import Plan, make_plan, own_tasks
-from hf_qie.models.base import Prompt, Size, read_family
+from hf_qie.models.base import Size, read_family
+from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 

@@ -53,8 +53,8 @@ class Plan:
 
     @property
     def source_area_px(self) -> int:
-        """Area of a source, by `source_sample_size`; raises InputError where the family allows no other."""
-        return self.family.source_area_px(self.extract.source_sample_size)
+        """Area of a source, by `source_sample_size`."""
+        return self.family.vae_area_px
 
     @property
     def inverse_latents(self) -> bool:
@@ -169,4 +169,5 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
+    family = family.with_source_size(recipe.extract.source_sample_size)
     return Plan(recipe=recipe, task=task.model_copy(update={"columns": rows.columns}), family=family, rows=rows)

@@ -17,7 +17,7 @@ from hf_qie.data.images import BadImage
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
 from hf_qie.data.schema import SOURCES, columns_of
 from hf_qie.extraction.plan import File, Plan, SizedFile, files_of
-from hf_qie.models.base import BadPrompt, Prompt
+from hf_qie.models.prompts import BadPrompt, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

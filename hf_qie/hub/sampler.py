@@ -13,8 +13,9 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import BadImage, read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.trained_run import find_weights
-from hf_qie.models.base import BadPrompt, Family, PromptEmbeddings, read_family
+from hf_qie.models.base import Family, read_family
 from hf_qie.models.lora_files import read_lora
+from hf_qie.models.prompts import BadPrompt, PromptEmbeddings
 from hf_qie.runtime.device import compute_dtype, own_device
 from hf_qie.runtime.rules import Section, Seed, Steps, Weight, validate
 
@@ -45,8 +46,8 @@ class Sampler:
         """
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.where = {"revision": recipe.revision}
-        self.family = read_family(recipe.model, **self.where)
-        self.source_area_px = self.family.source_area_px(recipe.extract.source_sample_size)
+        family = read_family(recipe.model, **self.where)
+        self.family = family.with_source_size(recipe.extract.source_sample_size)
         self.weights = None
         if str(checkpoint) != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))
@@ -89,7 +90,7 @@ class Sampler:
             prompt = family.make_prompt(self.processor, images, [instruction, self.recipe.extract.drop_caption])
         except BadPrompt as error:
             raise InputError(f"--instruction: {error}") from error
-        grids = [family.grid_of(family.fit(image.size, self.source_area_px)) for image in images]
+        grids = [family.grid_of(family.fit(image.size, family.vae_area_px)) for image in images]
         most, number = family.most_tokens(grids, family.grid_of(self.size(images))), max(prompt.num_embeddings)
         if number > most:
             raise InputError(f"--instruction: {number} tokens of images and text, at most {most} can be placed")
@@ -114,7 +115,6 @@ class Sampler:
             embeddings,
             images,
             size=size or self.size(images),
-            source_area_px=self.source_area_px,
             generator=torch.Generator().manual_seed(chosen.seed),  # of the CPU, so that devices agree on the noise
             **chosen.model_dump(exclude={"seed"}, exclude_none=True),
         )

@@ -7,17 +7,19 @@ A grid is (height, width) in tokens, a size (width, height) in pixels.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from hf_qie.errors import InputError
 from hf_qie.models.checkpoint import read_config
+from hf_qie.models.prompts import BadPrompt, Prompt, PromptEmbeddings, PromptLengths
 
 # By the pipeline class that a checkpoint's model_index.json names; imported when a checkpoint needs it.
 FAMILIES = {
@@ -27,57 +29,6 @@ FAMILIES = {
 }
 Grid = tuple[int, int]
 Size = tuple[int, int]
-
-
-class BadPrompt(ValueError):
-    """A caption that cannot be encoded: why, and its `place` among the captions given."""
-
-    def __init__(self, reason: str, *, place: int):
-        super().__init__(reason)
-        self.place = place
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """Captions over the same sources, ready for the encoder; what they share is encoded once."""
-
-    shared: list[int]  # tokens that every caption starts with
-    branches: list[list[int]]  # the tokens of each caption from there on
-    drop: int  # tokens at the start whose embeddings the pipelines cut off
-    split: int  # tokens through the last image: embeddings in drop:split belong to the images
-    vision: Mapping[str, Tensor]  # what the encoder is given of the images; empty without any
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the encoder runs."""
-        return len(self.shared) + sum(map(len, self.branches))
-
-    @property
-    def num_tokens_apart(self) -> int:
-        """Tokens of one pass per caption."""
-        return len(self.shared) * len(self.branches) + sum(map(len, self.branches))
-
-    @property
-    def num_embeddings(self) -> list[int]:
-        """Of images and text together, by caption."""
-        return [len(self.shared) - self.drop + len(branch) for branch in self.branches]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptLengths:
-    """What a prompt will have, known from sizes and captions alone."""
-
-    image: int  # embeddings of the images
-    captions: list[int]  # tokens of each caption
-    suffix: int  # tokens of the template behind a caption, which count as its embeddings
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptEmbeddings:
-    """Of one prompt, in the encoder's dtype; images then text equal the pipeline's `encode_prompt`."""
-
-    image: Tensor  # [I, D], shared by all captions; I = 0 for text-to-image
-    texts: list[Tensor]  # one [T, D] a caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +58,10 @@ class Family(ABC):
     modulation: tuple[str, ...]  # the same, of layers that are quantised with the least error
     card_name: str  # in cards
     card_tags: tuple[str, ...]
+    license_notice: str = ""  # of a model that may not be used for everything; goes with what is made of it
+    image_mode: str = "RGB"  # of images as the VAE sees them, in Pillow's words
+    prompt_columns: tuple[str, ...] = ("image_embeds",)  # of a set, beside those that all families have
+    true_cfg_scale: float = 4.0  # the pipeline's own
 
     # --- images and sizes ---
 
@@ -115,17 +70,20 @@ class Family(ABC):
         """True where the pipeline hands one resized image to both encoder and VAE."""
         return self.vlm_area_px == self.vae_area_px
 
-    def source_area_px(self, source_sample_size: int | None) -> int:
-        """Area that the VAE sees of a source; raises InputError where the family allows no other."""
-        if source_sample_size is None:
-            return self.vae_area_px
-        if self.one_resize and source_sample_size**2 != self.vae_area_px:
+    def with_source_size(self, side: int | None) -> Self:
+        """The family with sources of `side` squared pixels, by `extract.source_sample_size`; None: its own.
+
+        Raises InputError where the pipeline allows no other.
+        """
+        if side is None or side**2 == self.vae_area_px:
+            return self
+        if self.one_resize:
             hands = f"hands one image of {self.vae_area_px:,} pixels to encoder and VAE"
             raise InputError(
-                f"extract.source_sample_size: {source_sample_size}: {self.pipeline} "
+                f"extract.source_sample_size: {side}: {self.pipeline} "
                 f"{'takes no sources' if self.max_sources == 0 else hands}; leave it null"
             )
-        return source_sample_size**2
+        return replace(self, vae_area_px=side**2)
 
     def fit(self, size: Size, area_px: int) -> Size:
         """The size with the aspect of `size`, about `area_px` in area, sides multiples of `side_multiple_px`.
@@ -146,7 +104,10 @@ class Family(ABC):
 
     @abstractmethod
     def load_vae(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-        """Callable: images `[3, H, W]` in [-1, 1] of one size -> packed latents `[S, C]`; `.decode(latents, grid)`."""
+        """Callable: images `[channels, H, W]` in [-1, 1] of one size -> packed latents `[S, C]` of each.
+
+        `.decode(latents, grid)` gives the image of one.
+        """
 
     @abstractmethod
     def vae_memory(
@@ -220,13 +181,27 @@ class Family(ABC):
     def without_gradient(self, transformer: nn.Module) -> Sequence[str]:
         """Parts of names of the parameters that no gradient reaches; left to train, they would stall DDP."""
 
+    def shares_prefix(self, transformer_config: Mapping[str, Any]) -> bool:
+        """Whether what the transformer makes of prompt and sources depends on neither noise level nor target."""
+        return False
+
     @abstractmethod
     def predict(self, model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity `[B, S, C]` in `noised[B, S, C]` at `sigma[B]`; `batch` is data/collate.py's."""
+        """The velocity `[B x K, S, C]` in `noised[B x K, S, C]` at `sigma[B x K]`; `batch` is data/collate.py's.
+
+        The K noised targets of a row follow each other; K is 1 unless the family shares the prefix among them.
+        """
 
     @abstractmethod
     def shift_mu(self, num_target_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
         """The shift of the scheduler at that size."""
+
+    def sampling_sigmas(self, num_inference_steps: int, pipeline_config: Mapping[str, Any]) -> np.ndarray:
+        """The noise levels at which the pipeline calls the model, before the scheduler shifts them.
+
+        `pipeline_config`: `model_index.json`. diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750.
+        """
+        return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
 
     @abstractmethod
     def denoise(
@@ -234,7 +209,7 @@ class Family(ABC):
     ) -> Tensor:
         """Latents `[1, S, C]` that the pipeline would make of a batch of one row; `negative`: with its other prompt.
 
-        `options`: scheduler_config, num_inference_steps, true_cfg_scale, seed.
+        `options`: scheduler_config, sigmas (`sampling_sigmas`), true_cfg_scale, seed.
         """
 
     @abstractmethod
@@ -253,7 +228,7 @@ class Family(ABC):
     ) -> Image.Image:
         """What the pipeline makes of `images` by embeddings of the instruction and of the negative prompt.
 
-        `options`: size, source_area_px, true_cfg_scale, generator and, if not its own number, num_inference_steps.
+        `options`: size, true_cfg_scale, generator and, if not its own number, num_inference_steps.
         """
 
     @abstractmethod

@@ -96,7 +96,7 @@ class ImageGrid(TrainerCallback):
                 batch,
                 batch | prompt,
                 scheduler_config=trainer.objective.scheduler_config,
-                num_inference_steps=self.settings.num_inference_steps,
+                sigmas=trainer.objective.sampling_sigmas(self.settings.num_inference_steps),
                 true_cfg_scale=self.settings.true_cfg_scale,
                 seed=self.seed,
             )

@@ -112,6 +112,7 @@ class Objective:
         self.loss, self.seed = recipe.loss, recipe.seed
         self.family = read_family(recipe.model, revision=recipe.revision)
         self.global_batch_size = global_batch_size
+        self.pipeline_config = read_config(recipe.model, "model_index.json", revision=recipe.revision)
         self.scheduler_config = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
 
     def of_draws(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -135,6 +136,10 @@ class Objective:
             return self.family.shift_mu(num_target_tokens, self.scheduler_config)
         return None if self.loss.shift == "none" else self.loss.shift
 
+    def sampling_sigmas(self, num_inference_steps: int) -> np.ndarray:
+        """The noise levels at which the pipeline calls the model, before the scheduler shifts them."""
+        return self.family.sampling_sigmas(num_inference_steps, self.pipeline_config)
+
     def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
         latents = batch["target_latents"].float()
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
@@ -153,8 +158,7 @@ def noise_levels(recipe: Recipe) -> dict[str, Any]:
     num_tokens = math.prod(family.grid_of(family.fit((1, 1), recipe.extract.image_sample_size**2)))
     sigma = sigmas_for(range(10_000), loss=loss, seed=recipe.seed, global_batch_size=100, mu=objective.mu(num_tokens))
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(objective.scheduler_config)
-    # diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:750-770
-    steps = np.linspace(1.0, 1 / num_steps, num_steps)
+    steps = objective.sampling_sigmas(num_steps)
     scheduler.set_timesteps(sigmas=steps, mu=family.shift_mu(num_tokens, objective.scheduler_config))
     how = f"timestep_sampling {loss.timestep_sampling}, weighting {loss.weighting}, shift {loss.shift}"
     return {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hf_qie.models.base import Prompt
+from hf_qie.models.prompts import Prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder
 
 GRID = 28  # patches of 14 pixels along the side of a picture, four of them to a token

@@ -8,7 +8,8 @@ from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
-from hf_qie.models.base import BadPrompt, Family, Grid, Prompt, PromptLengths, Size
+from hf_qie.models.base import Family, Grid, Size
+from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
 from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
 from hf_qie.models.qwen_image.text_encoder import Encoder, encoder_memory

@@ -16,7 +16,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
 
-from hf_qie.models.base import Family, PromptEmbeddings, Size
+from hf_qie.models.base import Family, Size
+from hf_qie.models.prompts import PromptEmbeddings
 
 PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")  # of QwenImagePipeline
 
@@ -55,19 +56,18 @@ def generate(
     images: Sequence[Image.Image],
     *,
     size: Size,
-    source_area_px: int,
     true_cfg_scale: float,
     **options: Any,
 ) -> Image.Image:
     """What the pipeline makes of `images`, or of none, by embeddings of the instruction and of the negative prompt."""
     options |= {"width": size[0], "height": size[1], "true_cfg_scale": true_cfg_scale}
     for name, text in zip(("prompt_embeds", "negative_prompt_embeds"), embeddings.texts, strict=True):
-        embeds = torch.cat([embeddings.image, text])[None].to(pipeline.device, pipeline.dtype)
+        embeds = torch.cat([embeddings.shared, text])[None].to(pipeline.device, pipeline.dtype)
         if true_cfg_scale > 1 or name == "prompt_embeds":  # it would warn of a negative prompt that it does not use
             options |= {name: embeds, f"{name}_mask": torch.ones(embeds.shape[:2], device=embeds.device).long()}
     if not images:  # else it cuts at 512, and training does not
         return text_to_image(pipeline)(max_sequence_length=1024, **options).images[0]
-    with sources_at(source_area_px):
+    with sources_at(family.vae_area_px):
         return pipeline(image=images[0] if family.one_resize else list(images), **options).images[0]
 
 

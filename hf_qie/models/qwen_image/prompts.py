@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from hf_qie.errors import InputError
-from hf_qie.models.base import BadPrompt, Prompt, PromptLengths, Size
+from hf_qie.models.base import Size
+from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"  # stand for what is seen; only templates may hold them
 TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread changes its padding
@@ -93,7 +94,7 @@ def prompt_lengths(
         # each image's own token is counted in the template
         image = count[shared] - template.drop + sum(_num_patches(processor, size) - 1 for size in sizes)
         lengths = PromptLengths(
-            image=image if sizes else 0,
+            shared=image if sizes else 0,
             captions=[count[lead + caption] - count[lead] for caption in captions],
             suffix=count[template.after],
         )

@@ -12,7 +12,8 @@ from accelerate import cpu_offload
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
-from hf_qie.models.base import ForwardMemory, Prompt, PromptEmbeddings
+from hf_qie.models.base import ForwardMemory
+from hf_qie.models.prompts import Prompt, PromptEmbeddings
 from hf_qie.runtime.memory_tracker import fake, forward_peak, num_bytes
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,6 @@ def unpack(prompt: Prompt, hidden: Tensor) -> PromptEmbeddings:
     shared, rest = hidden[:cut], hidden[cut : prompt.num_tokens]
     branches = rest.split([len(tokens) for tokens in prompt.branches])
     return PromptEmbeddings(
-        image=shared[prompt.drop : prompt.split],
+        shared=shared[prompt.drop : prompt.split],
         texts=[torch.cat([shared, branch])[prompt.split :] for branch in branches],
     )

@@ -105,7 +105,7 @@ def denoise(
     negative: Mapping[str, Any],
     *,
     scheduler_config: Mapping[str, Any],
-    num_inference_steps: int,
+    sigmas: np.ndarray,
     true_cfg_scale: float,
     seed: int,
 ) -> Tensor:
@@ -119,7 +119,6 @@ def denoise(
     noise = torch.randn((1, channels, 2 * height, 2 * width), generator=torch.Generator().manual_seed(seed))
     latents = pack_latents(noise).to(device)
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     scheduler.set_timesteps(sigmas=sigmas, mu=shift_mu(height * width, scheduler_config), device=device)
     for timestep in scheduler.timesteps:
         sigma = timestep[None] / 1000

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.models.base import Family, Grid, Size
-from hf_qie.models.latent_encoder import vae_memory
+from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline

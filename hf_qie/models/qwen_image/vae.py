@@ -6,8 +6,8 @@ Letters: B images, C latent channels (16), S packed tokens (H/16 x W/16). A grid
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
-from hf_qie.models import latent_encoder
 from hf_qie.models.base import Grid
+from hf_qie.models.image_latents import VaeLatents
 
 
 def unpack_latents(latents: Tensor, grid: Grid) -> Tensor:
@@ -22,7 +22,7 @@ def pack_latents(latents: Tensor) -> Tensor:
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
-class LatentEncoder(latent_encoder.LatentEncoder):
+class LatentEncoder(VaeLatents):
     """Between pixels, 16 a token and side, and packed latents."""
 
     vae_class = AutoencoderKLQwenImage

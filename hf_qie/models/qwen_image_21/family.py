@@ -13,7 +13,7 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid, Size
-from hf_qie.models.latent_encoder import vae_memory
+from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 from hf_qie.models.qwen_image_21.pipeline import Official, generate, load_pipeline

@@ -6,11 +6,11 @@ Letters: B images, C latent channels, S tokens. A grid is (height, width) in tok
 from diffusers import AutoencoderKLQwenImage21
 from torch import Tensor
 
-from hf_qie.models import latent_encoder
 from hf_qie.models.base import Grid
+from hf_qie.models.image_latents import VaeLatents
 
 
-class LatentEncoder(latent_encoder.LatentEncoder):
+class LatentEncoder(VaeLatents):
     """Between pixels in RGBA and latents."""
 
     vae_class = AutoencoderKLQwenImage21

@@ -16,7 +16,7 @@ from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.memory_tracker import fake, forward_peak, num_bytes
 
 
-class LatentEncoder(ABC):
+class VaeLatents(ABC):
     """A checkpoint's VAE, between pixels and packed, normalised latents."""
 
     vae_class: ClassVar[Any]
@@ -71,7 +71,7 @@ class LatentEncoder(ABC):
 
 
 def vae_memory(
-    kind: type[LatentEncoder],
+    kind: type[VaeLatents],
     model: str,
     *,
     revision: str | None,
@@ -82,7 +82,7 @@ def vae_memory(
 ) -> ForwardMemory:
     """What encoding `batch_size` images of one size takes on its device, or decoding one; no weight is read."""
 
-    class FakeLatentEncoder(kind):
+    class FakeVae(kind):
         """Of the checkpoint's config, with fake weights on the CPU."""
 
         def load(self, model: str, *, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
@@ -90,7 +90,7 @@ def vae_memory(
                 vae = self.vae_class.from_config(read_config(model, "vae/config.json", revision=revision))
                 return fake(nn.Module.to(vae, dtype))  # diffusers' own `to` warns
 
-    vae = FakeLatentEncoder(model, revision=revision, dtype=dtype, device=torch.device("cpu"))
+    vae = FakeVae(model, revision=revision, dtype=dtype, device=torch.device("cpu"))
     weights, (width, height) = num_bytes(vae.vae), size
     images = [torch.empty(vae.vae.config.get("in_channels", 3), height, width)] * batch_size
     activations = forward_peak(vae, images) if batch_size else 0

@@ -398,6 +398,46 @@ def test_a_checkpoint_with_its_own_noise_levels_is_sampled_at_them(encoder, proc
     assert pipeline.num_timesteps == len(levels)
 
 
+# --- the tiny checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["qwen_image_21", "qwen_image_21_learner"])
+def test_normalised_latents_of_the_edits_are_of_order_one(tiny, edits, kind):
+    vae = FAMILY.load_vae(str(tiny(kind)), **CPU)
+    found = [read_image(path).resize((128, 128)) for path in sorted((edits / "images").glob("*.png"))[:24]]
+    latents = torch.stack(vae([to_pixels(image.convert("RGBA")) for image in found]))
+    assert latents.shape == (24, 8 * 8, 64)
+    # scaled on images of any colours, so that those of a few colours lie beside 0 in some channels
+    assert 0.5 < latents.square().mean().sqrt() < 2
+    assert latents.std(dim=0).mean() > 0.3  # images differ
+
+
+@pytest.mark.parametrize("name", ["target", "source", "prompt", "place", "noise level", "grid"])
+@pytest.mark.parametrize("kind", ["qwen_image_21", "qwen_image_21_no_causal_condition"])
+@torch.no_grad()
+def test_each_input_shows_in_the_prediction(tiny, kind, name):
+    transformer = load_transformer(str(tiny(kind)), revision=None, dtype=torch.float32)
+    torch.manual_seed(0)
+    noised, sigma = torch.randn(1, 64, 64), torch.tensor([0.5])
+    batch = {"prompt_embeds": 3 * torch.randn(1, 20, 96), "source_latents": torch.randn(1, 64, 64)}
+    batch |= {"prompt_lengths": [20], "image_slots": [[7]], "grids": [(8, 8), (8, 8)]}
+    before = FAMILY.predict(transformer, batch, noised, sigma)
+    if name == "target":
+        noised = noised + 0.5
+    elif name == "noise level":
+        sigma = sigma + 0.1
+    else:
+        batch |= {
+            "source": {"source_latents": torch.randn(1, 64, 64)},
+            "prompt": {"prompt_embeds": 3 * torch.randn(1, 20, 96)},
+            "place": {"image_slots": [[12]]},
+            "grid": {"grids": [(4, 16), (8, 8)]},
+        }[name]
+    after = FAMILY.predict(transformer, batch, noised, sigma)
+    assert before.std() == pytest.approx(1, abs=0.5)
+    assert (after - before).abs().mean() > 0.05
+
+
 # --- the family ------------------------------------------------------------------------------------------------------
 
 

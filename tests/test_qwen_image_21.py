@@ -433,6 +433,24 @@ def test_a_checkpoint_with_its_own_noise_levels_is_sampled_at_them(encoder, proc
     assert pipeline.num_timesteps == len(levels)
 
 
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_verification_compares_with_agrees(encoder, processor, vae, model, images, see_through, offload):
+    official = FAMILY.load_official(model, **CPU, offload=offload)
+    sources = [see_through, *images[1:]]
+    (embeddings,) = encoder([FAMILY.make_prompt(processor, sources, CAPTIONS)])
+    for caption, text in zip(CAPTIONS, embeddings.texts, strict=True):
+        theirs = official.embeddings(caption, sources)
+        torch.testing.assert_close(torch.cat([embeddings.shared, text]), theirs, **CLOSE)
+    assert official.slots(sources) == list(embeddings.slots) and official.slots([]) == []
+    for image in sources:
+        sides = official.sides(image, FAMILY.vae_area_px)
+        torch.testing.assert_close(latents_of(vae, image), official.latents(image, sides), **CLOSE)
+        assert tuple(official.grid(sides).tolist()) == FAMILY.grid_of(FAMILY.fit(image.size, FAMILY.vae_area_px))
+
+
 # --- the tiny checkpoints --------------------------------------------------------------------------------------------
 
 

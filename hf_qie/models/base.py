@@ -26,6 +26,7 @@ FAMILIES = {
     "QwenImageEditPlusPipeline": "hf_qie.models.qwen_image.family:EDIT_PLUS",
     "QwenImageEditPipeline": "hf_qie.models.qwen_image.family:EDIT",
     "QwenImagePipeline": "hf_qie.models.qwen_image.family:TEXT_TO_IMAGE",
+    "QwenImage21Pipeline": "hf_qie.models.qwen_image_21.family:QWEN_IMAGE_21",
 }
 NOTICE = "NOTICE"  # the file with `license_notice`, beside what was made of the model
 FIRST = "Qwen-Image-Edit"  # the family of sets from before `compat` named it

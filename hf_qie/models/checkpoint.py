@@ -1,4 +1,4 @@
-"""A checkpoint's configs and weight files, from a folder in diffusers layout or from the Hub."""
+"""A checkpoint's configs, weight files and transformer, from a folder in diffusers layout or from the Hub."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_qie.errors import InputError
 from hf_qie.runtime.hub_errors import hub_errors
@@ -65,3 +67,32 @@ def saved_tensors(folder: Path) -> Tensors:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be read ({error}); fetch or write them again") from error
     return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118, it is no dict
+
+
+def load_transformer(
+    kind: Any, model: str, *, revision: str | None, dtype: torch.dtype, empty: bool = False
+) -> nn.Module:
+    """The transformer of a checkpoint, of diffusers' class `kind`, quantised if it was saved so.
+
+    An `empty` one has its parameters on the meta device. Raises InputError where it cannot be loaded.
+    """
+    where = {"subfolder": "transformer", "revision": revision}
+    try:
+        if empty:
+            config = kind.load_config(model, **where)
+            with init_empty_weights():
+                transformer = kind.from_config(config)
+            for parameter in transformer.parameters():  # buffers stay what they are: no checkpoint has them
+                parameter.data = parameter.data.to(dtype)
+        else:  # never a pickle
+            transformer, keys = kind.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+            )
+            if unmatched := sorted([*keys["missing_keys"], *keys["unexpected_keys"]]):
+                raise ValueError(f"{unmatched[0]} is in its weights or by its config alone")
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise InputError(f"model: cannot load the transformer of {model!r}: {error}") from error
+    # what Trainer's reporters ask of a config, and diffusers' config lacks
+    transformer.config.to_json_string = transformer.to_json_string
+    transformer.config.to_dict = lambda config=transformer.config: dict(config)
+    return transformer

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hf_qie.errors import InputError
+from hf_qie.models.checkpoint import load_transformer as load
 from hf_qie.models.qwen_image.vae import pack_latents
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -31,28 +29,8 @@ LORA_PRESETS = {
 def load_transformer(
     model: str, *, revision: str | None, dtype: torch.dtype, empty: bool = False
 ) -> QwenImageTransformer2DModel:
-    """The transformer of a checkpoint, quantised if it was saved so; an `empty` one is its shapes on the meta device.
-
-    Raises InputError where it cannot be loaded.
-    """
-    where = {"subfolder": "transformer", "revision": revision}
-    try:
-        if empty:
-            config = QwenImageTransformer2DModel.load_config(model, **where)
-            with init_empty_weights():  # torch's own `to`: diffusers' warns of it, whatever the model
-                transformer = nn.Module.to(QwenImageTransformer2DModel.from_config(config), dtype)
-        else:  # never a pickle
-            transformer, keys = QwenImageTransformer2DModel.from_pretrained(
-                model, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-            )
-            if unmatched := sorted([*keys["missing_keys"], *keys["unexpected_keys"]]):
-                raise ValueError(f"{unmatched[0]} is in its weights or by its config alone")
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"model: cannot load the transformer of {model!r}: {error}") from error
-    # what Trainer's reporters ask of a config, and diffusers' config lacks
-    transformer.config.to_json_string = transformer.to_json_string
-    transformer.config.to_dict = lambda config=transformer.config: dict(config)
-    return transformer
+    """See `models.checkpoint.load_transformer`."""
+    return load(QwenImageTransformer2DModel, model, revision=revision, dtype=dtype, empty=empty)
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -153,15 +153,18 @@ class QwenImage21(Family):
 
     @property
     def compat(self) -> dict[str, Any]:
-        """Templates, and how sources are seen and embeddings stored; both models see a source in the VAE's size."""
-        template = {name: getattr(TEMPLATE, name) for name in ("before", "picture", "separator", "after")}
+        """Templates, what the encoder sees of a source, and what is stored of its embeddings.
+
+        The encoder's area is that of the VAE, which a set names by itself.
+        """
+        template = asdict(TEMPLATE) | {"separator": TEMPLATE.separator, "drop": "its system message"}
         return {
-            "family": self.card_name,
+            "family": "Qwen-Image-2.1",
             "templates": {"edit": template, "text_to_image": template | {"picture": ""}},
             "resampling": "lanczos",
             "alpha": "on white for the encoder, a channel for the VAE",
             "positions": "interleaved m-rope by token type",
-            "embeddings": "before the final norm, at text positions",
+            "embeddings": "before the final norm, without those of images",
         }
 
     @property

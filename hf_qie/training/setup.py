@@ -273,6 +273,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
 def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     """In which precision it trains, on how many rows a step, and what else is loaded."""
     arguments, every = trainer.args, trainer.recipe.sampling.every
+    if notice := trainer.objective.family.license_notice:
+        logger.warning("%s: %s", trainer.recipe.model, notice)
     vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated; %d steps, %s; "

@@ -62,6 +62,12 @@ class QwenImage21(Family):
     card_name: str = "Qwen-Image-2.1"
     card_tags: tuple[str, ...] = ("qwen-image-2.1",)
     license_notice: str = LICENSE_NOTICE
+    license_name: str = "qwen-research"
+    license_link: str = "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
+    # ComfyUI's model joins two layers of each block; its loader knows the halves by the bare names of diffusers alone,
+    # which diffusers reads too (comfy/lora.py, model_lora_keys_unet)
+    comfyui_prefix: str = ""
+    source_size_argument: str = "output_resolution"
     image_mode: str = "RGBA"
     prompt_columns: tuple[str, ...] = ("prefix_embeds", "image_slots")
     true_cfg_scale: float = 1.0

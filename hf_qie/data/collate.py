@@ -1,6 +1,6 @@
 """Rows of one shape -> one padded batch. Reads no file and draws no number.
 
-Letters: B rows, S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens,
+Letters: B rows, K draws of each, S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens,
 D width of the encoder.
 """
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PROMPT = ("prompt_embeds", "prompt_mask", "prompt_lengths", "image_slots")  # what a batch has of its captions
+
 
 class Batch(TypedDict):
     """What the trainer is given: a plain dict at run time, so that accelerate moves its tensors."""
@@ -20,10 +22,12 @@ class Batch(TypedDict):
     images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens
+    prompt_lengths: list[int]  # how many are real, so that nothing has to ask the device
+    image_slots: list[list[int]]  # see `PromptEmbeddings`; of a row one number a source, or none
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
     task: list[str]
     row: list[int]  # position in the task's data
-    draw: list[int]  # the number that decides everything random about the row
+    draw: list[int]  # [B x K] numbers, K of each row, that decide everything random
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -45,8 +49,10 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         **arrays,
         prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
+        prompt_lengths=lengths.tolist(),
+        image_slots=[row.get("image_slots", []) for row in rows],
         grids=grids,
         task=[row["task"] for row in rows],
         row=[row["row"] for row in rows],
-        draw=[row["draw"] for row in rows],
+        draw=[draw for row in rows for draw in row["draws"]],
     )

@@ -27,13 +27,16 @@ class LossMeter:
         self.sums: Counter[str] = Counter()  # of the losses since the last log, by task
         self.drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mixture
         self.drawn_in_all: Counter[tuple[str, int]] = Counter()
-        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B] of micro-batches
+        self.counts: Counter[str] = Counter()  # of the losses in `sums`
+        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B x K] of micro-batches
         self.checked: list[tuple[str, int, float]] = []  # task, row and loss, of the latest step that was checked
         self.unchecked: list[tuple[int, list, Tensor]] = []  # step, its micro-batches, whether a loss is not finite
 
     def add(self, batch: Batch, losses: Tensor) -> None:
-        """Add the losses `[B]` of a micro-batch."""
-        self.of_step.append((batch["task"], batch["row"], losses.detach()))
+        """Add the losses `[B x K]` of a micro-batch, K of each row."""
+        count = len(losses) // len(batch["row"])
+        tasks, rows = ([one for one in batch[key] for _ in range(count)] for key in ("task", "row"))
+        self.of_step.append((tasks, rows, losses.detach()))
         self.drawn.update((task, len(batch["grids"]) - 1) for task in batch["task"])
 
     def end_step(self, step: int) -> None:
@@ -53,6 +56,7 @@ class LossMeter:
                 raise NotFinite(_message(f"step {step}: the loss of {named(bad)}"))
             for task, _, loss in self.checked:
                 self.sums[task] += loss
+                self.counts[task] += 1
 
     def check_gradient(self, step: int, norm: float) -> None:
         """Raise NotFinite for a gradient `norm`, the same on all ranks, that is not finite."""
@@ -63,15 +67,15 @@ class LossMeter:
     def read(self) -> tuple[dict[str, float], Counter[tuple[str, int]]]:
         """Since the last log, on all ranks: the mean loss by task, in float64, and rows by group of the mixture."""
         self.check(last=True)  # what is counted in `drawn` is in `sums` too
-        sums, drawn = Counter(), Counter()
-        for one in gather_object([(self.sums, self.drawn)]):
-            sums.update(one[0])
-            drawn.update(one[1])
-        rows = Counter(task for task, _ in drawn.elements())
-        self.sums.clear()
-        self.drawn.clear()
+        mine = (self.sums, self.counts, self.drawn)
+        sums, counts, drawn = totals = (Counter(), Counter(), Counter())
+        for one in gather_object([mine]):
+            for total, part in zip(totals, one, strict=True):
+                total.update(part)
+        for part in mine:
+            part.clear()
         self.drawn_in_all += drawn
-        return {f"loss/{task}": sums[task] / rows[task] for task in sorted(rows)}, drawn
+        return {f"loss/{task}": sums[task] / counts[task] for task in sorted(counts)}, drawn
 
 
 def named(rows: Iterable[tuple[str, int, float]]) -> str:

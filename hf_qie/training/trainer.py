@@ -158,10 +158,10 @@ class EditTrainer(Trainer):
         return schedule
 
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:
-        """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        per_row = self.objective.of_draws(model, self.on_device(inputs))
-        self.losses.add(inputs, per_row)
-        return per_row.mean()
+        """Mean over the draws of the micro-batch, each noised by its own number."""
+        per_draw = self.objective.of_draws(model, self.on_device(inputs))
+        self.losses.add(inputs, per_draw)
+        return per_draw.mean()
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """No loss of the batch; of each row (loss, sigma), and its number.

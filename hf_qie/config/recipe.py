@@ -125,7 +125,7 @@ class Mix(Section):
 
     source_count_weights: Table[Whole, Weight] | None = Field(None, description="null: the tasks' weights decide")
     same_shape: Count | None = Field(None, description="rows of a bucket; null: those of a micro-batch")
-    draws_per_row: Count = Field(1, description="noises of a row in one pass, where its prefix depends on none of them")
+    draws_per_row: Count = Field(1, description="noises of a row in one pass; for models whose prefix sees no noise")
     caption_weights: Table[Name, Weight] | None = Field(None, description="null: equal over the captions a row has")
     caption_dropout: Share = Field(0.05, description="the chance that a draw trains on extract.drop_caption")
     inverse_share: Share = Field(0.0, description="the chance that a draw of a row with an inverse is its inverse")

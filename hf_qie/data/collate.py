@@ -1,7 +1,7 @@
 """Rows of one shape -> one padded batch. Reads no file and draws no number.
 
-Letters: B rows, K draws of each, S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens,
-D width of the encoder.
+Letters: B rows, K draws of each, S target latent tokens, R latent tokens of all sources, C width of a packed latent,
+L prompt tokens, D width of the encoder.
 """
 
 from collections.abc import Mapping, Sequence

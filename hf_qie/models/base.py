@@ -185,6 +185,15 @@ class Family(ABC):
         """Whether what the transformer makes of prompt and sources depends on neither noise level nor target."""
         return False
 
+    def attention_pairs(
+        self, grids: Sequence[Grid], num_tokens: int, slots: Sequence[int], *, num_targets: int = 1
+    ) -> int:
+        """Pairs of a query and a key that attention takes of a row of these grids and `num_tokens` of a prompt.
+
+        `slots`: see `PromptEmbeddings`. `num_targets`: K. By default each token sees all.
+        """
+        return num_targets * (num_tokens + sum(map(math.prod, grids))) ** 2
+
     @abstractmethod
     def predict(self, model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: Tensor) -> Tensor:
         """The velocity `[B x K, S, C]` in `noised[B x K, S, C]` at `sigma[B x K]`; `batch` is data/collate.py's.

@@ -1,5 +1,6 @@
 """Loss by task, throughput and memory for the log, and the check that losses are finite."""
 
+import math
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_qie.data.collate import Batch
-from hf_qie.training.cost import RowFlops
+from hf_qie.training.cost import BatchFlops
 
 
 class NotFinite(RuntimeError):
@@ -91,11 +92,11 @@ def _message(what: str) -> str:
 
 
 class Throughput:
-    """Rows, tokens and seconds of this rank's steps since the last log; evaluation, images and saving do not count."""
+    """Draws, tokens and seconds of this rank's steps since the last log; evaluation, images and saving do not count."""
 
-    def __init__(self, accelerator: Accelerator, *, row_flops: RowFlops | None = None, peak: float | None = None):
-        """`row_flops` counts the operations of a row, and `peak` is how many the device can do a second, if known."""
-        self.accelerator, self.row_flops, self.peak = accelerator, row_flops, peak
+    def __init__(self, accelerator: Accelerator, *, flops_of: BatchFlops | None = None, peak: float | None = None):
+        """`flops_of` counts the operations of a batch, and `peak` is how many the device can do a second, if known."""
+        self.accelerator, self.flops_of, self.peak = accelerator, flops_of, peak
         self.reset()
 
     def reset(self) -> None:
@@ -108,12 +109,12 @@ class Throughput:
         self.started = started
         self.waited += time.perf_counter() - started
         for batch in batches:
-            self.rows += len(batch["row"])
-            num_latents = sum(height * width for height, width in batch["grids"])
-            num_tokens = batch["prompt_mask"].sum(dim=1).numpy()
-            self.tokens += len(batch["row"]) * num_latents + int(num_tokens.sum())
-            if self.row_flops:
-                self.flops += self.row_flops(num_latents, num_tokens)
+            target, *sources = map(math.prod, batch["grids"])
+            self.rows += len(batch["draw"])
+            self.tokens += len(batch["draw"]) * target + len(batch["row"]) * sum(sources)
+            self.tokens += sum(batch["prompt_lengths"])
+            if self.flops_of:
+                self.flops += self.flops_of(batch)
 
     def end_step(self) -> None:
         """End a step."""
@@ -122,7 +123,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Rows and tokens a second over all ranks, the slowest rank's wait for data, the largest peak of memory.
 
-        Where the device's peak is known, also the share of it that the model's operations reach.
+        A row counts once for each of its draws. Where the device's peak is known, also the share of it that the
+        model's operations reach.
         """
         device = self.accelerator.device
         mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
@@ -136,7 +138,7 @@ class Throughput:
             "seconds_waiting_for_data": waited,
             "peak_memory_gb": memory,
         }
-        if self.row_flops:
+        if self.flops_of:
             found["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.peak)
         return found
 

@@ -127,8 +127,8 @@ def check_draws_per_row(recipe: Recipe) -> None:
     family = read_family(recipe.model, revision=recipe.revision)
     if not family.shares_prefix(read_config(recipe.model, "transformer/config.json", revision=recipe.revision)):
         raise InputError(
-            f"mix.draws_per_row: {recipe.mix.draws_per_row}, but what the transformer of {recipe.model} makes of prompt "
-            "and sources depends on the noise; set it to 1"
+            f"mix.draws_per_row: {recipe.mix.draws_per_row}, but what the transformer of {recipe.model} makes of "
+            "prompt and sources depends on the noise; set it to 1"
         )
 
 

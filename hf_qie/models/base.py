@@ -186,13 +186,18 @@ class Family(ABC):
         return False
 
     def attention_pairs(
-        self, grids: Sequence[Grid], num_tokens: int, slots: Sequence[int], *, num_targets: int = 1
+        self,
+        grids: Sequence[Grid],
+        prompt_lengths: Sequence[int],
+        image_slots: Sequence[Sequence[int]],
+        num_targets: int,
     ) -> int:
-        """Pairs of a query and a key that attention takes of a row of these grids and `num_tokens` of a prompt.
+        """Pairs of a query and a key that attention takes in a batch with K = `num_targets`, masked ones included.
 
-        `slots`: see `PromptEmbeddings`. `num_targets`: K. By default each token sees all.
+        By default each token of a row sees all of it.
         """
-        return num_targets * (num_tokens + sum(map(math.prod, grids))) ** 2
+        num_latents = sum(map(math.prod, grids))
+        return num_targets * sum((num_latents + length) ** 2 for length in prompt_lengths)
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: Tensor) -> Tensor:

@@ -109,9 +109,7 @@ class BatchFlops:
     def _terms(self, batch: Mapping[str, Any]) -> list[float]:
         """What the six numbers are multiplied by."""
         grids, num_tokens, draws = batch["grids"], batch["prompt_lengths"], len(batch["draw"])
-        rows = zip(num_tokens, batch["image_slots"], strict=True)
-        targets = draws // len(num_tokens)
-        pairs = sum(self.family.attention_pairs(grids, *row, num_targets=targets) for row in rows)
+        pairs = self.family.attention_pairs(grids, num_tokens, batch["image_slots"], draws // len(num_tokens))
         target, *sources = map(math.prod, grids)
         return [1, draws, draws * target, len(num_tokens) * sum(sources), sum(num_tokens), pairs]
 

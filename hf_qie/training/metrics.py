@@ -92,7 +92,7 @@ def _message(what: str) -> str:
 
 
 class Throughput:
-    """Draws, tokens and seconds of this rank's steps since the last log; evaluation, images and saving do not count."""
+    """Draws, tokens and seconds of this rank's steps since the last log, without evaluation, images and saving."""
 
     def __init__(self, accelerator: Accelerator, *, flops_of: BatchFlops | None = None, peak: float | None = None):
         """`flops_of` counts the operations of a batch, and `peak` is how many the device can do a second, if known."""

@@ -1,6 +1,7 @@
 """Flow matching: noise levels, noise and loss of rows, each a function of the draw number or of the held-out row.
 
-Letters: B rows, K draws of each, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise only).
+Letters: B rows, K draws of each, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise
+only).
 """
 
 import math

@@ -261,10 +261,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
-    if empty:
-        model = in_memory(on_paper)
-    else:
-        model = build_model(recipe, mixed_precision=precision, device=arguments.device)
+    model = in_memory(on_paper) if empty else build_model(recipe, mixed_precision=precision, device=arguments.device)
     if recipe.memory.quantization:  # DDP cannot broadcast such weights; every rank has read the same
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     from hf_qie.hub.model_card import IMAGES, model_card
     from hf_qie.hub.publish import CARD, open_model_repo, push_model
     from hf_qie.hub.trained_run import find_trained
+    from hf_qie.models.base import NOTICE
 
     trained, repo = find_trained(given.checkpoint), given.push_to_hub
     trained.check_base()
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> None:
         folder = Path(staging, output.name)
         folder.mkdir()
         checked = EXPORTS[kind](trained, folder, dtype=getattr(torch, given.dtype))
+        if notice := trained.family.license_notice:
+            (folder / NOTICE).write_text(f"{notice}\n", encoding="utf-8")
         if (trained.output_dir / IMAGES).is_file():
             shutil.copyfile(trained.output_dir / IMAGES, folder / IMAGES)
         card.save(folder / CARD)

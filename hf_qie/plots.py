@@ -123,7 +123,9 @@ def labelled_sheet(
 
 
 def fit(image: Image.Image, box_px: int) -> Image.Image:
-    """The image, RGB, as large as a square of side `box_px` takes it."""
+    """The image, RGB, what is transparent on white, as large as a square of side `box_px` takes it."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return ImageOps.contain(image.convert("RGB"), (box_px, box_px), Image.Resampling.LANCZOS)
 
 

@@ -2,12 +2,12 @@
 
     python hf_qie/sampling.py recipe.yaml [key.of.the.recipe=value ...] --instruction "Make the sky red."
         [--image a.png ...] --output b.png [--checkpoint FOLDER] [--seed 0]
-        [--num_inference_steps N] [--true_cfg_scale 4.0]
+        [--num_inference_steps N] [--true_cfg_scale S]
 
 --image: once for each image to edit, in their order; without one, text-to-image. --checkpoint: training.output_dir,
 which is also the default, a checkpoint-N in it, a LoRA file, a folder with a LoRA or a transformer, or `base`, the
-model before training. --num_inference_steps (or --steps): default, the pipeline's own. --true_cfg_scale (or --cfg):
-1 is no guidance.
+model before training. --num_inference_steps (or --steps) and --true_cfg_scale (or --cfg): default, the pipeline's
+own; a scale of 1 is no guidance.
 
 The image has the size that the recipe trains on: its area is that of the square of extract.image_sample_size, its
 aspect that of the image to edit, of several the last. From Python:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=checked(Seed), default=0)
     parser.add_argument("--num_inference_steps", "--steps", type=checked(Steps))
-    parser.add_argument("--true_cfg_scale", "--cfg", type=checked(Weight), default=4.0)
+    parser.add_argument("--true_cfg_scale", "--cfg", type=checked(Weight))
     given = parser.parse_intermixed_args(argv)
     recipe = load_recipe(given.recipe, given.overrides)
     _check_output(given.output)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_qie.models.qwen_image.tiny import SPECIAL_TOKENS
+from hf_qie.models.tiny_parts import SPECIAL_TOKENS
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qie.models.qwen_image.family import QwenImage
-from hf_qie.models.qwen_image.prompts import IMAGE_TOKEN, Template
+from hf_qie.models.templates import IMAGE_TOKEN, Template
 
 SEEN: list[tuple[Tensor, Any]] = []  # latents and shapes of every call of its transformers
 TEMPLATE = Template(before="<|im_start|>painter\n", picture=f"<{IMAGE_TOKEN}>", after=" please<|im_end|>", drop=6)

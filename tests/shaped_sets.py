@@ -3,13 +3,15 @@
 import numpy as np
 from datasets import Dataset
 
-from hf_qie.data.schema import set_features, to_table
+from hf_qie.data.schema import PROMPT_COLUMNS, set_features, to_table
 
 WIDTH = 8
 CAPTIONS = ("instruction", "instruction_cn")
 
 
-def embedding_set(shapes, *, inverse=(), inverse_grids=None, captions=lambda row: CAPTIONS) -> Dataset:
+def embedding_set(
+    shapes, *, inverse=(), inverse_grids=None, captions=lambda row: CAPTIONS, prompt_columns=PROMPT_COLUMNS[0]
+) -> Dataset:
     """A set of one row for each (target grid, *source grids) of `shapes`.
 
     `inverse`: the rows that have one. `inverse_grids`: (target, source) grids that inverses have of their own.
@@ -21,6 +23,7 @@ def embedding_set(shapes, *, inverse=(), inverse_grids=None, captions=lambda row
         captions=CAPTIONS,
         inverse_captions=[f"inverse_{caption}" for caption in CAPTIONS] if len(inverse) else [],
         inverse_latents=inverse_grids is not None,
+        prompt_columns=prompt_columns,
     )
     rows = [_row(row, grids, captions(row), row in set(inverse), inverse_grids) for row, grids in enumerate(shapes)]
     return Dataset(to_table(rows, features))
@@ -39,17 +42,23 @@ def _row(row, grids, captions, inverse, inverse_grids):
         "source_image": [f"{row}-{n}.png" for n in range(len(sources))],
         "target_image": f"{row}.png",
     }
-    values |= dict.fromkeys(captions, "edit") | {"num_sources": len(sources), "image_embeds": matrix(3 * len(sources))}
+    values |= dict.fromkeys(captions, "edit") | {"num_sources": len(sources)} | _shared(matrix, len(sources))
     values |= {f"text_embeds_{caption}": text for caption, text in texts.items()}
     values |= _pictures(matrix, target, sources)
     if inverse:
-        values["inverse_image_embeds"] = matrix(3)
+        values |= {f"inverse_{name}": value for name, value in _shared(matrix, 1).items()}
         values |= {f"inverse_text_embeds_inverse_{caption}": matrix(4) for caption in captions}
         values["inverse_text_embeds_drop"] = matrix(2)
         if inverse_grids:
             own_target, own_source = inverse_grids
             values |= {f"inverse_{name}": value for name, value in _pictures(matrix, own_target, [own_source]).items()}
     return values
+
+
+def _shared(matrix, num_sources):
+    """What captions share, in every way in which sets have it."""
+    embeds, slots = matrix(3 * num_sources), [3 * n + 2 for n in range(num_sources)]
+    return {"image_embeds": embeds, "prefix_embeds": embeds, "image_slots": slots}
 
 
 def _pictures(matrix, target, sources):

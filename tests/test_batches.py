@@ -21,7 +21,7 @@ from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
 from hf_qie.models.prompts import Prompt, PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE
-from hf_qie.models.qwen_image.prompts import make_prompt
+from hf_qie.models.templates import make_prompt
 
 BATCH_SIZE = 4  # the recipe's default
 NUM_INSTRUCTIONS = 1542

@@ -34,7 +34,7 @@ from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
 from hf_qie.extraction.run import load_models, record_of, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
 from hf_qie.models.base import Family, read_family
-from hf_qie.models.qwen_image.prompts import Prompt
+from hf_qie.models.templates import Prompt
 
 CAPTIONS = ("instruction", "instruction_cn")
 # what else a set is made from plays no part here

@@ -14,6 +14,7 @@ def row(length, *, grids=((2, 3), (1, 2)), draw=0):
         "target_latents": rng.standard_normal((num_target, 64)).astype(np.float16),
         "source_latents": rng.standard_normal((sum(num_sources), 64)).astype(np.float16),
         "prompt_parts": [1 + rng.random((part, 8)).astype(np.float16) for part in (1, length - 1)],
+        "image_slots": [1 + place for place in range(len(grids) - 1)],
         "grids": list(grids),
         "task": f"task {draw}",
         "row": 10 + draw,
@@ -24,6 +25,7 @@ def row(length, *, grids=((2, 3), (1, 2)), draw=0):
 def test_prompts_are_padded_with_zeros_on_the_right():
     rows = [row(3, draw=0), row(5, draw=1)]
     batch = collate(rows)
+    assert batch["prompt_lengths"] == [3, 5]
     assert batch["prompt_mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert batch["prompt_embeds"].shape == (2, 5, 8)
     assert (batch["prompt_embeds"][0, 3:] == 0).all()
@@ -40,6 +42,7 @@ def test_latents_are_stacked_in_float16_and_the_rest_is_listed():
         assert batch[name].shape == (2, num_tokens, 64)
         assert batch[name].dtype == batch["prompt_embeds"].dtype == torch.float16
         np.testing.assert_array_equal(batch[name].numpy(), np.stack([given[name] for given in rows]))
+    assert (batch["prompt_lengths"], batch["image_slots"]) == ([3, 3], [[1], [1]])
     lists = {name: batch[name] for name in ("grids", "task", "row", "draw")}
     assert lists == {"grids": [(2, 3), (1, 2)], "task": ["task 0", "task 1"], "row": [10, 11], "draw": [0, 1]}
 

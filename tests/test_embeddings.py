@@ -273,6 +273,25 @@ def test_a_set_that_does_not_fit_its_fellows_is_named_with_the_fields(tiny, chan
     )
 
 
+def test_a_set_of_another_family_is_refused_by_name(tiny):
+    first = compat_of(tiny("edit_plus"))  # from before sets named their family
+    assert "family" not in first
+    newer = first | {"family": "Qwen-Image-2.1"}
+    for made, model, named in (
+        (first, newer, "made for Qwen-Image-Edit, {} is of Qwen-Image-2.1"),
+        (newer, first, "made for Qwen-Image-2.1, {} is of Qwen-Image-Edit"),
+    ):
+        rest = "; extract it again for that family, or train without it"
+        with pytest.raises(InputError) as error:
+            check_compat(provenances(a=made), checkpoint_compat_only(model), model="org/model")
+        named_here = named.format("the checkpoint org/model")
+        assert str(error.value) == f"tasks.a: its embedding set was {named_here}{rest}"
+        with pytest.raises(InputError) as error:
+            check_compat(provenances(b=model, a=made), checkpoint_compat_only(model), model="org/model")
+        assert str(error.value) == f"tasks.a: its embedding set was {named_here}{rest}"
+    check_compat(provenances(a=newer), checkpoint_compat_only(newer), model="org/model")
+
+
 def test_templates_belong_to_what_has_to_fit(tiny):
     edit_plus, edit = (compat_of(tiny(kind)) for kind in ("edit_plus", "edit"))
     with pytest.raises(InputError, match=r"the set of task a: .*templates, vlm_area_px differ"):

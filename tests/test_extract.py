@@ -33,9 +33,9 @@ from hf_qie.extraction.plan import make_plan
 from hf_qie.extraction.preprocess import Prepared
 from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.family import EDIT_PLUS
-from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.vae import LatentEncoder
+from hf_qie.models.templates import make_prompt
 
 TARGET_SIDE_PX, SOURCE_SIDE_PX = 64, 96
 SMALL = {

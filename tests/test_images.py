@@ -12,6 +12,7 @@ from PIL import Image
 
 from hf_qie.data.images import BadImage, header_size, read_image, to_pixels
 from hf_qie.models.qwen_image.family import EDIT_PLUS
+from hf_qie.plots import fit
 
 
 def quarters(width=40, height=20):
@@ -290,3 +291,64 @@ def test_halves_are_rounded_to_even_as_the_pipelines_do():
 def test_pixels_go_from_minus_one_to_one():
     image = Image.fromarray(np.array([[[0, 51, 255]]], np.uint8))
     torch.testing.assert_close(to_pixels(image)[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+
+
+# --- with alpha
+
+
+def read_rgba(tmp_path, image, name="picture.png", **options):
+    image.save(tmp_path / name, **options)
+    return read_image(tmp_path / name, "RGBA")
+
+
+@pytest.mark.parametrize("name", ["picture.png", "picture.webp", "picture.tif"])
+def test_alpha_is_kept_to_the_bit(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 4), np.uint8)
+    image = read_rgba(
+        tmp_path, Image.fromarray(pixels), name, **({"lossless": True, "exact": True} if "w" in name else {})
+    )
+    assert image.mode == "RGBA" and not image.info
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "I;16", "RGBX"])
+def test_an_image_without_alpha_is_opaque_and_else_as_in_rgb(tmp_path, mode):
+    values = np.random.default_rng(0).integers(0, 65536, (9, 5), np.uint16)
+    image = Image.fromarray(values) if mode == "I;16" else quarters().convert(mode)
+    name = "picture.tif" if mode in ("CMYK", "RGBX") else "picture.png"
+    seen = read_rgba(tmp_path, image, name)
+    assert (np.asarray(seen)[..., 3] == 255).all()
+    np.testing.assert_array_equal(np.asarray(seen)[..., :3], np.asarray(read_image(tmp_path / name)))
+
+
+def test_a_palette_and_grey_keep_what_is_transparent(tmp_path):
+    paletted = quarters().quantize(4)
+    image = read_rgba(tmp_path, paletted, transparency=paletted.getpixel((0, 0)))
+    assert (image.getpixel((0, 0))[3], image.getpixel((30, 0))) == (0, (0, 200, 0, 255))
+    grey = Image.new("LA", (2, 1), (50, 255))
+    grey.putpixel((1, 0), (60, 7))
+    image = read_rgba(tmp_path, grey)
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(50, 50, 50, 255), (60, 60, 60, 7)]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_an_image_with_alpha_stands_upright(tmp_path, orientation):
+    image, exif = quarters(), Image.Exif()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif[ORIENTATION] = orientation
+    seen = read_rgba(tmp_path, image, exif=exif)
+    assert seen.size == header_size(tmp_path / "picture.png")
+    turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+    assert seen.tobytes() == (image.transpose(turns[orientation]) if orientation in turns else image).tobytes()
+
+
+def test_pixels_have_as_many_channels_as_the_image():
+    image = Image.fromarray(np.array([[[0, 51, 255, 102]]], np.uint8))
+    torch.testing.assert_close(to_pixels(image)[:, 0, 0], torch.tensor([-1.0, -0.6, 1.0, -0.2]))
+
+
+def test_on_a_sheet_what_is_transparent_is_white():
+    image = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    image.putpixel((0, 0), (200, 0, 0, 255))
+    seen = fit(image, 8)
+    assert (seen.mode, seen.getpixel((0, 0)), seen.getpixel((7, 7))) == ("RGB", (200, 0, 0), (255, 255, 255))

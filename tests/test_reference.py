@@ -14,9 +14,9 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from hf_qie.data.images import read_image, to_pixels
 from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.family import EDIT_PLUS
-from hf_qie.models.qwen_image.prompts import make_prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.vae import LatentEncoder
+from hf_qie.models.templates import make_prompt
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CAPTIONS = ["Make the sky red and keep the boat.", "把天空变成红色，保留小船。", " "]

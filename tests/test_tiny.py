@@ -15,7 +15,7 @@ from synthetic_edits import synthetic_edits
 
 from hf_qie.demo.shapes import COLOURS, CORNERS
 from hf_qie.demo.tiny import KINDS, main, tiny_checkpoint
-from hf_qie.models.qwen_image.tiny import SPECIAL_TOKENS
+from hf_qie.models.tiny_parts import SPECIAL_TOKENS
 
 SYSTEM_TEXTS = [prompt_templates.QWENIMAGE_PROMPT_TEMPLATE, prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE]
 

@@ -49,7 +49,7 @@ _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
 TaskName = Annotated[str, rule("a name of letters, digits and _ that does not start with a digit", _name_of_task)]
 # An embedding set has these columns of its own, and text_embeds_drop.
 SET_COLUMNS = {"row", "source_image", "target_image", "num_sources", "image_embeds", "target_latents", "target_grid"}
-SET_COLUMNS |= {"source_latents", "source_grids", "drop"}
+SET_COLUMNS |= {"source_latents", "source_grids", "prefix_embeds", "image_slots", "drop"}
 CaptionNames = Annotated[
     tuple[Name, ...],
     Listed,
@@ -166,7 +166,7 @@ class Sampling(Section):
     every: Whole = Field(0, description="steps; 0: none")
     rows: Count = Field(4, description="held-out rows at fixed seeds")
     num_inference_steps: Steps = 20
-    true_cfg_scale: Weight = 4.0
+    true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
 
 
 def _named(tasks: Mapping[str, Task]) -> Mapping[str, Task]:

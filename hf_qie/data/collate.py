@@ -19,11 +19,11 @@ class Batch(TypedDict):
 
     target_latents: NotRequired[Tensor]  # [B, S, C] float16
     source_latents: NotRequired[Tensor]  # [B, R, C] float16, R = 0 for text-to-image
-    images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, 3] uint8
+    images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, channels] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens
-    prompt_lengths: list[int]  # how many are real, so that nothing has to ask the device
-    image_slots: list[list[int]]  # see `PromptEmbeddings`; of a row one number a source, or none
+    prompt_lengths: list[int]  # real tokens of each row, so that nobody asks the device
+    image_slots: list[list[int]]  # of each row and source, how many of its embeddings stand in front of its latents
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
     task: list[str]
     row: list[int]  # position in the task's data
@@ -50,7 +50,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         prompt_embeds=torch.from_numpy(prompts),
         prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         prompt_lengths=lengths.tolist(),
-        image_slots=[row.get("image_slots", []) for row in rows],
+        image_slots=[row["image_slots"] for row in rows],
         grids=grids,
         task=[row["task"] for row in rows],
         row=[row["row"] for row in rows],

@@ -17,7 +17,20 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_qie.data.provenance import PROVENANCE, files_of, fingerprint, parse_provenance, read_provenance
-from hf_qie.data.schema import INVERSE, TARGET, column_of, columns_of, grids_in, matrix_width, set_features, texts_in
+from hf_qie.data.schema import (
+    DROP_EMBEDS,
+    HAS_INVERSE,
+    INVERSE,
+    TARGET,
+    column_of,
+    columns_of,
+    grids_in,
+    matrix_width,
+    prompt_columns_in,
+    set_features,
+    shared_embeds,
+    texts_in,
+)
 from hf_qie.data.tables import HUB_ID
 from hf_qie.errors import InputError
 from hf_qie.runtime.files import check_sizes
@@ -91,11 +104,12 @@ def check_columns(data: Dataset, *, where: str) -> None:
 
 def _wrong_type(features: Features) -> str | None:
     expected = set_features(
-        width=matrix_width(features.get("image_embeds")) or 0,
+        width=matrix_width(features.get(shared_embeds(features))) or 0,
         latent_width=matrix_width(features.get("target_latents")) or 0,
         captions=texts_in(features),
         inverse_captions=texts_in(features, INVERSE),
         inverse_latents=f"{INVERSE}target_grid" in features,
+        prompt_columns=prompt_columns_in(features),
     )
     for name in expected | features:
         got, feature = features.get(name), expected.get(name)
@@ -120,15 +134,20 @@ def _wrong_values(data: Dataset) -> Iterator[str]:
     rows, counts = (table.column(name).fill_null(-1).to_numpy() for name in ("row", "num_sources"))
     yield from _found("row", rows < 0, "is null or negative")
     yield from _found("num_sources", counts != lengths(table, "source_grids"), "is not the number of source_grids")
-    yield from _wrong_direction(table, "", np.ones(len(table), bool))
-    if f"{INVERSE}image_embeds" in table.column_names:
-        yield from _wrong_direction(table, INVERSE, lengths(table, f"{INVERSE}image_embeds") >= 0)
+    shared = shared_embeds(table.column_names)
+    yield from _wrong_direction(table, "", np.ones(len(table), bool), counts)
+    if HAS_INVERSE in table.column_names:
+        there = np.maximum(lengths(table, HAS_INVERSE), lengths(table, INVERSE + shared)) >= 0
+        yield from _wrong_direction(table, INVERSE, there, np.ones(len(table), int))
 
 
-def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterator[str]:
-    """What is wrong with one direction, in the rows `there`."""
-    for name, least in (("image_embeds", 0), ("text_embeds_drop", 1)):
+def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray, counts: np.ndarray) -> Iterator[str]:
+    """What is wrong with one direction, in the rows `there`, which have `counts` sources."""
+    shared, *slots = prompt_columns_in(table.column_names)
+    for name, least in ((shared, 0), (DROP_EMBEDS, 1)):
         yield from _found(prefix + name, there & (lengths(table, prefix + name) < least), "has no embeddings")
+    for name in slots:
+        yield from _wrong_slots(table, prefix + name, lengths(table, prefix + shared), there, counts)
     if f"{prefix}target_grid" not in table.column_names:
         return  # the inverse has the forward row's
     if prefix:
@@ -146,6 +165,19 @@ def _wrong_direction(table: pa.Table, prefix: str, there: np.ndarray) -> Iterato
         for column, length in latents.items():
             wrong = there & (length != areas.get(column.of, areas[TARGET]))
             yield from _found(prefix + column.name, wrong, "has not the vectors that its grids say")
+
+
+def _wrong_slots(table: pa.Table, name: str, most: np.ndarray, there: np.ndarray, counts: np.ndarray) -> Iterator[str]:
+    """What is wrong with the places of `counts` images among `most` embeddings, in the rows `there`."""
+    found = lengths(table, name)
+    yield from _found(name, there & (found != counts), "has not a place for each source")
+    row = np.repeat(np.arange(len(table)), np.maximum(found, 0))
+    places = pc.list_flatten(table.column(name)).fill_null(-1).to_numpy()
+    beyond = (places < 0) | (places > most[row])
+    beyond[1:] |= (np.diff(row) == 0) & (np.diff(places) < 0)
+    wrong = np.zeros(len(table), bool)
+    wrong[row[beyond]] = True
+    yield from _found(name, there & wrong, "has places out of order, or beyond the embeddings")
 
 
 def _found(column: str, wrong: np.ndarray, words: str) -> Iterator[str]:

@@ -80,10 +80,11 @@ def _beginning(file: Path | BytesIO) -> str:
     return f"it begins with {repr(head)[1:]}" if head else "it is empty"
 
 
-def read_image(file: Path | BytesIO | Image.Image) -> Image.Image:
-    """Read an image upright and in RGB: EXIF turned, alpha on white, first frame, 16-bit grey scaled to 8.
+def read_image(file: Path | BytesIO | Image.Image, mode: str = "RGB") -> Image.Image:
+    """Read an image upright and in `mode`: EXIF turned, first frame, 16-bit grey scaled to 8.
 
-    The pipelines convert nothing, so this comes before them.
+    In RGB what is transparent stands on white; in RGBA alpha is kept, and 255 where an image has none. The pipelines
+    convert nothing, so this comes before them.
 
     Raises:
         BadImage: the file is missing, cannot be read, is too large (`Image.MAX_IMAGE_PIXELS`) or longer than 8 to 1,
@@ -95,7 +96,7 @@ def read_image(file: Path | BytesIO | Image.Image) -> Image.Image:
             image.load_end = lambda: None
             image.filename = ""  # Pillow would map a file without compression in the size of the turned image
         image.load()
-        image = _to_rgb(image if turn is None else image.transpose(turn))
+        image = _converted(image if turn is None else image.transpose(turn), mode)
         image.info.clear()  # an orientation among them would turn it again
         return image
 
@@ -120,18 +121,23 @@ def _orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         values = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return image if mode == "RGBA" else on_white(image)
+    return image.convert("RGB").convert(mode)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image in RGB, what is transparent on white."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
-    """`[..., 3, H, W]` float32 in [-1, 1] of an RGB image, or of `[..., H, W, 3]` uint8.
+    """`[..., channels, H, W]` float32 in [-1, 1] of an image, or of `[..., H, W, channels]` uint8.
 
     As the pipelines' `VaeImageProcessor.preprocess`.
     """

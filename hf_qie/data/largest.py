@@ -13,7 +13,7 @@ from hf_qie.data.embedding_sets import lengths, open_embeddings
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.mixture import read_groups
 from hf_qie.data.provenance import PROVENANCE
-from hf_qie.data.schema import INVERSE, TEXT_EMBEDS
+from hf_qie.data.schema import DROP_EMBEDS, INVERSE, shared_embeds
 from hf_qie.models.base import Grid
 
 
@@ -67,5 +67,5 @@ def ready_sets(recipe: Recipe) -> dict[str, Dataset]:
 def _num_tokens(data: Dataset, prefix: str, captions: Iterable[str]) -> np.ndarray:
     """Of the longest prompt of each row of a set in one direction."""
     table = data.data.table
-    texts = [lengths(table, name) for name in (*captions, f"{prefix}{TEXT_EMBEDS}drop")]
-    return lengths(table, f"{prefix}image_embeds") + np.maximum.reduce(texts)
+    texts = [lengths(table, name) for name in (*captions, prefix + DROP_EMBEDS)]
+    return lengths(table, prefix + shared_embeds(table.column_names)) + np.maximum.reduce(texts)

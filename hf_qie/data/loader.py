@@ -19,7 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.data.images import BadImage
 from hf_qie.data.online_latents import has_latents, read_pixels
-from hf_qie.data.schema import INVERSE, SOURCES, TARGET, TEXT_EMBEDS, Column, columns_of, swapped, texts_in
+from hf_qie.data.schema import (
+    DROP_EMBEDS,
+    INVERSE,
+    SOURCES,
+    TARGET,
+    TEXT_EMBEDS,
+    Column,
+    columns_of,
+    prompt_columns_in,
+    swapped,
+    texts_in,
+)
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid
@@ -56,6 +67,7 @@ class TaskRows:
         self.task, self.has_latents, self.family = task, has_latents(data), family
         self.rows = Rows(data)
         self.weights = text_weights(data.column_names, mix.caption_weights, task)
+        self.shared, *self.slots = prompt_columns_in(data.column_names)
         grids = {column.of: column for column in columns_of("grid")}
         arrays = columns_of("latents", "values") if self.has_latents else columns_of("values")
         # with what an inverse has of the forward row where the set stores nothing of its own for it
@@ -69,18 +81,20 @@ class TaskRows:
         without a caption that weighs anything.
 
         target_latents [S, C], source_latents [R, C] and other arrays of the set, prompt_parts, whose lengths sum to L,
-        [length, D]: not to be written to; grids: packed (height, width), the target's, then each source's; task; row,
-        its position in the task's data; caption, the name of its column, or "drop". In place of latents a set without
-        them has images, [H, W, 3] uint8.
+        [length, D]: not to be written to; image_slots: of each source, how many of these embeddings stand in front of
+        its latents, [] where images have embeddings of their own; grids: packed (height, width), the target's, then
+        each source's; task; row, its position in the task's data; caption, the name of its column, or "drop". In place
+        of latents a set without them has images, [H, W, channels] uint8.
         """
         prefix = INVERSE if inverse else ""
-        text = self._text(index, self.weights[inverse], caption) or f"{prefix}{TEXT_EMBEDS}drop"
+        text = self._text(index, self.weights[inverse], caption) or prefix + DROP_EMBEDS
         grids = self.grids_of(index, inverse=inverse)
         row = {pair[0].name: _matrix(self._stored(index, *pair, inverse=inverse)[1]) for pair in self.arrays}
         if not self.has_latents:
             row["images"] = self._images(index, grids, inverse=inverse)
         return row | {
-            "prompt_parts": [_matrix(self.rows.value(index, name)) for name in (f"{prefix}image_embeds", text)],
+            "prompt_parts": [_matrix(self.rows.value(index, name)) for name in (prefix + self.shared, text)],
+            "image_slots": [place for name in self.slots for place in self.rows.value(index, prefix + name).as_py()],
             "grids": grids,
             "task": self.task,
             "row": self.rows.value(index, "row").as_py(),

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, interleave_datasets
 
 from hf_qie.config.recipe import Mix, Recipe
-from hf_qie.data.schema import INVERSE, grids_in
+from hf_qie.data.schema import HAS_INVERSE, INVERSE, grids_in
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
@@ -69,8 +69,8 @@ def _entries(data: Dataset, rows: np.ndarray, shapes: np.ndarray, inverse_share:
     entries.
     """
     inverted = np.zeros(len(rows), bool)
-    if inverse_share and shapes.shape[1] == 4 and f"{INVERSE}image_embeds" in data.column_names:
-        inverted = _column(data, f"{INVERSE}image_embeds").is_valid().to_numpy()[rows]
+    if inverse_share and shapes.shape[1] == 4 and HAS_INVERSE in data.column_names:
+        inverted = _column(data, HAS_INVERSE).is_valid().to_numpy()[rows]
     inverse_shapes = np.roll(shapes[inverted], 2, axis=1)  # source and target swapped, but for grids that are stored
     for name, side in ((f"{INVERSE}target_grid", slice(0, 2)), (f"{INVERSE}source_grids", slice(2, 4))):
         if inverted.any() and name in data.column_names:

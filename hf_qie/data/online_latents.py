@@ -65,17 +65,17 @@ def _find(path: str, roots: Sequence[str], *, where: str, row: int) -> str:
 
 
 def read_pixels(file: str, grid: Grid, family: Family) -> np.ndarray:
-    """`[H, W, 3]` uint8, an image as extraction shows it to the VAE; raises BadImage naming the file."""
+    """`[H, W, channels]` uint8, an image as extraction shows it to the VAE; raises BadImage naming the file."""
     height, width = grid
     try:
-        image = read_image(Path(file))
+        image = read_image(Path(file), family.image_mode)
     except BadImage as error:
         raise BadImage(f"{file}: {error}") from error
     return np.asarray(family.resize(image, (family.pixels_per_token * width, family.pixels_per_token * height)))
 
 
 def encode_images(batch: Batch, encoder: Any, *, batch_size: int) -> None:
-    """Put latents `[B, S, C]` float16, as a set stores them, in place of a batch's images `[B, H, W, 3]` uint8."""
+    """Put latents `[B, S, C]` float16, as a set stores them, in place of a batch's `images`."""
     encoded = []
     for images in batch.pop("images"):
         latents = [one for part in images.split(batch_size) for one in encoder(to_pixels(part))]

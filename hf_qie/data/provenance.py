@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from hf_qie.errors import InputError
-from hf_qie.models.base import Family
+from hf_qie.models.base import Family, family_name
 from hf_qie.runtime.files import samples
 from hf_qie.runtime.hub_errors import hub_errors
 
@@ -138,7 +138,13 @@ def check_compat(provenances: Mapping[str, Mapping[str, Any]], checkpoint: Mappi
     """
     others = {f"the checkpoint {model}": checkpoint}
     for task, provenance in provenances.items():
+        made_for = family_name(provenance["compat"])
         for other, compat in others.items():
+            if made_for != (family := family_name(compat)):
+                raise InputError(
+                    f"tasks.{task}: its embedding set was made for {made_for}, {other} is of {family}; "
+                    "extract it again for that family, or train without it"
+                )
             if differing := _differences(provenance["compat"], compat):
                 raise InputError(
                     f"tasks.{task}: its embedding set does not fit {other}: {', '.join(differing)} differ; "

@@ -28,8 +28,8 @@ NEVER, ALWAYS, AREA = "never", "always", "area"
 class Column:
     """A column of the set, or one for each caption where its name has `{caption}`.
 
-    kind: number, caption, image (path or URL as given), embeddings (of a prompt), latents (of an image, from the VAE),
-    grid (packed height and width of an image), values (what `compute` makes of an image).
+    kind: number, caption, image (path or URL as given), embeddings (of a prompt), slots (places among these), latents
+    (of an image, from the VAE), grid (packed height and width of an image), values (what `compute` makes of an image).
     """
 
     name: str
@@ -74,7 +74,7 @@ class Column:
 
 
 TEXT, GRID = Value("string"), List(Value("int32"), length=2)
-TEXTS, GRIDS = List(TEXT), List(GRID)
+TEXTS, GRIDS, SLOTS = List(TEXT), List(GRID), List(Value("int32"))
 IN_PLACE = "or its place in the data"
 # In the order of the set; those of the inverse follow all others. An image beside sources and target is read from the
 # data's column of its own name, one in each row, and has the target's size.
@@ -85,6 +85,19 @@ COLUMNS = (
     Column("{caption}", "caption", "a caption; null where the row has none", TEXT),
     Column("num_sources", "number", "number of sources", Value("int8")),
     Column("image_embeds", "embeddings", "the prompt's part for the images; empty for text-to-image", inverse=ALWAYS),
+    Column(
+        "prefix_embeds",
+        "embeddings",
+        "the prompt's tokens of text before the caption, those of images left out; empty for text-to-image",
+        inverse=ALWAYS,
+    ),
+    Column(
+        "image_slots",
+        "slots",
+        "of each source, how many of `prefix_embeds` stand in front of its latents",
+        SLOTS,
+        inverse=ALWAYS,
+    ),
     Column("text_embeds_{caption}", "embeddings", "the prompt's part for `{caption}`, or null", inverse=ALWAYS),
     Column("text_embeds_drop", "embeddings", "the prompt's part for the drop caption", inverse=ALWAYS),
     Column("target_latents", "latents", "packed and normalised; null where none are stored", of=TARGET, inverse=AREA),
@@ -92,11 +105,27 @@ COLUMNS = (
     Column("source_latents", "latents", "of all sources, one after the other", of=SOURCES, inverse=AREA),
     Column("source_grids", "grid", "packed height and width of each source", GRIDS, of=SOURCES, inverse=AREA),
 )
+# The columns of what all captions of a row share, the embeddings first: a set has those of one line, its family's
+# `prompt_columns`.
+PROMPT_COLUMNS = (("image_embeds",), ("prefix_embeds", "image_slots"))
+DROP_EMBEDS = f"{TEXT_EMBEDS}drop"
+HAS_INVERSE = f"{INVERSE}{DROP_EMBEDS}"  # not null in the rows with an inverse
 
 
 def columns_of(*kinds: str) -> list[Column]:
     """The columns of these kinds; of all, if none is given."""
     return [column for column in COLUMNS if not kinds or column.kind in kinds]
+
+
+def prompt_columns_in(names: Iterable[str]) -> tuple[str, ...]:
+    """The line of `PROMPT_COLUMNS` of a set with columns of these names; the first if it has none of any."""
+    names = set(names)
+    return next((line for line in PROMPT_COLUMNS if names.intersection(line)), PROMPT_COLUMNS[0])
+
+
+def shared_embeds(names: Iterable[str]) -> str:
+    """The column of the embeddings that all captions share, in a set with columns of these names."""
+    return prompt_columns_in(names)[0]
 
 
 def swapped(column: Column) -> Column:
@@ -117,7 +146,7 @@ def column_of(name: str) -> tuple[Column, str]:
 def texts_in(columns: Iterable[str], prefix: str = "") -> list[str]:
     """The captions, but for the drop caption, whose embeddings a set with these columns has in one direction."""
     start = f"{prefix}{TEXT_EMBEDS}"
-    return [name.removeprefix(start) for name in columns if name.startswith(start) and name != f"{start}drop"]
+    return [name.removeprefix(start) for name in columns if name.startswith(start) and name != prefix + DROP_EMBEDS]
 
 
 def set_features(
@@ -127,14 +156,17 @@ def set_features(
     captions: Sequence[str],
     inverse_captions: Sequence[str],
     inverse_latents: bool,
+    prompt_columns: Sequence[str] = PROMPT_COLUMNS[0],
 ) -> Features:
     """The features of a set, in order; `inverse_captions` is empty where no row has an inverse.
 
     `inverse_latents`: sources and targets differ in area, so an inverse cannot borrow the forward row's latents.
+    `prompt_columns`: one of `PROMPT_COLUMNS`.
     """
-    found = {}
+    found, others = {}, {name for line in PROMPT_COLUMNS for name in line} - {*prompt_columns}
+    columns = [column for column in COLUMNS if column.name not in others]
     for prefix, names in (("", captions), (INVERSE, inverse_captions)):
-        for column in COLUMNS if names or not prefix else ():
+        for column in columns if names or not prefix else ():
             if column.is_stored(prefix, other_area=inverse_latents):
                 widths = {"embeddings": width, "latents": latent_width}
                 feature = matrix(widths[column.kind]) if column.type is None else column.type

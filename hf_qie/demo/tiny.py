@@ -3,8 +3,9 @@
     python hf_qie/demo/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
 
 --model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
-edit_plus_2511, edit, text_to_image, learner). --data: the folder for two tasks of synthetic edits, --rows of each.
-The VAE is trained, all else is random. The kind `learner` can be trained to edit in minutes on a CPU.
+edit_plus_2511, edit, text_to_image, learner, qwen_image_21, qwen_image_21_no_causal_condition,
+qwen_image_21_learner). --data: the folder for two tasks of synthetic edits, --rows of each. The VAE is trained, but
+for Qwen-Image-2.1, all else is random. The kinds with `learner` can be trained to edit in minutes on a CPU.
 """
 
 import logging
@@ -27,6 +28,9 @@ KINDS = {  # the pipeline of the family, and its variant
     "edit": ("QwenImageEditPipeline", ""),
     "text_to_image": ("QwenImagePipeline", ""),
     "learner": ("QwenImageEditPlusPipeline", "learner"),
+    "qwen_image_21": ("QwenImage21Pipeline", ""),
+    "qwen_image_21_no_causal_condition": ("QwenImage21Pipeline", "no_causal_condition"),
+    "qwen_image_21_learner": ("QwenImage21Pipeline", "learner"),
 }
 
 

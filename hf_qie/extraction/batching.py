@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from hf_qie.data.schema import SOURCES
+from hf_qie.data.schema import DROP_EMBEDS, SOURCES, TEXT_EMBEDS
 from hf_qie.extraction.plan import SizedFile
 from hf_qie.extraction.preprocess import Direction, Prepared
 from hf_qie.models.base import Size
@@ -22,12 +22,12 @@ class Pass:
     prompt: Prompt
     directions: list[Direction]
 
-    def keep(self, made: PromptEmbeddings) -> None:
-        """Put the embeddings among the columns of the rows."""
+    def keep(self, made: PromptEmbeddings, *, prompt_columns: Sequence[str]) -> None:
+        """Put the embeddings among the columns of the rows; `prompt_columns` are the family's."""
         shared, (*texts, drop) = to_float16(made.shared), map(to_float16, made.texts)
+        own = dict(zip(prompt_columns, (shared, list(made.slots)), strict=False))
         for one in self.directions:
-            found = {f"text_embeds_{caption}": texts.pop(0) for caption in one.captions}
-            found |= {"image_embeds": shared, "text_embeds_drop": drop}
+            found = {TEXT_EMBEDS + caption: texts.pop(0) for caption in one.captions} | own | {DROP_EMBEDS: drop}
             one.columns.update({one.prefix + name: value for name, value in found.items()})
 
 

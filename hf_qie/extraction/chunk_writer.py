@@ -197,7 +197,7 @@ class ChunkWriter:
             counts.num_tokens += sum(lengths)
             counts.num_tokens_padded += max(lengths) * len(lengths)
             for one, embeds in zip(batch, encoded, strict=True):
-                one.keep(embeds)
+                one.keep(embeds, prompt_columns=self.plan.family.prompt_columns)
         counts.num_tokens_apart += sum(one.prompt.num_tokens_apart for row in rows for one in row.directions)
 
     def _run(self, model: Callable[[list], list], batches: Iterable[list]) -> Iterator[list]:

@@ -18,7 +18,7 @@ from hf_qie.data.fetch import BadUrl, is_url
 from hf_qie.data.images import BadImage, header_size
 from hf_qie.data.provenance import PROVENANCE
 from hf_qie.data.samples import BadRow, images_of
-from hf_qie.data.schema import SOURCES, TARGET, columns_of, matrix_width
+from hf_qie.data.schema import SOURCES, TARGET, TEXT_EMBEDS, columns_of, matrix_width, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.extraction.plan import File, Plan, files_of, image_files
 from hf_qie.extraction.reuse import is_remade
@@ -105,8 +105,8 @@ def _outlook(
             plan.check_length({name: length.shared + num_tokens[name] + length.suffix for name in captions}, grids)
         except BadRow as error:
             return error
-        num_embeds[f"{prefix}image_embeds"] = length.shared
-        num_embeds |= {f"{prefix}text_embeds_{name}": num_tokens[name] + length.suffix for name in captions}
+        num_embeds[prefix + shared_embeds(plan.family.prompt_columns)] = length.shared
+        num_embeds |= {f"{prefix}{TEXT_EMBEDS}{name}": num_tokens[name] + length.suffix for name in captions}
         for column in columns_of("grid"):
             grid_columns[prefix + column.name] = grids[column.of] if column.many else grids[column.of][0]
         areas = {name: sum(height * width for height, width in some) for name, some in grids.items()}

@@ -27,7 +27,7 @@ from hf_qie.data.fetch import is_url
 from hf_qie.data.provenance import FORMAT_VERSION, UNKNOWN
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import BadRow, images_of, refuse_bad
-from hf_qie.data.schema import SOURCES
+from hf_qie.data.schema import SOURCES, TEXT_EMBEDS
 from hf_qie.errors import InputError
 from hf_qie.extraction.batching import fits_float16, to_float16
 from hf_qie.extraction.chunk_writer import Chunk, ChunkWriter, Models
@@ -37,7 +37,7 @@ from hf_qie.extraction.run import log_set, write_set
 from hf_qie.extraction.set_writer import SetWriter, request_of
 from hf_qie.runtime.rules import show
 
-TENSOR = "embeddings_tensor_"
+TENSOR, IMAGE_EMBEDS = "embeddings_tensor_", "image_embeds"
 KINDS = ("en", "cn", "droptext")
 KEYS = tuple(f"{TENSOR}{kind}{way}" for way in ("", "_inv") for kind in KINDS)
 # Of two passes over the same tokens in bfloat16, relative to the norm of an embedding: its steps are 2^-8 apart, and
@@ -87,8 +87,8 @@ class Foreign:
                 if not fits_float16(stored):
                     reason = "values beyond float16 (65504) or not finite"
                     raise BadRow(reason, column=keys[text], path=files[keys[text]])
-                columns[f"{prefix}text_embeds_{text}"] = stored[cut:]
-                columns.setdefault(f"{prefix}image_embeds", stored[:cut])
+                columns[f"{prefix}{TEXT_EMBEDS}{text}"] = stored[cut:]
+                columns.setdefault(prefix + IMAGE_EMBEDS, stored[:cut])
             columns |= plan.shape_columns(prefix, sized, images)
         return columns
 
@@ -124,7 +124,11 @@ def open_foreign(plan: Plan, folder: Path, *, empty_text: Path | None) -> Foreig
 
     Raises InputError where no row names one, or the caption columns do not tell which is which.
     """
-    task, names = plan.task, plan.task.columns
+    task, names, family = plan.task, plan.task.columns, plan.family
+    if IMAGE_EMBEDS not in family.prompt_columns:
+        raise InputError(
+            f"model: {plan.recipe.model} is {family.card_name}, whose embeddings that trainer does not make"
+        )
     for captions in (names.captions, names.inverse_captions):
         if len({_key_of(caption) for caption in captions}) < len(captions):
             raise InputError(

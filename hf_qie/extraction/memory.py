@@ -118,7 +118,7 @@ def largest_prompts(plan: Plan, row: Row, look: Outlook, processor: Any) -> list
     sizes = {
         name: [plan.family.fit(one.size, plan.family.vlm_area_px) for one in of] for name, of in look.headers.items()
     }
-    shown = {name: [Image.new("RGB", size) for size in some] for name, some in sizes.items()}
+    shown = {name: [Image.new(plan.family.image_mode, size) for size in some] for name, some in sizes.items()}
     return [
         plan.family.make_prompt(processor, shown[TARGET if prefix else SOURCES], list(texts.values()))
         for prefix, _, texts in plan.ways(row)

@@ -82,6 +82,7 @@ class Plan:
             captions=self.task.columns.captions,
             inverse_captions=self.task.columns.inverse_captions if has_inverse else (),
             inverse_latents=self.inverse_latents,
+            prompt_columns=self.family.prompt_columns,
         )
 
     def ways(self, row: Mapping[str, Any]) -> list[tuple[str, dict[str, list[File]], dict[str, str]]]:
@@ -136,7 +137,7 @@ class Plan:
 
     def read(self, file: File) -> Image.Image:
         """An image; raises BadImage or BadUrl."""
-        return read_image(self.open(file))
+        return read_image(self.open(file), self.family.image_mode)
 
 
 def image_files(row: Mapping[str, Any]) -> dict[str, list[File]]:

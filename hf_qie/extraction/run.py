@@ -80,6 +80,9 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
                 "edits have to be sampled at the size they were trained at",
                 *(side, side, f"{family.vae_area_px:,}"),
             )
+        if family.license_notice:
+            logger.warning("%s: %s", recipe.model, family.license_notice)
+        family = family.with_source_size(recipe.extract.source_sample_size)
         compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
         dtype = compute_dtype(recipe.extract.dtype, device)
         for name, plan in plans.items():

@@ -37,6 +37,7 @@ from hf_qie.extraction.reuse import (
     read_request,
     rename_to_previous,
 )
+from hf_qie.models.base import family_name
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.files import check_sizes, move_durably, write_durably, written
 from hf_qie.runtime.lock import in_turn, in_use, take
@@ -133,6 +134,12 @@ class SetWriter:
             self._clean()
 
     def _refusal(self, found: Mapping[str, Any], differing: list[str]) -> InputError:
+        made_for, family = (family_name(request["compat"]) for request in (found, self.request))
+        if made_for != family:
+            return InputError(
+                f"{self.folder}: was made for {made_for}, {self.plan.recipe.model} is {family}; give another "
+                "extract.output_dir, or set extract.overwrite: true to delete it and start again"
+            )
         fields = ", ".join(differing)
         if differing == ["data"] and (old := read_digests(self.folder)) is not None:
             what = "size or time of their images" if found.get("identity") == self.request["identity"] else "the data"

@@ -21,7 +21,7 @@ from hf_qie.config.training_args import training_arguments
 from hf_qie.data.largest import Shape, largest, largest_in, ready_sets
 from hf_qie.data.mixture import read_groups, small_bucket_share
 from hf_qie.data.samples import BadRow, most_bad, text_columns
-from hf_qie.data.schema import INVERSE, SOURCES, TARGET, TEXT_EMBEDS, columns_of
+from hf_qie.data.schema import HAS_INVERSE, INVERSE, SOURCES, TARGET, TEXT_EMBEDS, columns_of, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
 from hf_qie.extraction.plan import Plan, make_plan
@@ -59,7 +59,7 @@ class Survey:
         self._first: dict[int, int] = {}  # hash of a row's content -> its first row
         # the columns that decide on buckets, without embeddings
         grids = [prefix + column.name for prefix in ("", INVERSE) for column in columns_of("grid")]
-        features, names = plan.features, ("num_sources", *grids, f"{INVERSE}image_embeds")
+        features, names = plan.features, ("num_sources", *grids, HAS_INVERSE)
         self._schema = pa.schema(Features({name: features[name] for name in names if name in features}).type)
         self._shapes = [self._schema.empty_table()]
 
@@ -80,9 +80,9 @@ class Survey:
                 self.sizes[name].update(header.size for header in headers)
             for caption, num_tokens in look.num_tokens.items():
                 self.num_tokens[caption][num_tokens] += 1
-            inverse = [] if f"{INVERSE}image_embeds" in look.num_embeds else None  # there or null, but empty
+            inverse = [] if HAS_INVERSE in look.num_embeds else None  # there or null, but empty
             count = len(look.headers[SOURCES])
-            shapes.append({"num_sources": count, f"{INVERSE}image_embeds": inverse, **look.grids})
+            shapes.append({"num_sources": count, HAS_INVERSE: inverse, **look.grids})
         self._shapes.append(pa.Table.from_pylist(shapes, schema=self._schema))
 
     def _odd(self, row: Mapping[str, Any], look: Outlook) -> Iterator[Finding]:
@@ -140,10 +140,10 @@ def shapes_of(look: Outlook) -> list[Shape]:
     """What the transformer sees of a row, in each of its directions, with the longest caption."""
     shapes = []
     for prefix in ("", INVERSE):
-        if (num_image := look.num_embeds.get(f"{prefix}image_embeds")) is not None:
+        if (num_shared := look.num_embeds.get(prefix + shared_embeds(look.num_embeds))) is not None:
             texts = [number for name, number in look.num_embeds.items() if name.startswith(prefix + TEXT_EMBEDS)]
             grids = look.grids[f"{prefix}target_grid"], *look.grids[f"{prefix}source_grids"]
-            shapes.append(Shape(grids=grids, num_tokens=num_image + max(texts)))
+            shapes.append(Shape(grids=grids, num_tokens=num_shared + max(texts)))
     return shapes
 
 

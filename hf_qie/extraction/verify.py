@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import PROVENANCE, check_compat, checkpoint_compat, files_of, read_provenance, unverified
 from hf_qie.data.samples import BadRow, refuse_bad
-from hf_qie.data.schema import SOURCES, TARGET, column_of, columns_of
+from hf_qie.data.schema import DROP_EMBEDS, SOURCES, TARGET, TEXT_EMBEDS, column_of, columns_of, prompt_columns_in
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.extraction.memory import forecast
@@ -24,6 +24,7 @@ from hf_qie.extraction.stats import aligned
 from hf_qie.runtime.device import computes_bfloat16, free_bytes, own_device
 from hf_qie.runtime.files import check_digests
 
+EXACT = ("grid", "slots")  # kinds of columns that are not rounded
 LANGUAGE_HEAD_BYTES = 2 * 10**9  # which the pipeline's encoder has beyond ours, with its logits and kept states
 
 
@@ -93,7 +94,7 @@ def verify_set(plan: Plan, official: Any, *, num_rows: int) -> tuple[int, list[D
     data, differences = open_set(plan.folder), []
     rng = draw_rng(plan.recipe.seed, f"verify {plan.task.name}")
     chosen = rng.choice(len(data), min(num_rows, len(data)), replace=False)
-    vectors = [name for name in data.features if column_of(name)[0].kind in ("embeddings", "latents", "grid")]
+    vectors = [name for name in data.features if column_of(name)[0].kind in (*EXACT, "embeddings", "latents")]
     given = data.remove_columns(vectors)
     stored = data.select_columns(vectors).with_format("torch", dtype=torch.float32)
     for place in sorted(map(int, chosen)):
@@ -108,21 +109,24 @@ def verify_set(plan: Plan, official: Any, *, num_rows: int) -> tuple[int, list[D
 def official_columns(
     row: Mapping[str, Any], stored: Mapping[str, Any], plan: Plan, official: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every column of vectors or grids of a row, by the pipeline; `stored` says where images end and text starts."""
+    """Every column of vectors, places or grids of a row, by the pipeline; `stored` says where a caption starts."""
     try:
         refuse_bad(row)
         images = ImageCache([row], plan).read(row)
     except BadRow as error:
         raise InputError(f"tasks.{plan.task.name}: row {row['row']}: {error.named}") from error
+    shared, *slots = prompt_columns_in(stored)
     for prefix, files, texts in plan.ways(row):
-        if stored.get(f"{prefix}image_embeds") is None:
+        if stored.get(prefix + DROP_EMBEDS) is None:
             continue
         shown = {name: [images[file] for file in some] for name, some in files.items()}
-        cut = len(stored[f"{prefix}image_embeds"])
+        cut = len(stored[prefix + shared])
         for name, text in texts.items():
             embeds = official.embeddings(text, shown[SOURCES])
-            yield f"{prefix}text_embeds_{name}", embeds[cut:]
-        yield f"{prefix}image_embeds", embeds[:cut]
+            yield f"{prefix}{TEXT_EMBEDS}{name}", embeds[cut:]
+        yield prefix + shared, embeds[:cut]
+        for name in slots:
+            yield prefix + name, torch.tensor(official.slots(shown[SOURCES]))
         target = official.sides(shown[TARGET][0], plan.target_area_px)
         sized = {name: [(image, target) for image in some] for name, some in shown.items()}
         sized[SOURCES] = [(image, official.sides(image, plan.source_area_px)) for image in shown[SOURCES]]
@@ -135,9 +139,9 @@ def official_columns(
 
 
 def compare(column: str, stored: Any, official: Tensor) -> Difference:
-    """How far a column of one row is off; infinitely where it has another length, or another grid."""
+    """How far a column of one row is off; infinitely where it has another length, or another place or grid."""
     stored, official = torch.as_tensor([] if stored is None else stored).flatten(), official.float().cpu().flatten()
-    if len(stored) != len(official) or (column_of(column)[0].kind == "grid" and (stored != official).any()):
+    if len(stored) != len(official) or (column_of(column)[0].kind in EXACT and (stored != official).any()):
         return Difference(column, math.inf, math.inf, math.inf)
     if not len(official):
         return Difference(column, 0.0, 0.0, 0.0)

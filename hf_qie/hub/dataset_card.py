@@ -1,7 +1,7 @@
 """Cards, rendered from what was recorded: the dataset card of published embedding sets, and what both cards share."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -12,8 +12,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
-from hf_qie.data.schema import column_of
-from hf_qie.models.base import families
+from hf_qie.data.schema import TEXT_EMBEDS, column_of, prompt_columns_in
+from hf_qie.models.base import Family, families
 from hf_qie.runtime.yaml_io import write_yaml
 
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
@@ -34,14 +34,11 @@ def dataset_card(
     `infos` and `data_files` (a pattern) are those of the configs that are pushed; `provenances` those of every
     embedding set in the repository, as published.
     """
-    data = card.data if card else DatasetCardData()
+    data, makers = card.data if card else DatasetCardData(), makers_of(provenances)
     data.license = license or data.license
-    compats = [provenance["compat"] for provenance in provenances.values()]
-    makers = [  # the families of the sets, by what is known of them
-        family
-        for family in families()
-        if any(all(one.get(key) in (value, UNKNOWN) for key, value in family.compat.items()) for one in compats)
-    ]
+    for family in () if data.license else makers:
+        for name, value in license_of(family).items():
+            data[name] = value
     tags = ["hf_qie", *(tag for family in makers for tag in family.card_tags), "image-to-image"]
     data["tags"] = list(dict.fromkeys((*(data.get("tags") or ()), *tags)))
     configs = MetadataConfigs.from_dataset_card_data(data)
@@ -56,6 +53,27 @@ def dataset_card(
     return DatasetCard(renewed(card.text if card else "", data, body))
 
 
+def makers_of(provenances: Mapping[str, Mapping[str, Any]]) -> list[Family]:
+    """The families of sets, by what is known of them."""
+    compats = [provenance["compat"] for provenance in provenances.values()]
+    return [
+        family
+        for family in families()
+        if any(all(one.get(key) in (value, UNKNOWN) for key, value in family.compat.items()) for one in compats)
+    ]
+
+
+def license_of(family: Family) -> dict[str, str]:
+    """The metadata of a card by which a licence of the family's own goes on; {} where any may be given."""
+    own = {"license": "other", "license_name": family.license_name, "license_link": family.license_link}
+    return own if family.license_name else {}
+
+
+def notice_of(makers: Iterable[Family]) -> str:
+    """What `NOTICE` says beside something that was made with these families; "" where nothing has to be said."""
+    return "\n\n".join(dict.fromkeys(family.license_notice for family in makers if family.license_notice))
+
+
 def _body(
     infos: Mapping[str, DatasetInfo], provenances: Mapping[str, Any], *, default: str | None, **values: Any
 ) -> str:
@@ -68,7 +86,9 @@ def _body(
         records=records,
         infos=infos,
         first=first,
-        text_column=next(column for column in infos[first].features if column.startswith("text_embeds_")),
+        prompt_columns=prompt_columns_in(infos[first].features),
+        text_column=next(column for column in infos[first].features if column.startswith(TEXT_EMBEDS)),
+        notice=notice_of(values["makers"]),
         columns_of=_alike({name: _columns(infos[name]) for name in records}),
         made_by=_alike({name: _maker(provenances[name]) for name in records}),
         recipes=_alike({name: write_yaml(record["recipe"]) for name, record in records.items()}),

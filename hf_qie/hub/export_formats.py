@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hf_qie.errors import InputError
 from hf_qie.hub.trained_run import Trained, read_adapters
-from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import PLAIN, WEIGHTS_FILE, checkpoint_folder, read_config, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, write_lora
 from hf_qie.training.model import TRANSFORMER_FOLDER
@@ -40,15 +39,15 @@ def export_lora(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
 def export_comfyui(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     """One file for ComfyUI's LoRA loader; returns what was checked.
 
-    Its loader (comfy/lora.py, comfy/weight_adapter/lora.py) reads `diffusion_model.<layer>.lora_up.weight`,
-    `.lora_down.weight` and `.alpha`, and adds up @ down * alpha / r to the weight of that layer; its Qwen-Image has
-    the layers of diffusers by the same names.
+    Its loader (comfy/lora.py, comfy/weight_adapter/lora.py) reads `<layer>.lora_up.weight`, `.lora_down.weight` and
+    `.alpha`, and adds up @ down * alpha / r to the weight of that layer. It knows the layers of diffusers by the same
+    names, with `diffusion_model.` before them; only without it where its own model joins two of them into one.
     """
-    adapters, tensors = trained.adapters, {}
+    adapters, tensors, prefix = trained.adapters, {}, trained.family.comfyui_prefix
     for name, (down, up) in adapters.layers.items():
-        tensors[f"diffusion_model.{name}.lora_down.weight"] = down.to(dtype).contiguous()
-        tensors[f"diffusion_model.{name}.lora_up.weight"] = up.to(dtype).contiguous()
-        tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(float(adapters.settings["lora_alpha"]))
+        tensors[f"{prefix}{name}.lora_down.weight"] = down.to(dtype).contiguous()
+        tensors[f"{prefix}{name}.lora_up.weight"] = up.to(dtype).contiguous()
+        tensors[f"{prefix}{name}.alpha"] = torch.tensor(float(adapters.settings["lora_alpha"]))
     path = folder / f"{trained.name}.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     _compare(tensors, load_file(path))
@@ -80,8 +79,9 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
         return merged.to(dtype).contiguous()
 
     recipe = trained.recipe
-    family = read_family(recipe.model, revision=recipe.revision)
-    shapes = family.load_transformer(recipe.model, revision=recipe.revision, dtype=dtype, empty=True).state_dict()
+    shapes = trained.family.load_transformer(
+        recipe.model, revision=recipe.revision, dtype=dtype, empty=True
+    ).state_dict()
     if misfits := sorted(shapes.keys() ^ source.keys()):
         raise InputError(f"{trained.folder}: {misfits[0]} and {len(misfits) - 1} more tensors are not the model's own")
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_qie.config.recipe import as_dict
-from hf_qie.hub.dataset_card import rendered, renewed
+from hf_qie.hub.dataset_card import license_of, rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
-from hf_qie.models.base import read_family
 from hf_qie.runtime.yaml_io import write_yaml
 
 IMAGES = "pictures.png"  # edits of held-out rows, if the run has made any
@@ -37,13 +36,15 @@ def model_card(
     Of `present`, the card that `repo` has, what people wrote is kept.
     """
     recipe, base, on_hub = trained.recipe, public(trained.recipe.model), not Path(trained.recipe.model).is_dir()
-    family, side = read_family(recipe.model, revision=recipe.revision), recipe.extract.source_sample_size
+    family, side = trained.family, recipe.extract.source_sample_size
     relation, what = RELATIONS[kind]
     kept = present.data.to_dict() if present else {}
+    if not license and not kept.get("license"):
+        kept |= license_of(family)
     license = license or kept.get("license")
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {"license": license, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
-    ours["pipeline_tag"] = "image-to-image" if family.edit else "text-to-image"
+    ours["pipeline_tag"] = "text-to-image" if family.max_sources == 0 else "image-to-image"
     if on_hub:
         ours |= {"base_model": recipe.model, "base_model_relation": relation}
     body = rendered(

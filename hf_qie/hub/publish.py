@@ -26,8 +26,9 @@ from hf_qie.data.embedding_sets import open_set, published_shards
 from hf_qie.data.provenance import parse_provenance, read_provenance, request_differences
 from hf_qie.data.schema import matrix_width
 from hf_qie.errors import InputError
-from hf_qie.hub.dataset_card import dataset_card
+from hf_qie.hub.dataset_card import dataset_card, makers_of, notice_of
 from hf_qie.hub.redact import image_roots, public, public_rows, reason_of
+from hf_qie.models.base import NOTICE
 from hf_qie.runtime.files import move_durably
 from hf_qie.runtime.hub_errors import hub_errors
 
@@ -207,17 +208,20 @@ class _Repo:
         head = self.api.dataset_info(self.name).sha  # a later commit by others makes ours fail, so none is lost
         files = self.files()
         present, provenances = self.recorded(files)
+        provenances |= {one.name: one.provenance for one in sets}
         card = dataset_card(
             present,
             repo=self.name,
             infos={one.name: one.info(files) for one in sets},
             data_files={one.name: one.pattern for one in sets},
-            provenances=provenances | {one.name: one.provenance for one in sets},
+            provenances=provenances,
             license=license,
         )
         texts = {
             f"provenance/{one.name}.json": json.dumps(one.provenance, indent=2, ensure_ascii=False) for one in sets
         } | {CARD: str(card)}
+        if notice := notice_of(makers_of(provenances)):
+            texts[NOTICE] = f"{notice}\n"
         additions = [CommitOperationAdd(path, text.encode()) for path, text in texts.items()]
         stale = [
             path for one in sets for path in files if path.startswith(f"data/{one.name}/") and path not in one.shards

@@ -29,7 +29,7 @@ class SamplingOptions(Section):
 
     seed: Seed = 0
     num_inference_steps: Steps | None = None  # the pipeline's own
-    true_cfg_scale: Weight = 4.0  # the pipelines' own; 1: no guidance
+    true_cfg_scale: Weight | None = None  # the pipeline's own; 1: no guidance
 
 
 class Sampler:
@@ -66,14 +66,19 @@ class Sampler:
         return self.generate(self.embed(instruction, sources), sources, **options)
 
     def read(self, images: Sequence[str | Path | Image.Image]) -> list[Image.Image]:
-        """The images to edit, upright and in RGB; raises InputError for too many, or one that cannot be read."""
+        """The images to edit, upright and in the family's mode.
+
+        Raises InputError for too many, or one that cannot be read.
+        """
         most = self.family.max_sources
         if most is not None and len(images) > most:
             raise InputError(f"--image: {len(images)} of them, but {self.family.pipeline} takes {most or 'none'}")
         sources = []
         for image in images:
             try:
-                sources.append(read_image(image if isinstance(image, Image.Image) else Path(image)))
+                sources.append(
+                    read_image(image if isinstance(image, Image.Image) else Path(image), self.family.image_mode)
+                )
             except BadImage as error:
                 raise InputError(f"--image: {image}: {error}") from error
         return sources
@@ -110,13 +115,14 @@ class Sampler:
         the recipe's.
         """
         chosen = validate(SamplingOptions, options)
+        own = {"true_cfg_scale": self.family.true_cfg_scale}
         return self.family.generate(
             self.pipeline,
             embeddings,
             images,
             size=size or self.size(images),
             generator=torch.Generator().manual_seed(chosen.seed),  # of the CPU, so that devices agree on the noise
-            **chosen.model_dump(exclude={"seed"}, exclude_none=True),
+            **own | chosen.model_dump(exclude={"seed"}, exclude_none=True),
         )
 
     def size(self, images: Sequence[Image.Image]) -> tuple[int, int]:

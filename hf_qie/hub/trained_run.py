@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.errors import InputError
+from hf_qie.models.base import Family, read_family
 from hf_qie.models.checkpoint import Tensors, checkpoint_folder, read_config, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, read_lora
 from hf_qie.training.checkpoints import RECORD, STATE, WEIGHTS_ALONE, last_checkpoint, misfit, step_of
@@ -76,6 +77,11 @@ class Trained:
     def adapters(self) -> Adapters | None:
         """The LoRA, of a run that trained one."""
         return read_adapters(self.folder / LORA_FILE) if self.recipe.trainable.lora else None
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the base."""
+        return read_family(self.recipe.model, revision=self.recipe.revision)
 
     @cached_property
     def base_config(self) -> dict[str, Any]:

@@ -26,7 +26,10 @@ FAMILIES = {
     "QwenImageEditPlusPipeline": "hf_qie.models.qwen_image.family:EDIT_PLUS",
     "QwenImageEditPipeline": "hf_qie.models.qwen_image.family:EDIT",
     "QwenImagePipeline": "hf_qie.models.qwen_image.family:TEXT_TO_IMAGE",
+    "QwenImage21Pipeline": "hf_qie.models.qwen_image_21.family:QWEN_IMAGE_21",
 }
+NOTICE = "NOTICE"  # the file with `license_notice`, beside what was made of the model
+FIRST = "Qwen-Image-Edit"  # the family of sets from before `compat` named it
 Grid = tuple[int, int]
 Size = tuple[int, int]
 
@@ -59,6 +62,10 @@ class Family(ABC):
     card_name: str  # in cards
     card_tags: tuple[str, ...]
     license_notice: str = ""  # of a model that may not be used for everything; goes with what is made of it
+    license_name: str = ""  # of that licence, as the Hub's cards have it beside `license: other`
+    license_link: str = ""  # the same
+    comfyui_prefix: str = "diffusion_model."  # of the names of layers in ComfyUI's LoRA files
+    source_size_argument: str = ""  # of the pipeline's call, by the side of sources; "": it has none
     image_mode: str = "RGB"  # of images as the VAE sees them, in Pillow's words
     prompt_columns: tuple[str, ...] = ("image_embeds",)  # of a set, beside those that all families have
     true_cfg_scale: float = 4.0  # the pipeline's own
@@ -279,6 +286,11 @@ def families() -> Iterator[Family]:
 def family_of(pipeline: str) -> Family:
     """The family of a pipeline class of diffusers, one of `FAMILIES`."""
     return resolve_name(FAMILIES[pipeline])
+
+
+def family_name(compat: Mapping[str, Any]) -> str:
+    """The `card_name` of the family that a set was made for, by its `compat`."""
+    return compat.get("family", FIRST)
 
 
 def read_family(model: str, *, revision: str | None = None) -> Family:

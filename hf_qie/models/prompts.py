@@ -26,6 +26,7 @@ class Prompt:
     drop: int  # tokens at the start whose embeddings the pipelines cut off
     split: int  # tokens through the last image: embeddings in drop:split are shared by all captions
     vision: Mapping[str, Tensor]  # what the encoder is given of the images; empty without any
+    image_token: int | None = None  # the token of an image whose embeddings are left out; None: all are kept
     slots: tuple[int, ...] = ()  # see `PromptEmbeddings`
 
     @property
@@ -41,7 +42,8 @@ class Prompt:
     @property
     def num_embeddings(self) -> list[int]:
         """That a set stores, the shared ones and the text's together, by caption."""
-        return [len(self.shared) - self.drop + len(branch) for branch in self.branches]
+        num_slots = 0 if self.image_token is None else self.shared.count(self.image_token)
+        return [len(self.shared) - self.drop - num_slots + len(branch) for branch in self.branches]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class PromptLengths:
 
     shared: int  # embeddings that all captions share
     captions: list[int]  # tokens of each caption
-    suffix: int  # tokens of the template behind a caption, which count as its embeddings
+    suffix: int  # tokens of the template that count as a caption's embeddings: those behind it, mostly
 
 
 @dataclass(frozen=True, kw_only=True)

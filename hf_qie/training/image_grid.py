@@ -88,16 +88,17 @@ class ImageGrid(TrainerCallback):
         held_out, trainer = self.held_out, self.trainer
         batch = trainer.on_device(collate([held_out[number]]))
         task, index = held_out.places[number]
+        scale, family = self.settings.true_cfg_scale, trainer.objective.family
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
         prompt = trainer.on_device({key: collate([without])[key] for key in PROMPT})
         with trainer.compute_loss_context_manager():
-            latents = trainer.objective.family.denoise(
+            latents = family.denoise(
                 trainer.model,
                 batch,
                 batch | prompt,
                 scheduler_config=trainer.objective.scheduler_config,
                 sigmas=trainer.objective.sampling_sigmas(self.settings.num_inference_steps),
-                true_cfg_scale=self.settings.true_cfg_scale,
+                true_cfg_scale=family.true_cfg_scale if scale is None else scale,
                 seed=self.seed,
             )
         return latents[0].cpu(), batch["grids"][0]

@@ -11,7 +11,7 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_embeddings
 from hf_qie.data.mixture import check_draws_per_row
 from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
-from hf_qie.data.schema import matrix_width
+from hf_qie.data.schema import matrix_width, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
@@ -37,7 +37,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
     latent_width, width = family.widths(config)
     for name, data in sets.items():
-        for column, expected in (("image_embeds", width), ("target_latents", latent_width)):
+        for column, expected in ((shared_embeds(data.features), width), ("target_latents", latent_width)):
             if (found := matrix_width(data.features[column])) != expected:
                 raise InputError(
                     f"tasks.{name}: its {column} have width {found}, but {recipe.model} expects {expected}; extract "

@@ -277,6 +277,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
 def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     """In which precision it trains, on how many rows a step, and what else is loaded."""
     arguments, every, of_row = trainer.args, trainer.recipe.sampling.every, trainer.recipe.mix.draws_per_row
+    if notice := trainer.objective.family.license_notice:
+        logger.warning("%s: %s", trainer.recipe.model, notice)
     vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "

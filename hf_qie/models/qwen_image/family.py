@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
@@ -9,10 +10,11 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.models.base import Family, Grid, Size
+from hf_qie.models.image_latents import vae_memory
+from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
-from hf_qie.models.qwen_image.prompts import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
-from hf_qie.models.qwen_image.text_encoder import Encoder, encoder_memory
+from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.tiny import save_tiny
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
@@ -22,7 +24,8 @@ from hf_qie.models.qwen_image.transformer import (
     shift_mu,
     without_gradient,
 )
-from hf_qie.models.qwen_image.vae import LatentEncoder, vae_memory
+from hf_qie.models.qwen_image.vae import LatentEncoder
+from hf_qie.models.templates import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
@@ -71,8 +74,8 @@ class QwenImage(Family):
     generate = generate
     save_tiny = save_tiny
     load_transformer = staticmethod(load_transformer)
-    vae_memory = staticmethod(vae_memory)
-    encoder_memory = staticmethod(encoder_memory)
+    vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
+    encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)

@@ -1,6 +1,5 @@
 """A tiny checkpoint for tests and the demo: real classes and layout, random weights, nothing downloaded."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.modular_pipelines.qwenimage import prompt_templates
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
@@ -20,63 +18,19 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from hf_qie.models.base import Family
+from hf_qie.models.tiny_parts import SCHEDULER, SPECIAL_TOKENS, randomise, tiny_tokenizer
 
 TEMPLATES = (
     prompt_templates.QWENIMAGE_PROMPT_TEMPLATE,
     prompt_templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE,
     prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE,
 )
-# of the released Qwen-Image checkpoints
-SCHEDULER = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
-SCHEDULER |= {"base_image_seq_len": 256, "max_image_seq_len": 8192}
 # of each causal 3-D convolution the slice that a single image meets, as float16; latents_mean and latents_std
 VAE_FILE = Path(__file__).with_name("tiny_vae.safetensors")
 VAE_CONFIG = {"base_dim": 16, "dim_mult": [1, 2, 4, 8], "num_res_blocks": 1}
 VAE_LOGVAR = 2 * math.log(0.05)  # of the posterior: the noise on latents that its training had
-# in the order of their ids in Qwen2.5-VL
-SPECIAL_TOKENS = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-]
-
-
-def _tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
-    """Qwen2's byte-level BPE, learned until every word of `texts` is one token; other text falls back to bytes."""
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    learner.train_from_iterator([*TEMPLATES, *texts], trainer)
-    learned = json.loads(learner.to_str())["model"]
-    specials = {token: len(learned["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
-    return Qwen2Tokenizer(
-        vocab=learned["vocab"] | specials,
-        merges=[tuple(merge) for merge in learned["merges"]],
-        unk_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL_TOKENS[1:],
-        model_max_length=131072,
-        padding_side="right",
-    )
-
-
-def _randomise(model: nn.Module) -> None:
-    """Weights that keep the size of what flows through them, so that every input shows in the output."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-        else:  # the scale of a norm
-            nn.init.normal_(parameter, mean=1.0, std=0.1)
 
 
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
@@ -108,7 +62,7 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
     named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{key: ids[token] for key, token in named})
     model = Qwen2_5_VLForConditionalGeneration(config)
-    _randomise(model)
+    randomise(model)
     for name, parameter in model.model.language_model.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias")):
             nn.init.normal_(parameter, std=1.0)
@@ -124,7 +78,7 @@ def _transformer(variant: str) -> QwenImageTransformer2DModel:
         return QwenImageTransformer2DModel(**shape).eval()
     shape |= {"num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
     model = QwenImageTransformer2DModel(**shape, zero_cond_t=variant == "2511")
-    _randomise(model)
+    randomise(model)
     for name, parameter in model.named_parameters():
         if ".attn.norm_" in name:  # of queries and keys
             parameter *= 3
@@ -154,7 +108,7 @@ def save_tiny(family: Family, folder: Path, *, texts: Iterable[str], variant: st
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer(texts)
+        tokenizer = tiny_tokenizer([*TEMPLATES, *texts])
         parts = {
             "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULER),
             "vae": tiny_vae(),

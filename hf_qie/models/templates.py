@@ -6,9 +6,9 @@ whatever caption follows: they are run once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, groupby, takewhile
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -24,6 +24,9 @@ TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread chan
 class Template:
     """The chat text around a caption: `before`, one `picture` a source, the caption, `after`."""
 
+    separator: ClassVar[str] = ""  # between two pictures
+    keeps_images: ClassVar[bool] = True  # False: the embeddings of an image's own tokens are left out
+
     before: str
     picture: str  # may hold {number}, which counts from 1
     after: str
@@ -31,11 +34,11 @@ class Template:
 
     def shared(self, num_sources: int) -> str:
         """The part that stands before every caption of the same sources."""
-        return self.before + "".join(self.picture.format(number=i + 1) for i in range(num_sources))
+        return self.before + self.separator.join(self.picture.format(number=i + 1) for i in range(num_sources))
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of the checkpoint's Qwen2VLProcessor, or itself where there is no more than that."""
+    """The tokenizer of the checkpoint's processor, or itself where there is no more than that."""
     return getattr(processor, "tokenizer", processor)
 
 
@@ -73,8 +76,23 @@ def make_prompt(processor: Any, template: Template, images: Sequence[Image.Image
     # text without images has no hard border: a caption that starts with a line break merges with the one before
     same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*tokens, strict=False)))
     cut = min(same, split)
-    branches = [sequence[cut:] for sequence in tokens]
-    return Prompt(shared=tokens[0][:cut], branches=branches, drop=template.drop, split=split, vision=vision)
+    image_token = None if template.keeps_images else tokenizer_of(processor).convert_tokens_to_ids(IMAGE_TOKEN)
+    return Prompt(
+        shared=tokens[0][:cut],
+        branches=[sequence[cut:] for sequence in tokens],
+        drop=template.drop,
+        split=split,
+        vision=vision,
+        image_token=image_token,
+        slots=() if template.keeps_images else _slots(tokens[0][template.drop : split], image_token),
+    )
+
+
+def _slots(tokens: Sequence[int], image_token: int) -> tuple[int, ...]:
+    """For each run of `image_token`, how many other tokens stand in front of it."""
+    runs = [(is_image, len(list(run))) for is_image, run in groupby(tokens, key=image_token.__eq__)]
+    before = accumulate(0 if is_image else length for is_image, length in runs)
+    return tuple(number for (is_image, _), number in zip(runs, before, strict=True) if is_image)
 
 
 def prompt_lengths(
@@ -91,18 +109,20 @@ def prompt_lengths(
     count = dict(zip(texts, map(len, tokenizer_of(processor)(list(texts))["input_ids"]), strict=True))
     found = []
     for (sizes, captions), (template, shared, lead) in zip(prompts, parts, strict=True):
-        # each image's own token is counted in the template
-        image = count[shared] - template.drop + sum(_num_patches(processor, size) - 1 for size in sizes)
+        before = count[shared] - template.drop  # with one token an image
+        for size in sizes:
+            before += num_patches(processor, size) - 1 if template.keeps_images else -1
         lengths = PromptLengths(
-            shared=image if sizes else 0,
+            shared=before if sizes else 0,
             captions=[count[lead + caption] - count[lead] for caption in captions],
-            suffix=count[template.after],
+            suffix=count[template.after] + (0 if sizes else before),
         )
         found.append(_bad_caption(captions) or lengths)
     return found
 
 
-def _num_patches(processor: Any, size: Size) -> int:
+def num_patches(processor: Any, size: Size) -> int:
+    """Tokens of an image that the encoder sees at that size."""
     images = processor.image_processor
     return images.get_number_of_image_patches(size[1], size[0]) // images.merge_size**2
 

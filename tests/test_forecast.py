@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
 from embedding_sets import write_recipe, write_set
 from small_recipes import extract_edits
 from test_footprint import released
@@ -49,6 +49,18 @@ def middle(tiny, built_once):
         QwenImageTransformer2DModel(**shape).save_pretrained(folder / "transformer")
 
     return built_once("middle", build)
+
+
+@pytest.fixture(scope="module")
+def middle_21(tiny, built_once):
+    """The same of Qwen-Image-2.1."""
+
+    def build(folder):
+        shutil.copytree(tiny("qwen_image_21"), folder)
+        shape = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "context_in_dim": 96}
+        QwenImage21Transformer2DModel(**shape).save_pretrained(folder / "transformer")
+
+    return built_once("middle_21", build)
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +122,31 @@ CASES = [
     ("middle", LORA, "bf16", CHECKPOINTED, {}),
     ("middle", LORA, "no", CHECKPOINTED, {"quantization": "nf4"}),
 ]
+CASES = [("edit_plus", size, 1, *case) for size, *case in CASES]
+CASES += [
+    ("qwen_image_21", "tiny", 1, {}, "no", {}, {}),
+    ("qwen_image_21", "tiny", 4, {}, "bf16", CHECKPOINTED, {}),
+    ("qwen_image_21", "middle", 1, LORA, "bf16", CHECKPOINTED, {}),
+    ("qwen_image_21", "middle", 4, LORA, "no", {}, {}),
+    ("qwen_image_21", "middle", 4, LORA, "no", CHECKPOINTED, {"offload_activations": True}),
+    ("qwen_image_21", "middle", 2, LORA, "bf16", CHECKPOINTED, {"stream_blocks": 3, "quantization": "nf4"}),
+    ("qwen_image_21", "middle", 1, LORA, "no", CHECKPOINTED, {"quantization": "int8"}),
+]
 
 
-@pytest.mark.parametrize(("size", "trainable", "precision", "training", "memory"), CASES)
+@pytest.mark.parametrize(("kind", "size", "draws", "trainable", "precision", "training", "memory"), CASES)
 def test_the_forecast_is_what_a_step_takes(
-    tiny, small, middle, tmp_path, size, trainable, precision, training, memory
+    tiny, small, middle, middle_21, tmp_path, kind, size, draws, trainable, precision, training, memory
 ):
-    model, grids = {"tiny": tiny(), "small": small, "middle": middle}[size], ((8, 8), (8, 8))
+    models = {"tiny": tiny(kind), "small": small, "middle": middle_21 if kind == "qwen_image_21" else middle}
+    model, grids = models[size], ((8, 8), (8, 8))
     write_set(tmp_path / "sets" / "edit", model, grids=grids)
-    training = NO_SAVING | training | {"per_device_train_batch_size": 1, "bf16": precision == "bf16"}
-    sections = {"training": training, "trainable": trainable, "memory": memory, "mix": {"same_shape": 1}}
+    training = NO_SAVING | training | {"per_device_train_batch_size": draws, "bf16": precision == "bf16"}
+    sections = {"training": training, "trainable": trainable, "memory": memory}
+    sections["mix"] = {"same_shape": 1, "draws_per_row": draws}
     recipe = load_recipe(write_recipe(tmp_path, model, **sections), ["tasks={edit: {data: edit.jsonl}}"])
-    run = Run(recipe=recipe, shape=Shape(grids=grids, num_tokens=9), precision=precision, device="cpu")
+    shape = Shape(grids=grids, num_tokens=9, draws_per_row=draws)
+    run = Run(recipe=recipe, shape=shape, precision=precision, device="cpu")
     trainer, _ = build_trainer(recipe, open_sets(recipe))
     trainer.add_callback(measured := Measure(trainer))
     trainer.train()

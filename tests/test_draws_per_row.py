@@ -164,7 +164,8 @@ def test_epochs_count_rows_and_not_their_draws(tiny, tmp_path, caplog):
 
 
 def test_the_loss_by_task_and_the_throughput_count_draws(tiny, tmp_path):
-    trainer = run(recipe_of(tmp_path, tiny("qwen_image_21")), *("training.logging_steps=4", "training.save_steps=4"), *cut(4, 2))
+    path = recipe_of(tmp_path, tiny("qwen_image_21"), training=SGD | {"logging_steps": 4, "save_steps": 4})
+    trainer = run(path, *cut(4, 2))
     first, *_ = [entry for entry in trainer.state.log_history if "loss" in entry]
     rows = [trainer.train_dataset[draw] for draw in range(0, 32, 4)]
     by_task = {task: sum(row["task"] == task for row in rows) for task in ("edit", "text_to_image")}

@@ -95,7 +95,7 @@ class ImageGrid(TrainerCallback):
             latents = family.denoise(
                 trainer.model,
                 batch,
-                batch | prompt,
+                batch | trainer.on_device(prompt),
                 scheduler_config=trainer.objective.scheduler_config,
                 sigmas=trainer.objective.sampling_sigmas(self.settings.num_inference_steps),
                 true_cfg_scale=family.true_cfg_scale if scale is None else scale,

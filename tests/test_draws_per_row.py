@@ -246,7 +246,7 @@ def test_two_ranks_sharded_or_not_train_what_one_does(tiny, tmp_path, kind):
     """The second rank is sent its weights, and makes what no checkpoint holds itself."""
     model = tiny("qwen_image_21")
     shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    path = recipe_of(tmp_path, model, kind, training=SGD | {"use_cpu": None, "save_strategy": "no"})
+    path = recipe_of(tmp_path, model, kind, training=SGD | {"use_cpu": None})
     ways = {"ddp": ["training.use_cpu=true"]}
     ways |= {state: fsdp(state) for state in ("SHARDED", "FULL")}
     ways["FULL"].append("training.activation_checkpointing=true")
@@ -255,10 +255,13 @@ def test_two_ranks_sharded_or_not_train_what_one_does(tiny, tmp_path, kind):
         folder = f"training.output_dir={tmp_path / name}"
         others = [f"model={tmp_path / 'bare'}"] if name != "ddp" else []
         runs.append({"recipe": str(path), "overrides": [folder, *cut(4, 1), *overrides], "others": others})
+    resumed = {"checkpoint": str(tmp_path / "SHARDED" / "checkpoint-2")}
+    resumed["overrides"] = [f"training.output_dir={tmp_path / 'resumed'}", *cut(4, 1), *ways["SHARDED"]]
+    runs.append({"recipe": str(path)} | resumed)
     assert in_ranks(runs, ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     run(path, "training.use_cpu=true", f"training.output_dir={tmp_path / 'alone'}")
     alone = load_file(tmp_path / "alone" / WEIGHTS[kind])
-    for name in ways:
+    for name in (*ways, "resumed"):
         found = load_file(tmp_path / name / WEIGHTS[kind])
         assert found.keys() == alone.keys()
         for key, value in alone.items():  # float32 sums in another order

@@ -241,11 +241,13 @@ def test_evaluation_and_images_in_between_change_nothing(tiny, tmp_path, kind):
     assert all(torch.equal(value, watched[name]) for name, value in plain.items())
 
 
-GENERATED = [pytest.param(kind, "inductor", marks=pytest.mark.soak) for kind in KINDS]  # code: minutes
+SLOW = [("learner", kind, "inductor") for kind in KINDS] + [("qwen_image_21_learner", "nf4", "aot_eager")]  # minutes
 
 
-@learners
-@pytest.mark.parametrize(("kind", "backend"), [("nf4", "aot_eager"), *GENERATED])
+@pytest.mark.parametrize(
+    ("learner", "kind", "backend"),
+    [("learner", "nf4", "aot_eager"), *(pytest.param(*case, marks=pytest.mark.soak) for case in SLOW)],
+)
 def test_compiled_blocks_that_are_streamed_train_on_it_as_they_are(tiny, tmp_path, learner, kind, backend):
     training = {"optim": "sgd", "save_strategy": "no"}
     path = write_recipe(tmp_path, tiny(learner), training=training, memory={"quantization": kind})

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from hf_qie import check
-from hf_qie.config.recipe import load_recipe
+from hf_qie.config.recipe import Mix, load_recipe
 from hf_qie.data.largest import Shape, largest_in
 from hf_qie.data.loader import TaskRows
 from hf_qie.errors import InputError
@@ -247,6 +247,32 @@ def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, sm
         streamed,
     )
     assert changes(0) == [everything]  # nothing fits
+
+
+def test_fewer_rows_keep_all_their_draws(tmp_path, middle_21):
+    mix = {"draws_per_row": 2, "same_shape": 4}
+    training = CHECKPOINTED | {"per_device_train_batch_size": 8}
+    path = write_recipe(tmp_path, middle_21, trainable=LORA, training=training, mix=mix)
+
+    def change(overrides=()):
+        recipe = load_recipe(path, overrides)
+        rows = recipe.training["per_device_train_batch_size"] // 2
+        return Run(recipe=recipe, shape=Shape(grids=SMALL, num_tokens=9, rows=rows, draws_per_row=2))
+
+    assert "4 rows of 2 noises each, target" in report(change(), forecast(change()))
+    halved = ("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
+    assert (halved, forecast(change(halved))) in fewest_changes(change(), change, forecast(change(halved)).needed)
+
+
+def test_targets_of_several_draws_count_towards_the_largest_row(tiny, tmp_path):
+    """Of two rows that are equally large with one draw a row, the one with the larger target is with more."""
+    for name, grids in (("edit", ((4, 4), (8, 8))), ("text_to_image", ((8, 9),))):
+        write_set(tmp_path / "sets" / name, tiny("qwen_image_21"), grids=grids)
+    recipe = load_recipe(write_recipe(tmp_path, tiny("qwen_image_21")))
+    sets, weights = open_sets(recipe), {"edit": 1.0, "text_to_image": 1.0}
+    found = [largest_in(sets, weights, Mix(draws_per_row=count)) for count in (1, 4)]
+    assert [shape.grids[0] for shape in found] == [(4, 4), (8, 9)]
+    assert [shape.draws_per_row for shape in found] == [1, 4]
 
 
 def test_what_a_recipe_has_already_is_raised_where_it_does_not_fit(tmp_path, middle):

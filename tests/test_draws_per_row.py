@@ -13,6 +13,7 @@ from ranks import in_ranks
 from safetensors.torch import load_file
 
 import hf_qie.training.setup
+from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.train import train
@@ -161,6 +162,8 @@ def test_epochs_count_rows_and_not_their_draws(tiny, tmp_path, caplog):
     assert "of 32 rows" in caplog.text  # in all
     assert sum(trainer.losses.drawn_in_all.values()) == 32
     assert (trainer.record["rows_a_rank"], trainer.record["draws_per_row"]) == (2, 4)
+    export.main([str(tmp_path / "run"), "--output", str(tmp_path / "exported")])
+    assert "16 steps of 2 rows, 4 noises each\n" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_the_loss_by_task_and_the_throughput_count_draws(tiny, tmp_path):

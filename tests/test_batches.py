@@ -169,7 +169,7 @@ def test_each_row_gets_the_states_of_its_own_captions_and_of_the_drop_caption():
     ways = [small(7, [10], [11]), small(7), small(7, [12])]
     (one,) = shared_passes([prepared(way) for way in ways], batch_size=4)
     texts = [torch.tensor([float(branch[0])]) for branch in one.prompt.branches]
-    one.keep(PromptEmbeddings(shared=torch.empty(0), texts=texts))
+    one.keep(PromptEmbeddings(shared=torch.empty(0), texts=texts), prompt_columns=("image_embeds",))
     found = [{name: float(value[0]) for name, value in way.columns.items() if len(value)} for way in ways]
     drop = {"text_embeds_drop": 0}
     assert found == [

@@ -18,7 +18,7 @@ def row(length, *, grids=((2, 3), (1, 2)), draw=0):
         "grids": list(grids),
         "task": f"task {draw}",
         "row": 10 + draw,
-        "draw": draw,
+        "draws": [draw],
     }
 
 

@@ -2,18 +2,17 @@
 
 import time
 
-import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from embedding_sets import write_recipe
+from embedding_sets import write_recipe, write_set
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.transformer import without_gradient
-from hf_qie.training.cost import POINTS, RowFlops, count, peak_flops
+from hf_qie.training.cost import BatchFlops, count, peak_flops, stand_in
 from hf_qie.training.metrics import Throughput
 from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
@@ -24,6 +23,7 @@ WAYS = {
     "LoRA": {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}},
     "a part": {"modules": ["transformer_blocks.1.attn"]},
 }
+CASES = [("edit_plus", 1), ("qwen_image_21", 1), ("qwen_image_21", 4)]  # and the number of draws a row
 DEVICES = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -39,21 +39,30 @@ def trainer_of(recipe):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, way):
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=WAYS[way], training={"max_steps": 8}))
-    row_flops, shapes = RowFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS), set()
+@pytest.mark.parametrize(("kind", "draws_per_row"), CASES)
+def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, kind, draws_per_row, way):
+    grids = {"edit": ((4, 4), (2, 4)), "text_to_image": ((4, 6),), "combine": ((2, 4), (4, 4), (2, 2))}
+    for name in grids:
+        write_set(tmp_path / "sets" / name, tiny(kind), grids=grids[name])
+    sections = {
+        "trainable": WAYS[way],
+        "training": {"max_steps": 12, "per_device_train_batch_size": 2 * draws_per_row},
+        "tasks": {"combine": {"data": "combine.jsonl"}},
+        "mix": {"same_shape": 2, "draws_per_row": draws_per_row},
+    }
+    trainer = trainer_of(write_recipe(tmp_path, tiny(kind), **sections))
+    family = trainer.objective.family
+    flops_of, shapes = BatchFlops(build_model(trainer.recipe, empty=True), family), set()
     for batch in trainer.get_train_dataloader():
         # the counter does not know the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.objective.of_draws(trainer.model, batch).sum().backward()
-        num_latents, num_tokens = (
-            sum(height * width for height, width in batch["grids"]),
-            batch["prompt_mask"].shape[1],
-        )
-        padded = np.full(len(batch["row"]), num_tokens)  # what is run, if not what counts
-        assert row_flops(num_latents, padded) == pytest.approx(counter.get_total_flops(), rel=1e-9)
-        shapes.add((num_latents, num_tokens))
-    assert len(shapes) > 1
+        if kind == "edit_plus":  # padding is run, if it does not count
+            batch["prompt_lengths"] = [batch["prompt_mask"].shape[1]] * len(batch["row"])
+        assert flops_of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        shapes.add((*batch["grids"], *batch["prompt_lengths"]))
+    assert {len(batch["grids"]) for batch in trainer.get_train_dataloader()} == {1, 2, 3}
+    assert len(shapes) > 3
 
 
 @pytest.mark.parametrize("trains", ["", "transformer_blocks.3"])
@@ -68,16 +77,16 @@ def test_blocks_that_are_alike_are_counted_once_and_others_one_by_one(trains):
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(trains) and not name.startswith(without_gradient(model)))
-    row_flops, lengths = RowFlops(model, EDIT_PLUS), np.array([40])
-    assert row_flops(72, lengths) == pytest.approx(count(model, EDIT_PLUS, 72, 40), rel=1e-9)
+    batch = stand_in(3, 72, 20, 40)
+    assert BatchFlops(model, EDIT_PLUS)(batch) == pytest.approx(count(model, EDIT_PLUS, batch), rel=1e-9)
     assert len(model.transformer_blocks) == 6
-    assert (72, 40) not in POINTS
 
 
 def test_rows_of_a_batch_add_up(tiny, tmp_path):
-    row_flops = RowFlops(build_model(load_recipe(write_recipe(tmp_path, tiny())), empty=True), EDIT_PLUS)
-    apart = [row_flops(24, np.array([length])) for length in (7, 9, 30)]
-    assert row_flops(24, np.array([7, 9, 30])) == pytest.approx(sum(apart))
+    flops_of = BatchFlops(build_model(load_recipe(write_recipe(tmp_path, tiny())), empty=True), EDIT_PLUS)
+    apart = [flops_of(stand_in(1, 16, 8, length)) for length in (7, 9, 30)]
+    together = stand_in(3, 16, 8, 0) | {"prompt_lengths": [7, 9, 30]}
+    assert flops_of(together) == pytest.approx(sum(apart))
 
 
 @pytest.mark.parametrize("name", [*DEVICES, "NVIDIA L40", "NVIDIA GeForce RTX 9090"])
@@ -90,13 +99,11 @@ def test_the_peak_is_known_by_the_whole_name_and_counts_for_half_precision_alone
 
 def test_the_log_has_the_part_of_the_peak_of_all_ranks_that_operations_take(tiny, tmp_path):
     trainer = trainer_of(write_recipe(tmp_path, tiny()))
-    row_flops = RowFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS)
-    pace = Throughput(trainer.accelerator, row_flops=row_flops, peak=312e12)
+    flops_of = BatchFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS)
+    pace = Throughput(trainer.accelerator, flops_of=flops_of, peak=312e12)
     batch, *_ = trainer.get_train_dataloader()
     pace.add([batch, batch], started=time.perf_counter())
     pace.end_step()
     seconds = pace.seconds
     log = pace.read()
-    num_latents = sum(height * width for height, width in batch["grids"])
-    flops = 2 * row_flops(num_latents, batch["prompt_mask"].sum(dim=1).numpy())
-    assert log["model_flops_utilisation"] == pytest.approx(flops / seconds / 312e12)
+    assert log["model_flops_utilisation"] == pytest.approx(2 * flops_of(batch) / seconds / 312e12)

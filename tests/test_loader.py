@@ -1,5 +1,6 @@
 """Rows of draws, and how ranks share them out."""
 
+import hashlib
 import pickle
 from collections import Counter
 
@@ -11,7 +12,7 @@ from shaped_sets import CAPTIONS, embedding_set
 
 from hf_qie.config.recipe import Mix
 from hf_qie.data.collate import collate
-from hf_qie.data.loader import Draws, RankBatches, open_loader, text_weights
+from hf_qie.data.loader import Draws, RankBatches, TaskRows, open_loader, text_weights
 from hf_qie.data.mixture import group_shares, mixture_plan, read_groups
 from hf_qie.errors import InputError
 
@@ -28,7 +29,7 @@ def opened(data, folder):
 
 def draws_of(sets, mix, *, num_steps=4, same_shape=4, seed=0):
     groups = read_groups(sets, dict.fromkeys(sets, 1.0), mix)
-    num_batches = num_steps * G // same_shape
+    num_batches = num_steps * G // mix.draws_per_row // same_shape
     plan = mixture_plan(groups, group_shares(groups, mix), seed=seed, same_shape=same_shape, num_batches=num_batches)
     return Draws(sets, plan, seed=seed, mix=mix)
 
@@ -58,7 +59,7 @@ def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
     for number in range(len(draws)):
         row, batch = draws[number], draws.plan.data[number // 4]
         data, index = sets[batch["task"]], batch["rows"][number % 4]
-        assert (row["task"], row["row"], row["draw"]) == (batch["task"], index, number)
+        assert (row["task"], row["row"], row["draws"]) == (batch["task"], index, [number])
         assert row["grids"] == [tuple(grid) for grid in (data[index]["target_grid"], *data[index]["source_grids"])]
         for name in ("target_latents", "source_latents"):
             np.testing.assert_array_equal(row[name], stored(data, index, name))
@@ -217,6 +218,51 @@ def assert_equal(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name], name
+
+
+def summary(row):
+    return row["task"], row["row"], row["caption"], row["grids"]
+
+
+def test_the_draws_of_a_seed_are_those_of_every_release(sets):
+    """A run that resumes after an update goes on with the rows and captions that it would have had."""
+    draws = draws_of(sets, Mix(inverse_share=0.3), num_steps=40, seed=5)
+    drawn = [summary(draws[number]) for number in range(len(draws))]
+    digest = hashlib.sha256(repr(drawn).encode()).hexdigest()
+    assert digest[:16] == "4ccd1ab160f5055b"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_draws_of_a_row_follow_each_other_and_have_its_caption(sets, count):
+    """The rows are those of a run with one draw a row: the n-th row is the n-th draw there."""
+    alone = draws_of(sets, Mix(inverse_share=0.3))
+    several = draws_of(sets, Mix(inverse_share=0.3, draws_per_row=count), num_steps=4 * count)
+    assert len(several) == count * len(alone)
+    for number in range(len(several)):
+        row = several[number]
+        assert row["draws"] == [number]
+        assert summary(row) == summary(alone[number // count])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 4), (2, 4)])
+def test_a_batch_has_each_row_once_and_all_its_draws(sets, monkeypatch, num_workers, world_size, micro_batch):
+    read, get = [], TaskRows.read
+    monkeypatch.setattr(TaskRows, "read", lambda self, *args, **how: read.append(args) or get(self, *args, **how))
+    mix = Mix(draws_per_row=4, caption_dropout=0.0)
+    draws, seen = draws_of(sets, mix, same_shape=2), {}
+    for rank in range(world_size):
+        batches = rank_batches(rank, world_size, micro_batch)
+        for batch in open_loader(draws, batches, collate=collate, num_workers=num_workers):
+            num_rows = micro_batch // 4
+            assert len(batch["draw"]) == micro_batch
+            assert len(batch["row"]) == len(batch["prompt_embeds"]) == len(batch["target_latents"]) == num_rows
+            assert batch["prompt_lengths"] == batch["prompt_mask"].sum(dim=1).tolist()
+            for place, draw in enumerate(batch["draw"]):
+                seen[draw] = batch["task"][place // 4], batch["row"][place // 4]
+    if not num_workers:
+        assert len(read) == len(draws) / 4
+    assert seen == {number: summary(draws[number])[:2] for number in range(len(draws))}
 
 
 def test_workers_change_nothing(sets):

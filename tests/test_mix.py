@@ -253,6 +253,14 @@ def test_a_same_shape_batch_is_a_micro_batch_unless_the_recipe_says_more(given, 
     assert resolve_same_shape(given, global_batch_size=8, per_device_train_batch_size=2) == resolved
 
 
+@pytest.mark.parametrize(("given", "resolved"), [(None, 2), (2, 2), (4, 4)])
+def test_a_same_shape_batch_counts_rows_and_not_their_draws(given, resolved):
+    sizes = {"global_batch_size": 16, "per_device_train_batch_size": 8, "draws_per_row": 4}
+    assert resolve_same_shape(given, **sizes) == resolved
+    with pytest.raises(InputError, match=r"same_shape: 3 .*, 16, .* \(both divided by mix.draws_per_row, 4\); change"):
+        resolve_same_shape(3, **sizes)
+
+
 @pytest.mark.parametrize(("same_shape", "micro_batch"), [(3, 2), (16, 2), (6, 2), (1, 2)])
 def test_a_same_shape_that_does_not_fit_is_an_error_that_names_both(same_shape, micro_batch):
     with pytest.raises(InputError, match=f"same_shape: {same_shape} .*_batch_size, {micro_batch}, .*, 8, a multiple"):

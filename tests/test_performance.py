@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 
 
@@ -58,14 +57,14 @@ def test_the_log_counts_what_the_roofline_counts(roofline, tmp_path, lora):
 
     from hf_qie.config.recipe import load_recipe
     from hf_qie.models.qwen_image.family import EDIT_PLUS
-    from hf_qie.training.cost import RowFlops
+    from hf_qie.training.cost import BatchFlops, stand_in
     from hf_qie.training.model import build_model
 
     trainable = {"lora": {"rank": 32, "target_modules": "attention"} if lora else None}
     recipe = {"model": str(write_released(tmp_path / "model")), "tasks": {"edit": {"embeddings": "nowhere"}}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"trainable": trainable}))
-    row_flops = RowFlops(build_model(load_recipe(tmp_path / "recipe.yaml"), empty=True), EDIT_PLUS)
+    flops_of = BatchFlops(build_model(load_recipe(tmp_path / "recipe.yaml"), empty=True), EDIT_PLUS)
     for target_px, (height, width) in roofline.TARGETS.items():
-        num_latents = height * width + roofline.SOURCE[0] * roofline.SOURCE[1]
+        batch = stand_in(1, height * width, roofline.SOURCE[0] * roofline.SOURCE[1], roofline.PROMPT)
         expected = roofline.row_flops(lora=lora, target_px=target_px, checkpointing=False)
-        assert row_flops(num_latents, np.array([roofline.PROMPT])) == pytest.approx(expected, rel=1e-9)
+        assert flops_of(batch) == pytest.approx(expected, rel=1e-9)

@@ -153,6 +153,8 @@ BAD_FILES = {
     GOOD + "extract: {max_bad_share: 1.5}": "extract.max_bad_share: got 1.5, expected a number from 0 to 1",
     GOOD + "extract: 3": "extract: got 3, expected a mapping",
     GOOD + "mix: {same_shape: 0}": "mix.same_shape: got 0, expected an integer of at least 1",
+    GOOD + "mix: {draws_per_row: 3}": "mix.draws_per_row: got 3, but training.per_device_train_batch_size, which "
+    "counts draws, is 8; make it a multiple",
     GOOD + "mix: {source_count_weights: {one: 1}}": 'mix.source_count_weights.one: got "one", expected an integer of '
     "at least 0",
     GOOD + "mix: {source_count_weights: {0: 0, 1: 0}}": "mix.source_count_weights: expected at least one weight above "

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from hf_qie.config.memory import Memory, check_memory
-from hf_qie.config.training_args import check_training, training_schema
+from hf_qie.config.training_args import check_training, training_arguments, training_schema
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import (
     Below1,
@@ -124,7 +124,8 @@ class Mix(Section):
     """How draws are shared out."""
 
     source_count_weights: Table[Whole, Weight] | None = Field(None, description="null: the tasks' weights decide")
-    same_shape: Count | None = Field(None, description="rows of a bucket; null: per_device_train_batch_size")
+    same_shape: Count | None = Field(None, description="rows of a bucket; null: those of a micro-batch")
+    draws_per_row: Count = Field(1, description="noises of a row in one pass; for models whose prefix sees no noise")
     caption_weights: Table[Name, Weight] | None = Field(None, description="null: equal over the captions a row has")
     caption_dropout: Share = Field(0.05, description="the chance that a draw trains on extract.drop_caption")
     inverse_share: Share = Field(0.0, description="the chance that a draw of a row with an inverse is its inverse")
@@ -269,8 +270,18 @@ def recipe_schema() -> dict[str, Any]:
     return schema
 
 
+def _check_draws_per_row(recipe: Recipe) -> None:
+    """Raise InputError where a micro-batch would cut the draws of a row."""
+    count, key = recipe.mix.draws_per_row, "per_device_train_batch_size"
+    size = recipe.training.get(key, training_arguments()[key][1])
+    if size % count:
+        message = f"got {count}, but training.{key}, which counts draws, is {size}; make it a multiple"
+        raise InputError("mix.draws_per_row", message)
+
+
 def _check_together(recipe: Recipe) -> None:
     """Check what no single value shows."""
+    _check_draws_per_row(recipe)
     for name, task in recipe.tasks.items():
         if not task.data and task.embeddings is None:
             raise InputError(f"tasks.{name}.data", "missing, and no ready set in `embeddings` takes its place")

@@ -1,7 +1,7 @@
 """Rows of one shape -> one padded batch. Reads no file and draws no number.
 
-Letters: B rows, S target latent tokens, R latent tokens of all sources, C width of a packed latent, L prompt tokens,
-D width of the encoder.
+Letters: B rows, K draws of each, S target latent tokens, R latent tokens of all sources, C width of a packed latent,
+L prompt tokens, D width of the encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+
+PROMPT = ("prompt_embeds", "prompt_mask", "prompt_lengths", "image_slots")  # what a batch has of its captions
 
 
 class Batch(TypedDict):
@@ -25,7 +27,7 @@ class Batch(TypedDict):
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
     task: list[str]
     row: list[int]  # position in the task's data
-    draw: list[int]  # the number that decides everything random about the row
+    draw: list[int]  # [B x K] numbers, K of each row, that decide everything random
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -52,5 +54,5 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         grids=grids,
         task=[row["task"] for row in rows],
         row=[row["row"] for row in rows],
-        draw=[row["draw"] for row in rows],
+        draw=[draw for row in rows for draw in row["draws"]],
     )

@@ -1,5 +1,6 @@
 """The rows that take the most memory to train on, as far as an embedding set tells without reading an embedding."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ class Shape:
     grids: tuple[Grid, ...]  # the target's, then each source's
     num_tokens: int  # of the longest prompt
     rows: int = 1
+    draws_per_row: int = 1
 
     @property
     def size(self) -> int:
         """Tokens that the transformer sees of a row."""
-        return self.num_tokens + sum(height * width for height, width in self.grids)
+        target, *sources = map(math.prod, self.grids)
+        return self.num_tokens + sum(sources) + self.draws_per_row * target
 
 
 def largest(shapes: Iterable[Shape]) -> Shape:
@@ -46,7 +49,8 @@ def largest_in(sets: Mapping[str, Dataset], weights: Mapping[str, float], mix: M
         order = np.lexsort([-num_tokens, group.bucket])  # the longest prompt of a bucket first
         for entry in order[np.unique(group.bucket[order], return_index=True)[1]]:
             grids = rows.grids_of(int(group.rows[entry]), inverse=bool(group.inverse[entry]))
-            found.append(Shape(grids=tuple(grids), num_tokens=int(num_tokens[entry])))
+            size = {"num_tokens": int(num_tokens[entry]), "draws_per_row": mix.draws_per_row}
+            found.append(Shape(grids=tuple(grids), **size))
     return largest(found)
 
 

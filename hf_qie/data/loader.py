@@ -139,25 +139,34 @@ class TaskRows:
 class Draws(Dataset):
     """Draw number -> row: which row the mixture plan says; which caption, and whether it is dropped, (seed, number).
 
-    Raises InputError where a set does not fit, as `TaskRows`.
+    With K draws per row, K consecutive numbers are draws of one row with one caption: those that the number divided by
+    K decides. Raises InputError where a set does not fit, as `TaskRows`.
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], plan: datasets.Dataset, *, seed: int, **settings: Any):
         self.tasks = {task: TaskRows(task, data, **settings) for task, data in sets.items()}
         self.plan, self.same_shape = Rows(plan), plan.features["rows"].length
         self.seed, self.caption_dropout = seed, settings["mix"].caption_dropout
+        self.draws_per_row = settings["mix"].draws_per_row
 
     def __len__(self) -> int:
-        return len(self.plan.data) * self.same_shape
+        return len(self.plan.data) * self.same_shape * self.draws_per_row
 
     def __getitem__(self, draw: int) -> dict[str, Any]:
-        """A row as `TaskRows.read` gives it, and its draw."""
-        batch, place = divmod(draw, self.same_shape)
-        dropped = draw_rng(self.seed, "drop", draw).random() < self.caption_dropout
-        caption = None if dropped else draw_rng(self.seed, "caption", draw).random()
+        """A row as `TaskRows.read` gives it, and its draw, alone in `draws`."""
+        number = draw // self.draws_per_row
+        batch, place = divmod(number, self.same_shape)
+        dropped = draw_rng(self.seed, "drop", number).random() < self.caption_dropout
+        caption = None if dropped else draw_rng(self.seed, "caption", number).random()
         index = self.plan.value(batch, "rows")[place].as_py()
         task, inverse = (self.plan.value(batch, name).as_py() for name in ("task", "inverse"))
-        return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draw": draw}
+        return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draws": [draw]}
+
+    def __getitems__(self, draws: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of consecutive draws, each row once, with all its draws."""
+        count = self.draws_per_row
+        assert draws[0] % count == len(draws) % count == 0, "a batch has all draws of a row"
+        return [self[first] | {"draws": list(range(first, first + count))} for first in draws[::count]]
 
 
 def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:

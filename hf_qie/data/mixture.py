@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, interleave_datasets
 
-from hf_qie.config.recipe import Mix
+from hf_qie.config.recipe import Mix, Recipe
 from hf_qie.data.schema import HAS_INVERSE, INVERSE, grids_in
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
+from hf_qie.models.base import read_family
+from hf_qie.models.checkpoint import read_config
 
 MANY_EPOCHS = 10  # a group drawn more often than this within a run is worth a warning
 
@@ -118,14 +120,33 @@ def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:
     return part / part.sum()
 
 
-def resolve_same_shape(same_shape: int | None, *, global_batch_size: int, per_device_train_batch_size: int) -> int:
-    """Rows in a same-shape batch: micro-batches divide it, and it divides the global batch."""
-    size = per_device_train_batch_size if same_shape is None else same_shape
-    if size % per_device_train_batch_size or global_batch_size % size:
+def check_draws_per_row(recipe: Recipe) -> None:
+    """Raise InputError where several draws of a row cannot share a pass of the checkpoint's transformer."""
+    if recipe.mix.draws_per_row == 1:
+        return
+    family = read_family(recipe.model, revision=recipe.revision)
+    if not family.shares_prefix(read_config(recipe.model, "transformer/config.json", revision=recipe.revision)):
+        raise InputError(
+            f"mix.draws_per_row: {recipe.mix.draws_per_row}, but what the transformer of {recipe.model} makes of "
+            "prompt and sources depends on the noise; set it to 1"
+        )
+
+
+def resolve_same_shape(
+    same_shape: int | None, *, global_batch_size: int, per_device_train_batch_size: int, draws_per_row: int = 1
+) -> int:
+    """Rows in a same-shape batch: micro-batches divide it, and it divides the global batch.
+
+    Sizes of batches count draws, of which each row has `draws_per_row`.
+    """
+    rows, of_step = per_device_train_batch_size // draws_per_row, global_batch_size // draws_per_row
+    size = rows if same_shape is None else same_shape
+    if size % rows or of_step % size:
+        by = f" (both divided by mix.draws_per_row, {draws_per_row})" if draws_per_row > 1 else ""
         raise InputError(
             f"mix.same_shape: {size} must be a multiple of per_device_train_batch_size, {per_device_train_batch_size},"
             f" and the global batch (ranks x per_device_train_batch_size x gradient_accumulation_steps), "
-            f"{global_batch_size}, a multiple of it; change one of the three"
+            f"{global_batch_size}, a multiple of it{by}; change one of the three"
         )
     return size
 
@@ -184,7 +205,7 @@ def mixture_plan(
 
 
 def mix_table(groups: Sequence[Group], shares: np.ndarray, *, num_draws: int) -> str:
-    """What is drawn how often in a run of `num_draws`, one line a group."""
+    """What is drawn how often in a run that draws `num_draws` rows, one line a group; with any number of noises."""
     lines = [("task", "sources", "rows", "weight", "share", "epochs")]
     for group, share in zip(groups, shares, strict=True):
         epochs = f"{share * num_draws / group.num_rows:.2f}"

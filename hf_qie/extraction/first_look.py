@@ -22,7 +22,8 @@ def first_look(recipe: Recipe, family: Family, plans: Mapping[str, Plan], show: 
     """`show` the report of every task and leave its sheet and findings; returns why extraction would stop."""
     processor = family.load_processor(recipe.model, revision=recipe.revision)
     per_device = training_arguments()["per_device_train_batch_size"][1]
-    batch_rows = recipe.mix.same_shape or recipe.training.get("per_device_train_batch_size", per_device)
+    draws = recipe.training.get("per_device_train_batch_size", per_device)
+    batch_rows = recipe.mix.same_shape or draws // recipe.mix.draws_per_row
     folder = folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     num_bytes, problems = {}, []

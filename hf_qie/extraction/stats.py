@@ -174,8 +174,9 @@ def largest_shape(recipe: Recipe) -> Shape:
                 shapes.append(survey(make_plan(recipe, task, family, Path(folder)), processor).largest)
                 if shapes[-1] is None:
                     raise InputError(f"tasks.{name}: every row is bad; check.py without --memory names the reasons")
-    rows = recipe.training.get("per_device_train_batch_size", training_arguments()["per_device_train_batch_size"][1])
-    return replace(largest(shapes), rows=rows)
+    draws = recipe.training.get("per_device_train_batch_size", training_arguments()["per_device_train_batch_size"][1])
+    of_row = recipe.mix.draws_per_row
+    return replace(largest(shapes), rows=draws // of_row, draws_per_row=of_row)
 
 
 def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:

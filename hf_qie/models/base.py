@@ -192,6 +192,20 @@ class Family(ABC):
         """Whether what the transformer makes of prompt and sources depends on neither noise level nor target."""
         return False
 
+    def attention_pairs(
+        self,
+        grids: Sequence[Grid],
+        prompt_lengths: Sequence[int],
+        image_slots: Sequence[Sequence[int]],
+        num_targets: int,
+    ) -> int:
+        """Pairs of a query and a key that attention takes in a batch with K = `num_targets`, masked ones included.
+
+        By default each token of a row sees all of it.
+        """
+        num_latents = sum(map(math.prod, grids))
+        return num_targets * sum((num_latents + length) ** 2 for length in prompt_lengths)
+
     @abstractmethod
     def predict(self, model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: Tensor) -> Tensor:
         """The velocity `[B x K, S, C]` in `noised[B x K, S, C]` at `sigma[B x K]`; `batch` is data/collate.py's.

@@ -35,6 +35,7 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 NAMED = 5  # keys of a message
 # Sections of the recipe that must not change, beside the sets and the size of a step.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
+ADDED = {"mix.draws_per_row": 1}  # of the identity: keys that older checkpoints lack, and what they had
 # Of TrainingArguments, what decides the learning rate and how the optimizer works.
 KEYS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 KEYS += ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps")
@@ -141,7 +142,7 @@ def checkpoint_of(arguments: TrainingArguments, identity: Mapping[str, Any]) -> 
             f"{checkpoint}: not found on this machine; output_dir must be a folder that all machines share"
         )
     complete = read_complete(checkpoint)
-    was = complete["identity"] | _kinds(complete["settings"]["keys"])
+    was = ADDED | complete["identity"] | _kinds(complete["settings"]["keys"])
     identity = _plain(identity) | _kinds(_keys(arguments))
     if differing := sorted(key for key in was.keys() | identity.keys() if was.get(key) != identity.get(key)):
         fields = ", ".join(differing[:NAMED]) + (f" and {len(differing) - NAMED} more" * (len(differing) > NAMED))

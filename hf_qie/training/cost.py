@@ -1,10 +1,13 @@
-"""What training costs, from the checkpoint's config alone: memory of one device, operations of a row.
+"""What training costs, from the checkpoint's config alone: memory of one device, operations of a batch.
 
-Letters: S latent tokens of target and sources, L prompt tokens.
+Letters: B rows, K draws of each, S tokens of the target, R of its sources, L of the prompt.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +47,8 @@ PEAKS = {
     "A100": 312,
     "L40S": 362,
 }
-POINTS = ((16, 16), (32, 16), (16, 32), (48, 48))  # (S, L) at which operations are counted: one for each unknown
+# (B, S, R, L) at which operations are counted: one for each unknown
+POINTS = ((1, 16, 0, 16), (2, 16, 0, 16), (1, 32, 0, 16), (1, 16, 16, 16), (1, 16, 0, 32), (1, 48, 32, 48))
 
 
 class Footprint:
@@ -88,29 +92,41 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
     return next((1e12 * peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
-class RowFlops:
-    """Operations to train on one row, forward and backward, without what activation checkpointing runs once more.
+class BatchFlops:
+    """Operations to train on a batch, forward and backward, without what activation checkpointing runs once more.
 
-    Linear layers take a number for each token of their stream and for each row, attention one for each pair of
-    tokens; which of these go backward depends on what trains. So operations are a + b S + c L + d (S + L)^2, of which
-    torch's counter tells the four numbers from as many passes of the model itself.
+    Linear layers take a number for each token of a kind, for each draw and for each batch, attention one for each pair
+    of tokens; which of these go backward depends on what trains. So operations are a + b B K + c B K S + d B R +
+    e sum(L) + f pairs, of which torch's counter tells the six numbers from as many passes of the model itself.
     """
 
     def __init__(self, model: nn.Module, family: Family):
         """`model` lies on the meta device."""
-        counted = [count_by_blocks(model, family, num_latents, num_tokens) for num_latents, num_tokens in POINTS]
-        terms = [self._terms(num_latents, np.array([num_tokens])) for num_latents, num_tokens in POINTS]
-        self.numbers = np.linalg.solve(terms, counted)
+        self.family, batches = family, [stand_in(*point) for point in POINTS]
+        counted = [count_by_blocks(model, family, batch) for batch in batches]
+        self.numbers = np.linalg.solve([self._terms(batch) for batch in batches], counted)
 
-    @staticmethod
-    def _terms(num_latents: int, num_tokens: np.ndarray) -> list[float]:
-        """What the four numbers are multiplied by, summed over rows of S latent tokens and L[rows] prompt tokens."""
-        rows = len(num_tokens)
-        return [rows, rows * num_latents, num_tokens.sum(), np.square(num_latents + num_tokens, dtype=float).sum()]
+    def _terms(self, batch: Mapping[str, Any]) -> list[float]:
+        """What the six numbers are multiplied by."""
+        grids, num_tokens, draws = batch["grids"], batch["prompt_lengths"], len(batch["draw"])
+        pairs = self.family.attention_pairs(grids, num_tokens, batch["image_slots"], draws // len(num_tokens))
+        target, *sources = map(math.prod, grids)
+        return [1, draws, draws * target, len(num_tokens) * sum(sources), sum(num_tokens), pairs]
 
-    def __call__(self, num_latents: int, num_tokens: np.ndarray) -> float:
-        """Operations of rows with that many latent tokens, target and sources, and `num_tokens[rows]` of prompt."""
-        return float(self.numbers @ self._terms(num_latents, num_tokens))
+    def __call__(self, batch: Mapping[str, Any]) -> float:
+        """Operations of a collated batch, of which tensors are not read: padding does not count."""
+        return float(self.numbers @ self._terms(batch))
+
+
+def stand_in(rows: int, target: int, source: int, num_tokens: int, *, draws_per_row: int = 1) -> dict[str, Any]:
+    """What `BatchFlops` reads of a batch of rows that are alike, with one source or, if it has no token, none."""
+    sources = [(2, source // 2)] if source else []
+    return {
+        "grids": [(2, target // 2), *sources],
+        "prompt_lengths": [num_tokens] * rows,
+        "image_slots": [[num_tokens // 4] * len(sources)] * rows,
+        "draw": list(range(rows * draws_per_row)),
+    }
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList, bool]:
@@ -124,28 +140,31 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList, bool]:
     return owner, name, blocks, all(one == trains[1] for one in trains[1:-1])
 
 
-def count_by_blocks(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
-    """Operations of a step on one row; of blocks that are alike one is counted for all: most of the time is saved."""
+def count_by_blocks(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> int:
+    """Operations of a step on a batch; of blocks that are alike one is counted for all: most of the time is saved."""
     owner, name, blocks, alike = blocks_of(model)
     if len(blocks) < 4 or not alike:
-        return count(model, family, num_latents, num_tokens)
+        return count(model, family, batch)
     few = []
     for kept in (2, 3):
         setattr(owner, name, nn.ModuleList([*blocks[: kept - 1], blocks[-1]]))
-        few.append(count(model, family, num_latents, num_tokens))
+        few.append(count(model, family, batch))
     setattr(owner, name, blocks)
     return few[0] + (len(blocks) - 2) * (few[1] - few[0])
 
 
-def count(model: nn.Module, family: Family, num_latents: int, num_tokens: int) -> int:
-    """Operations of a step on one row."""
+def count(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> int:
+    """Operations of a step on a batch, whose tensors are made here."""
     empty, (latent_width, width) = partial(torch.empty, device="meta"), family.widths(model.config)
-    batch = {
-        "source_latents": empty(1, 0, latent_width),
-        "prompt_embeds": empty(1, num_tokens, width),
-        "prompt_mask": torch.ones(1, num_tokens, dtype=torch.bool),
-        "grids": [(1, num_latents)],
+    target, *sources = map(math.prod, batch["grids"])
+    lengths, draws = batch["prompt_lengths"], len(batch["draw"])
+    rows, longest = len(lengths), max(lengths)
+    tensors = {
+        "source_latents": empty(rows, sum(sources), latent_width),
+        "prompt_embeds": empty(rows, longest, width),
+        "prompt_mask": torch.arange(longest) < torch.tensor(lengths)[:, None],
     }
     with FlopCounterMode(display=False) as counter:
-        family.predict(model, batch, empty(1, num_latents, latent_width), empty(1)).sum().backward()
+        noised, sigma = empty(draws, target, latent_width), empty(draws)
+        family.predict(model, batch | tensors, noised, sigma).sum().backward()
     return counter.get_total_flops()

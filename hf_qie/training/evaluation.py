@@ -70,7 +70,7 @@ class HeldOut(Dataset):
         """A row as `TaskRows.read` gives it, never an inverse, never with the drop caption if it has another."""
         task, index = self.places[number]
         caption = draw_rng(self.seed, "eval caption", self.rows[number]).random()
-        return self.tasks[task].read(index, inverse=False, caption=caption) | {"draw": number}
+        return self.tasks[task].read(index, inverse=False, caption=caption) | {"draws": [number]}
 
     def batches(self, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
         """The rank's batches, each of one shape.

@@ -17,6 +17,7 @@ from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.config.training_args import training_arguments
 from hf_qie.data.largest import Shape, largest_in
+from hf_qie.data.mixture import check_draws_per_row
 from hf_qie.data.online_latents import has_latents
 from hf_qie.errors import InputError
 from hf_qie.models.quantization import check_packages
@@ -102,10 +103,11 @@ def _changes(run: Run, num_blocks: int) -> Iterator[list[Overrides]]:
     if not run.checkpointed:
         yield [("training.activation_checkpointing=true",)]
     if (rows := run.shape.rows) > 1:
+        of_row = run.shape.draws_per_row
         accumulated = training.get("gradient_accumulation_steps", 1)
         yield [
             (
-                f"training.per_device_train_batch_size={fewer}",
+                f"training.per_device_train_batch_size={fewer * of_row}",
                 f"training.gradient_accumulation_steps={accumulated * rows // fewer}",
             )
             for fewer in range(rows - 1, 0, -1)
@@ -136,6 +138,7 @@ def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tupl
 
     `shape`: of the largest micro-batch.
     """
+    check_draws_per_row(recipe)
     training, on_cpu = recipe.training, bool(recipe.training.get("use_cpu"))
     precision = "fp16" if training.get("fp16") else "bf16" if training.get("bf16", not on_cpu) else "no"
     fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"
@@ -158,7 +161,8 @@ def forecast_start(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Train
     if arguments.device.type == "cpu" or arguments.fsdp or not is_first or saved_quantised(recipe):
         return None
     weights = {name: recipe.tasks[name].weight for name in sets}
-    shape = replace(largest_in(sets, weights, recipe.mix), rows=arguments.per_device_train_batch_size)
+    rows = arguments.per_device_train_batch_size // recipe.mix.draws_per_row
+    shape = replace(largest_in(sets, weights, recipe.mix), rows=rows)
     run = Run(recipe=recipe, shape=shape, precision=arguments.mixed_precision, num_ranks=arguments.world_size)
     run = replace(run, encodes=not all(map(has_latents, sets.values())), eval_rows=_eval_rows(recipe))
     found = forecast(run)
@@ -186,9 +190,9 @@ def report(run: Run, found: Forecast) -> str:
         ("host", found.host, "of pinned CPU memory for each GPU"),
     ][: None if found.host else -1]
     ways = f"{run.num_ranks} GPU{'s' * (run.num_ranks > 1)}{' with FSDP' * bool(run.fsdp)}"
-    shape = (
-        f"{run.shape.rows} row{'s' * (run.shape.rows > 1)}, target {target}, sources {', '.join(sources) or 'none'}"
-    )
+    count, of_row = run.shape.rows, run.shape.draws_per_row
+    size = f"{count} row{'s' * (count > 1)}{f' of {of_row} noises each' * (of_row > 1)}"
+    shape = f"{size}, target {target}, sources {', '.join(sources) or 'none'}"
     head = f"forecast for {ways}; largest micro-batch: {shape}, {run.shape.num_tokens:,} prompt tokens"
     return "\n".join([head, *(f"  {name:<11}  {_gb(size):>9} GB  {why}".rstrip() for name, size, why in rows)])
 
@@ -202,8 +206,11 @@ def verdict(run: Run, found: Forecast, gpu_memory: float, *, overrides: Sequence
     def change(more: Overrides) -> Run:
         recipe = load_recipe(run.recipe.path, [*overrides, *more])
         fsdp_settings(recipe, os.environ)
-        rows = recipe.training.get("per_device_train_batch_size", run.shape.rows)
-        return replace(run, recipe=recipe, shape=replace(run.shape, rows=rows), eval_rows=_eval_rows(recipe))
+        of_row = run.shape.draws_per_row
+        draws = recipe.training.get("per_device_train_batch_size", run.shape.rows * of_row)
+        return replace(
+            run, recipe=recipe, shape=replace(run.shape, rows=draws // of_row), eval_rows=_eval_rows(recipe)
+        )
 
     limit = usable_bytes(gpu_memory)
     card = f"the {_gb(limit)} GB (10^9 bytes) that a program can use of a card of {gpu_memory:g} GB"

@@ -180,7 +180,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
         optimizer = _optimizer(run, model, ledger)
         _wrap(run, model, ledger)
         _follow_parts(model, ledger)
-        objective = Objective(run.recipe, global_batch_size=run.shape.rows)
+        objective = Objective(run.recipe, global_batch_size=run.shape.rows * run.shape.draws_per_row)
         ledger.peaks.clear()
         if vae:
             ledger.add(WEIGHTS, vae.weights)
@@ -199,7 +199,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
             model.zero_grad()
             ledger.start("evaluation")
             with torch.no_grad():
-                objective.of_draws(model, _batch(run, model, rows=run.eval_rows))
+                objective.of_draws(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1))
     return ledger.peaks, block
 
 
@@ -270,10 +270,10 @@ def _vae(run: Run) -> ForwardMemory | None:
     )
 
 
-def _batch(run: Run, model: nn.Module, *, rows: int | None = None) -> dict[str, Any]:
-    """A collated batch on the device, of another number of `rows` in evaluation."""
-    rows = rows or run.shape.rows
-    shape, (latent_width, width) = run.shape, run.family.widths(base_of(model).config)
+def _batch(run: Run, model: nn.Module, **other: int) -> dict[str, Any]:
+    """A collated batch on the device, of `other` numbers in evaluation."""
+    shape, (latent_width, width) = replace(run.shape, **other), run.family.widths(base_of(model).config)
+    rows = shape.rows
     target, *sources = (height * width for height, width in shape.grids)
     empty = partial(torch.empty, dtype=torch.float16)
     return {
@@ -281,8 +281,10 @@ def _batch(run: Run, model: nn.Module, *, rows: int | None = None) -> dict[str, 
         "source_latents": empty(rows, sum(sources), latent_width),
         "prompt_embeds": empty(rows, shape.num_tokens, width),
         "prompt_mask": torch.tensor([[True]]),  # padding takes next to nothing
+        "prompt_lengths": [shape.num_tokens] * rows,
+        "image_slots": [[0] * len(sources)] * rows,
         "grids": list(shape.grids),
-        "draw": list(range(rows)),
+        "draw": list(range(rows * shape.draws_per_row)),
     }
 
 

@@ -52,6 +52,18 @@ def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def in_memory(model: nn.Module) -> nn.Module:
+    """A model from the meta device, with memory of its own: accelerate tells parameters apart by their addresses.
+
+    Its buffers keep their numbers: of those that are in no checkpoint none comes from rank 0.
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    model.to_empty(device="cpu")
+    for module, kept in buffers:
+        module._buffers |= kept
+    return model
+
+
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The full tensors on the CPU, as `dtype` if one is given; {} on ranks that do not `keep` them.
 

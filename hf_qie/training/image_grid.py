@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hf_qie.data.collate import collate
+from hf_qie.data.collate import PROMPT, collate
 from hf_qie.data.online_latents import load_vae
 from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.training.evaluation import HeldOut, generators_kept
@@ -89,8 +89,8 @@ class ImageGrid(TrainerCallback):
         batch = trainer.on_device(collate([held_out[number]]))
         task, index = held_out.places[number]
         scale, family = self.settings.true_cfg_scale, trainer.objective.family
-        without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draw": number}
-        prompt = {key: collate([without])[key] for key in ("prompt_embeds", "prompt_mask", "prompt_lengths")}
+        without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
+        prompt = {key: collate([without])[key] for key in PROMPT}
         with trainer.compute_loss_context_manager():
             latents = family.denoise(
                 trainer.model,

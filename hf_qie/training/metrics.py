@@ -1,5 +1,6 @@
 """Loss by task, throughput and memory for the log, and the check that losses are finite."""
 
+import math
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_qie.data.collate import Batch
-from hf_qie.training.cost import RowFlops
+from hf_qie.training.cost import BatchFlops
 
 
 class NotFinite(RuntimeError):
@@ -27,13 +28,16 @@ class LossMeter:
         self.sums: Counter[str] = Counter()  # of the losses since the last log, by task
         self.drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mixture
         self.drawn_in_all: Counter[tuple[str, int]] = Counter()
-        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B] of micro-batches
+        self.counts: Counter[str] = Counter()  # of the losses in `sums`
+        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B x K] of micro-batches
         self.checked: list[tuple[str, int, float]] = []  # task, row and loss, of the latest step that was checked
         self.unchecked: list[tuple[int, list, Tensor]] = []  # step, its micro-batches, whether a loss is not finite
 
     def add(self, batch: Batch, losses: Tensor) -> None:
-        """Add the losses `[B]` of a micro-batch."""
-        self.of_step.append((batch["task"], batch["row"], losses.detach()))
+        """Add the losses `[B x K]` of a micro-batch, K of each row."""
+        count = len(losses) // len(batch["row"])
+        tasks, rows = ([one for one in batch[key] for _ in range(count)] for key in ("task", "row"))
+        self.of_step.append((tasks, rows, losses.detach()))
         self.drawn.update((task, len(batch["grids"]) - 1) for task in batch["task"])
 
     def end_step(self, step: int) -> None:
@@ -53,6 +57,7 @@ class LossMeter:
                 raise NotFinite(_message(f"step {step}: the loss of {named(bad)}"))
             for task, _, loss in self.checked:
                 self.sums[task] += loss
+                self.counts[task] += 1
 
     def check_gradient(self, step: int, norm: float) -> None:
         """Raise NotFinite for a gradient `norm`, the same on all ranks, that is not finite."""
@@ -63,15 +68,15 @@ class LossMeter:
     def read(self) -> tuple[dict[str, float], Counter[tuple[str, int]]]:
         """Since the last log, on all ranks: the mean loss by task, in float64, and rows by group of the mixture."""
         self.check(last=True)  # what is counted in `drawn` is in `sums` too
-        sums, drawn = Counter(), Counter()
-        for one in gather_object([(self.sums, self.drawn)]):
-            sums.update(one[0])
-            drawn.update(one[1])
-        rows = Counter(task for task, _ in drawn.elements())
-        self.sums.clear()
-        self.drawn.clear()
+        mine = (self.sums, self.counts, self.drawn)
+        sums, counts, drawn = totals = (Counter(), Counter(), Counter())
+        for one in gather_object([mine]):
+            for total, part in zip(totals, one, strict=True):
+                total.update(part)
+        for part in mine:
+            part.clear()
         self.drawn_in_all += drawn
-        return {f"loss/{task}": sums[task] / rows[task] for task in sorted(rows)}, drawn
+        return {f"loss/{task}": sums[task] / counts[task] for task in sorted(counts)}, drawn
 
 
 def named(rows: Iterable[tuple[str, int, float]]) -> str:
@@ -87,11 +92,11 @@ def _message(what: str) -> str:
 
 
 class Throughput:
-    """Rows, tokens and seconds of this rank's steps since the last log; evaluation, images and saving do not count."""
+    """Draws, tokens and seconds of this rank's steps since the last log, without evaluation, images and saving."""
 
-    def __init__(self, accelerator: Accelerator, *, row_flops: RowFlops | None = None, peak: float | None = None):
-        """`row_flops` counts the operations of a row, and `peak` is how many the device can do a second, if known."""
-        self.accelerator, self.row_flops, self.peak = accelerator, row_flops, peak
+    def __init__(self, accelerator: Accelerator, *, flops_of: BatchFlops | None = None, peak: float | None = None):
+        """`flops_of` counts the operations of a batch, and `peak` is how many the device can do a second, if known."""
+        self.accelerator, self.flops_of, self.peak = accelerator, flops_of, peak
         self.reset()
 
     def reset(self) -> None:
@@ -104,12 +109,12 @@ class Throughput:
         self.started = started
         self.waited += time.perf_counter() - started
         for batch in batches:
-            self.rows += len(batch["row"])
-            num_latents = sum(height * width for height, width in batch["grids"])
-            num_tokens = batch["prompt_mask"].sum(dim=1).numpy()
-            self.tokens += len(batch["row"]) * num_latents + int(num_tokens.sum())
-            if self.row_flops:
-                self.flops += self.row_flops(num_latents, num_tokens)
+            target, *sources = map(math.prod, batch["grids"])
+            self.rows += len(batch["draw"])
+            self.tokens += len(batch["draw"]) * target + len(batch["row"]) * sum(sources)
+            self.tokens += sum(batch["prompt_lengths"])
+            if self.flops_of:
+                self.flops += self.flops_of(batch)
 
     def end_step(self) -> None:
         """End a step."""
@@ -118,7 +123,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Rows and tokens a second over all ranks, the slowest rank's wait for data, the largest peak of memory.
 
-        Where the device's peak is known, also the share of it that the model's operations reach.
+        A row counts once for each of its draws. Where the device's peak is known, also the share of it that the
+        model's operations reach.
         """
         device = self.accelerator.device
         mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
@@ -132,7 +138,7 @@ class Throughput:
             "seconds_waiting_for_data": waited,
             "peak_memory_gb": memory,
         }
-        if self.row_flops:
+        if self.flops_of:
             found["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.peak)
         return found
 

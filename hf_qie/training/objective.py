@@ -1,6 +1,7 @@
 """Flow matching: noise levels, noise and loss of rows, each a function of the draw number or of the held-out row.
 
-Letters: B rows, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise only).
+Letters: B rows, K draws of each, S latent tokens, C latent channels. `sigma` is the noise level, 0 (clean) to 1 (noise
+only).
 """
 
 import math
@@ -116,7 +117,7 @@ class Objective:
         self.scheduler_config = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
 
     def of_draws(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses `[B]`; the draw numbers seed the noise."""
+        """Losses `[B x K]`, those of a row one after the other; the draw numbers seed the noise."""
         draws, of_step = batch["draw"], self.global_batch_size
         noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
         mu = self.mu(batch["target_latents"].shape[1])
@@ -141,7 +142,7 @@ class Objective:
         return self.family.sampling_sigmas(num_inference_steps, self.pipeline_config)
 
     def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-        latents = batch["target_latents"].float()
+        latents = batch["target_latents"].float().repeat_interleave(len(sigma) // len(batch["target_latents"]), dim=0)
         noise, sigma = noise.to(latents.device), sigma.to(latents.device)
         prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
         return velocity_mse(prediction, latents, noise, loss_weight(self.loss.weighting, sigma))

@@ -43,7 +43,7 @@ from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, st
 from hf_qie.training.cost import Footprint
 from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fit import forecast_start
-from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, refuse_inactive
+from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, in_memory, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import base_of, build_model, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
@@ -100,7 +100,7 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
 
 
 def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
-    """The recipe's `training` section as TrainingArguments; epochs over `num_rows` become steps.
+    """The recipe's `training` section as TrainingArguments; epochs, visits of `num_rows` rows, become steps.
 
     Raises InputError where TrainingArguments or the schedule refuses a value.
     """
@@ -118,7 +118,8 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise InputError(f"{recipe.path}: training: {error}") from error
     if epochs is not None:
-        arguments.max_steps = math.ceil(epochs * num_rows / global_batch_size(arguments))
+        num_draws = epochs * num_rows * recipe.mix.draws_per_row
+        arguments.max_steps = math.ceil(num_draws / global_batch_size(arguments))
     choose_precision(arguments, recipe.training)
     if arguments.max_steps > 0:
         _try_schedule(arguments)
@@ -174,7 +175,7 @@ def _try_packages(arguments: TrainingArguments, model: nn.Module) -> None:
 
 
 def global_batch_size(arguments: TrainingArguments) -> int:
-    """Rows in a step, over all ranks and accumulation."""
+    """Draws in a step, over all ranks and accumulation."""
     return arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
 
@@ -183,13 +184,18 @@ def _plan_mixture(
 ) -> tuple[Draws, dict[str, Any]]:
     """Every draw of the run, and its run record; logs how often each group is drawn."""
     batch, micro_batch = global_batch_size(arguments), arguments.per_device_train_batch_size
+    of_row = recipe.mix.draws_per_row
     same_shape = resolve_same_shape(
-        recipe.mix.same_shape, global_batch_size=batch, per_device_train_batch_size=micro_batch
+        recipe.mix.same_shape,
+        global_batch_size=batch,
+        per_device_train_batch_size=micro_batch,
+        draws_per_row=of_row,
     )
     groups = read_groups(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix)
     shares = group_shares(groups, recipe.mix)
-    num_draws = arguments.max_steps * batch
-    logger.info("%s draws\n%s", f"{num_draws:,}", mix_table(groups, shares, num_draws=num_draws))
+    num_draws = arguments.max_steps * batch // of_row  # of rows
+    noises = f" of rows, {of_row} noises each" * (of_row > 1)
+    logger.info("%s draws%s\n%s", f"{num_draws:,}", noises, mix_table(groups, shares, num_draws=num_draws))
     for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
         logger.warning(warning)
     num_batches = num_draws // same_shape
@@ -213,7 +219,8 @@ def _run_record(
         ],
         "steps": arguments.max_steps,
         "ranks": arguments.world_size,
-        "rows_a_rank": arguments.per_device_train_batch_size,
+        "rows_a_rank": arguments.per_device_train_batch_size // recipe.mix.draws_per_row,
+        "draws_per_row": recipe.mix.draws_per_row,
         "accumulated": arguments.gradient_accumulation_steps,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "sharded": bool(arguments.fsdp),
@@ -254,10 +261,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     # rank 0 loads and broadcasts
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
-    if empty:  # with memory of its own: accelerate tells parameters apart by their addresses
-        model = on_paper.to_empty(device="cpu")
-    else:
-        model = build_model(recipe, mixed_precision=precision, device=arguments.device)
+    model = in_memory(on_paper) if empty else build_model(recipe, mixed_precision=precision, device=arguments.device)
     if recipe.memory.quantization:  # DDP cannot broadcast such weights; every rank has read the same
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
@@ -272,19 +276,20 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
 
 def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     """In which precision it trains, on how many rows a step, and what else is loaded."""
-    arguments, every = trainer.args, trainer.recipe.sampling.every
+    arguments, every, of_row = trainer.args, trainer.recipe.sampling.every, trainer.recipe.mix.draws_per_row
     if notice := trainer.objective.family.license_notice:
         logger.warning("%s: %s", trainer.recipe.model, notice)
     vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
-        "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated; %d steps, %s; "
+        "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
         trainer.record["arithmetic"],
         "".join(f", memory.{key}: {value}" for key, value in trainer.recipe.memory if value),
-        global_batch_size(arguments),
+        global_batch_size(arguments) // of_row,
         arguments.world_size,
-        arguments.per_device_train_batch_size,
+        arguments.per_device_train_batch_size // of_row,
         arguments.gradient_accumulation_steps,
+        f", {of_row} noises each" * (of_row > 1),
         arguments.max_steps,
         f"resuming from {checkpoint}" if checkpoint else "from the first",
         "loaded, as sets have no latents" if trainer.encoder else vae,

@@ -24,7 +24,7 @@ from hf_qie.data.online_latents import encode_images
 from hf_qie.errors import InputError
 from hf_qie.training.callbacks import RunCallback, StackTraces
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit, settings_of
-from hf_qie.training.cost import RowFlops, peak_flops
+from hf_qie.training.cost import BatchFlops, peak_flops
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
@@ -98,8 +98,8 @@ class EditTrainer(Trainer):
         self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
         self.losses = LossMeter(self.accelerator)
         peak = peak_flops(args.device, precision=args.mixed_precision)
-        row_flops = peak and RowFlops(build_model(recipe, empty=True), self.objective.family)
-        self.throughput = Throughput(self.accelerator, row_flops=row_flops, peak=peak)
+        flops_of = peak and BatchFlops(build_model(recipe, empty=True), self.objective.family)
+        self.throughput = Throughput(self.accelerator, flops_of=flops_of, peak=peak)
         self.add_callback(RunCallback(self))
         if args.world_size > 1:
             self.add_callback(StackTraces(args.ddp_timeout))
@@ -158,10 +158,10 @@ class EditTrainer(Trainer):
         return schedule
 
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:
-        """Mean over the rows of the micro-batch, each noised by its own draw number."""
-        per_row = self.objective.of_draws(model, self.on_device(inputs))
-        self.losses.add(inputs, per_row)
-        return per_row.mean()
+        """Mean over the draws of the micro-batch, each noised by its own number."""
+        per_draw = self.objective.of_draws(model, self.on_device(inputs))
+        self.losses.add(inputs, per_draw)
+        return per_draw.mean()
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
         """No loss of the batch; of each row (loss, sigma), and its number.

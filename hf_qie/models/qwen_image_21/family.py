@@ -22,6 +22,7 @@ from hf_qie.models.qwen_image_21.text_encoder import Encoder
 from hf_qie.models.qwen_image_21.tiny import save_tiny
 from hf_qie.models.qwen_image_21.transformer import (
     LORA_PRESETS,
+    attention_pairs,
     denoise,
     load_transformer,
     predict,
@@ -82,6 +83,7 @@ class QwenImage21(Family):
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
     shares_prefix = staticmethod(shares_prefix)
+    attention_pairs = staticmethod(attention_pairs)
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)
     denoise = staticmethod(denoise)

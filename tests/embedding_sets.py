@@ -1,6 +1,7 @@
 """Embedding sets of random numbers for tests: the columns and files that extract.py leaves, without its models."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)
         return (mean + random.standard_normal((num_tokens, width))).astype(np.float16).tolist()
 
     target, *sources = grids
+    prompt_columns = read_family(str(model)).prompt_columns
     num_source_tokens = sum(height * width for height, width in sources)
     columns = {
         "row": range(rows),
@@ -28,7 +30,7 @@ def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)
         "target_image": [f"{row}.png" for row in range(rows)],
         "instruction": [f"edit {row}" for row in range(rows)],
         "num_sources": [len(sources)] * rows,
-        "image_embeds": [matrix(3 * len(sources), WIDTH) for _ in range(rows)],
+        **_shared([matrix(3 * len(sources), WIDTH) for _ in range(rows)], len(sources), prompt_columns),
         "text_embeds_instruction": [matrix(4 + row % 3, WIDTH) for row in range(rows)],
         "text_embeds_drop": [matrix(3, WIDTH) for _ in range(rows)],
         "target_latents": [matrix(target[0] * target[1], LATENT_WIDTH, target_mean) for _ in range(rows)],
@@ -42,6 +44,7 @@ def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)
         captions=["instruction"],
         inverse_captions=(),
         inverse_latents=False,
+        prompt_columns=prompt_columns,
     )
     Dataset.from_dict(columns, features=features).save_to_disk(folder)
     compat = checkpoint_compat(str(model), revision=None, family=read_family(str(model)))
@@ -49,6 +52,12 @@ def write_set(folder: Path, model: Path, *, rows: int = 8, grids=((4, 4), (2, 4)
     provenance = {"compat": compat, "record": {"model": str(model)}}
     (folder / PROVENANCE).write_text(json.dumps(provenance), encoding="utf-8")
     return folder
+
+
+def _shared(embeds: list, num_sources: int, prompt_columns: Sequence[str]) -> dict[str, list]:
+    """The columns of what captions share, `embeds` of each row: three before each of its images, or of it."""
+    slots = [[3 * n + 2 for n in range(num_sources)]] * len(embeds)
+    return dict(zip(prompt_columns, (embeds, slots), strict=False))
 
 
 def write_recipe(folder: Path, model: Path, **sections: dict) -> Path:

@@ -27,6 +27,8 @@ LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-l
 TASKS = {"edit": {"data": "edit.jsonl", "eval_rows": 3}, "text_to_image": {"data": "none.jsonl", "eval_rows": 5}}
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "per_device_eval_batch_size": 2}
 
+both_families = pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
+
 
 @pytest.fixture(autouse=True)
 def one_process():
@@ -34,8 +36,14 @@ def one_process():
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path) -> Path:
-    return write_recipe(tmp_path, tiny(), tasks=TASKS, trainable=LORA, training=EVERY_STEP)
+def family() -> str:
+    """The kind of the checkpoint; `both_families` gives others."""
+    return "edit_plus"
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path, family) -> Path:
+    return write_recipe(tmp_path, tiny(family), tasks=TASKS, trainable=LORA, training=EVERY_STEP)
 
 
 def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
@@ -68,6 +76,7 @@ def hold(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 # --- what it gives ---------------------------------------------------------------------------------------------------
 
 
+@both_families
 def test_it_is_the_mean_over_held_out_rows_each_once_by_task_and_by_noise(recipe):
     """Recomputed row by row; batches of two of three and five rows leave one over."""
     trainer = trainer_of(recipe)
@@ -89,6 +98,7 @@ def test_it_is_the_mean_over_held_out_rows_each_once_by_task_and_by_noise(recipe
     assert metrics == pytest.approx({name: np.mean(values) for name, values in expected.items()}, rel=1e-5)
 
 
+@both_families
 def test_two_evaluations_of_one_checkpoint_are_equal(recipe):
     first = trainer_of(recipe).evaluate()
     trainer = trainer_of(recipe)
@@ -143,6 +153,7 @@ class Greedy(TrainerCallback):
         torch.rand(3), np.random.random(3), random.random()
 
 
+@both_families
 def test_training_with_evaluation_is_training_without_bit_for_bit(recipe, tmp_path):
     without = run(recipe, "training.eval_strategy=no", f"training.output_dir={tmp_path / 'without'}")
     trainer = trainer_of(recipe, "training.eval_on_start=true")
@@ -169,9 +180,10 @@ BEST = ("training.load_best_model_at_end=true", "training.lr_scheduler_type=cons
 WORSE_AND_WORSE = (*BEST, "training.learning_rate=0.3")
 
 
+@both_families
 @pytest.mark.parametrize("trainable", [LORA, {}], ids=["lora", "full"])
-def test_the_best_checkpoint_is_what_is_exported(tiny, tmp_path, trainable):
-    recipe = write_recipe(tmp_path, tiny(), tasks=TASKS, trainable=trainable, training=EVERY_STEP)
+def test_the_best_checkpoint_is_what_is_exported(tiny, tmp_path, family, trainable):
+    recipe = write_recipe(tmp_path, tiny(family), tasks=TASKS, trainable=trainable, training=EVERY_STEP)
     trainer = run(recipe, *WORSE_AND_WORSE)
     by_step = evaluations(trainer)
     best = min(by_step, key=by_step.get)
@@ -213,6 +225,7 @@ def test_a_best_checkpoint_that_is_not_what_was_written_is_refused(recipe, tmp_p
         trainer.train()
 
 
+@both_families
 def test_a_resumed_run_knows_the_best_checkpoint(recipe, tmp_path):
     straight = run(recipe, *WORSE_AND_WORSE)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")

@@ -152,8 +152,9 @@ def measured(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_sources", "batch_size"), [(0, 4), (1, 4), (3, 2)])
-def test_the_encoders_peak_is_the_allocators(tiny, dtype, num_sources, batch_size):
-    model, family = str(tiny()), read_family(str(tiny()))
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_the_encoders_peak_is_the_allocators(tiny, dtype, num_sources, batch_size, kind):
+    model, family = str(tiny(kind)), read_family(str(tiny(kind))).with_source_size(384)
     images = [Image.new("RGB", (300, 200))] * num_sources
     processor = family.load_processor(model, revision=None)
     prompts = [family.make_prompt(processor, images, ["make the sky blue " * 4, " "])] * batch_size
@@ -168,9 +169,10 @@ def test_the_encoders_peak_is_the_allocators(tiny, dtype, num_sources, batch_siz
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("size", "batch_size"), [((128, 64), 1), ((64, 64), 3)])
-def test_the_vaes_peak_is_the_allocators(tiny, dtype, size, batch_size):
-    model, family = str(tiny()), read_family(str(tiny()))
-    images = [torch.zeros(3, size[1], size[0])] * batch_size
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_the_vaes_peak_is_the_allocators(tiny, dtype, size, batch_size, kind):
+    model, family = str(tiny(kind)), read_family(str(tiny(kind)))
+    images = [torch.zeros(len(family.image_mode), size[1], size[0])] * batch_size
     encode = family.load_vae(model, revision=None, dtype=dtype, device=CPU)
     of_forecast = family.vae_memory(model, revision=None, dtype=dtype, size=size, batch_size=batch_size)
     assert of_forecast.weights == sum(parameter.nbytes for parameter in encode.vae.parameters())

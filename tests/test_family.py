@@ -73,7 +73,7 @@ def test_another_pipeline_is_refused_by_name(checkpoint):
         read_family(model)
     assert str(error.value) == (
         f"model: {model} is a QwenImageLayeredPipeline; hf_qie trains QwenImageEditPlusPipeline, "
-        "QwenImageEditPipeline, QwenImagePipeline"
+        "QwenImageEditPipeline, QwenImagePipeline, QwenImage21Pipeline"
     )
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from embedding_sets import write_recipe
+from embedding_sets import write_recipe, write_set
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +23,7 @@ WAYS = {
     "LoRA": {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}},
     "a part": {"modules": ["transformer_blocks.1.attn"]},
 }
+CASES = [("edit_plus", 1), ("qwen_image_21", 1), ("qwen_image_21", 4)]  # and the number of draws a row
 DEVICES = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -38,18 +39,30 @@ def trainer_of(recipe):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, way):
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=WAYS[way], training={"max_steps": 8}))
-    flops_of, shapes = BatchFlops(build_model(trainer.recipe, empty=True), EDIT_PLUS), set()
+@pytest.mark.parametrize(("kind", "draws_per_row"), CASES)
+def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, kind, draws_per_row, way):
+    grids = {"edit": ((4, 4), (2, 4)), "text_to_image": ((4, 6),), "combine": ((2, 4), (4, 4), (2, 2))}
+    for name in grids:
+        write_set(tmp_path / "sets" / name, tiny(kind), grids=grids[name])
+    sections = {
+        "trainable": WAYS[way],
+        "training": {"max_steps": 12, "per_device_train_batch_size": 2 * draws_per_row},
+        "tasks": {"combine": {"data": "combine.jsonl"}},
+        "mix": {"same_shape": 2, "draws_per_row": draws_per_row},
+    }
+    trainer = trainer_of(write_recipe(tmp_path, tiny(kind), **sections))
+    family = trainer.objective.family
+    flops_of, shapes = BatchFlops(build_model(trainer.recipe, empty=True), family), set()
     for batch in trainer.get_train_dataloader():
         # the counter does not know the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             trainer.objective.of_draws(trainer.model, batch).sum().backward()
-        num_tokens = batch["prompt_mask"].shape[1]
-        padded = batch | {"prompt_lengths": [num_tokens] * len(batch["row"])}  # what is run, if not what counts
-        assert flops_of(padded) == pytest.approx(counter.get_total_flops(), rel=1e-9)
-        shapes.add((*batch["grids"], num_tokens))
-    assert len(shapes) > 1
+        if kind == "edit_plus":  # padding is run, if it does not count
+            batch["prompt_lengths"] = [batch["prompt_mask"].shape[1]] * len(batch["row"])
+        assert flops_of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        shapes.add((*batch["grids"], *batch["prompt_lengths"]))
+    assert {len(batch["grids"]) for batch in trainer.get_train_dataloader()} == {1, 2, 3}
+    assert len(shapes) > 3
 
 
 @pytest.mark.parametrize("trains", ["", "transformer_blocks.3"])

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
 from embedding_sets import write_recipe, write_set
 from small_recipes import extract_edits
 from test_footprint import released
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from hf_qie import check
-from hf_qie.config.recipe import load_recipe
+from hf_qie.config.recipe import Mix, load_recipe
 from hf_qie.data.largest import Shape, largest_in
 from hf_qie.data.loader import TaskRows
 from hf_qie.errors import InputError
@@ -49,6 +49,18 @@ def middle(tiny, built_once):
         QwenImageTransformer2DModel(**shape).save_pretrained(folder / "transformer")
 
     return built_once("middle", build)
+
+
+@pytest.fixture(scope="module")
+def middle_21(tiny, built_once):
+    """The same of Qwen-Image-2.1."""
+
+    def build(folder):
+        shutil.copytree(tiny("qwen_image_21"), folder)
+        shape = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 128, "context_in_dim": 96}
+        QwenImage21Transformer2DModel(**shape).save_pretrained(folder / "transformer")
+
+    return built_once("middle_21", build)
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +122,31 @@ CASES = [
     ("middle", LORA, "bf16", CHECKPOINTED, {}),
     ("middle", LORA, "no", CHECKPOINTED, {"quantization": "nf4"}),
 ]
+CASES = [("edit_plus", size, 1, *case) for size, *case in CASES]
+CASES += [
+    ("qwen_image_21", "tiny", 1, {}, "no", {}, {}),
+    ("qwen_image_21", "tiny", 4, {}, "bf16", CHECKPOINTED, {}),
+    ("qwen_image_21", "middle", 1, LORA, "bf16", CHECKPOINTED, {}),
+    ("qwen_image_21", "middle", 4, LORA, "no", {}, {}),
+    ("qwen_image_21", "middle", 4, LORA, "no", CHECKPOINTED, {"offload_activations": True}),
+    ("qwen_image_21", "middle", 2, LORA, "bf16", CHECKPOINTED, {"stream_blocks": 3, "quantization": "nf4"}),
+    ("qwen_image_21", "middle", 1, LORA, "no", CHECKPOINTED, {"quantization": "int8"}),
+]
 
 
-@pytest.mark.parametrize(("size", "trainable", "precision", "training", "memory"), CASES)
+@pytest.mark.parametrize(("kind", "size", "draws", "trainable", "precision", "training", "memory"), CASES)
 def test_the_forecast_is_what_a_step_takes(
-    tiny, small, middle, tmp_path, size, trainable, precision, training, memory
+    tiny, small, middle, middle_21, tmp_path, kind, size, draws, trainable, precision, training, memory
 ):
-    model, grids = {"tiny": tiny(), "small": small, "middle": middle}[size], ((8, 8), (8, 8))
+    models = {"tiny": tiny(kind), "small": small, "middle": middle_21 if kind == "qwen_image_21" else middle}
+    model, grids = models[size], ((8, 8), (8, 8))
     write_set(tmp_path / "sets" / "edit", model, grids=grids)
-    training = NO_SAVING | training | {"per_device_train_batch_size": 1, "bf16": precision == "bf16"}
-    sections = {"training": training, "trainable": trainable, "memory": memory, "mix": {"same_shape": 1}}
+    training = NO_SAVING | training | {"per_device_train_batch_size": draws, "bf16": precision == "bf16"}
+    sections = {"training": training, "trainable": trainable, "memory": memory}
+    sections["mix"] = {"same_shape": 1, "draws_per_row": draws}
     recipe = load_recipe(write_recipe(tmp_path, model, **sections), ["tasks={edit: {data: edit.jsonl}}"])
-    run = Run(recipe=recipe, shape=Shape(grids=grids, num_tokens=9), precision=precision, device="cpu")
+    shape = Shape(grids=grids, num_tokens=9, draws_per_row=draws)
+    run = Run(recipe=recipe, shape=shape, precision=precision, device="cpu")
     trainer, _ = build_trainer(recipe, open_sets(recipe))
     trainer.add_callback(measured := Measure(trainer))
     trainer.train()
@@ -222,6 +247,32 @@ def test_the_fewest_changes_come_first_and_then_those_of_least_harm(tmp_path, sm
         streamed,
     )
     assert changes(0) == [everything]  # nothing fits
+
+
+def test_fewer_rows_keep_all_their_draws(tmp_path, middle_21):
+    mix = {"draws_per_row": 2, "same_shape": 4}
+    training = CHECKPOINTED | {"per_device_train_batch_size": 8}
+    path = write_recipe(tmp_path, middle_21, trainable=LORA, training=training, mix=mix)
+
+    def change(overrides=()):
+        recipe = load_recipe(path, overrides)
+        rows = recipe.training["per_device_train_batch_size"] // 2
+        return Run(recipe=recipe, shape=Shape(grids=SMALL, num_tokens=9, rows=rows, draws_per_row=2))
+
+    assert "4 rows of 2 noises each, target" in report(change(), forecast(change()))
+    halved = ("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
+    assert (halved, forecast(change(halved))) in fewest_changes(change(), change, forecast(change(halved)).needed)
+
+
+def test_targets_of_several_draws_count_towards_the_largest_row(tiny, tmp_path):
+    """Of two rows that are equally large with one draw a row, the one with the larger target is with more."""
+    for name, grids in (("edit", ((4, 4), (8, 8))), ("text_to_image", ((8, 9),))):
+        write_set(tmp_path / "sets" / name, tiny("qwen_image_21"), grids=grids)
+    recipe = load_recipe(write_recipe(tmp_path, tiny("qwen_image_21")))
+    sets, weights = open_sets(recipe), {"edit": 1.0, "text_to_image": 1.0}
+    found = [largest_in(sets, weights, Mix(draws_per_row=count)) for count in (1, 4)]
+    assert [shape.grids[0] for shape in found] == [(4, 4), (8, 9)]
+    assert [shape.draws_per_row for shape in found] == [1, 4]
 
 
 def test_what_a_recipe_has_already_is_raised_where_it_does_not_fit(tmp_path, middle):

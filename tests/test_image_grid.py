@@ -4,13 +4,14 @@ import json
 import logging
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from embedding_sets import write_recipe
+from embedding_sets import WIDTH, write_recipe
 from PIL import Image
 from ranks import in_ranks
 from safetensors.torch import load_file
@@ -20,12 +21,12 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image, to_pixels
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
+from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
 from hf_qie.models.prompts import PromptEmbeddings
-from hf_qie.models.qwen_image import transformer
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import text_to_image
-from hf_qie.models.qwen_image.transformer import denoise, predict
+from hf_qie.models.qwen_image.transformer import denoise
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX, Card
 from hf_qie.train import train
@@ -39,6 +40,8 @@ TASKS = {"edit": {"data": "edit.jsonl", "eval_rows": 2}, "text_to_image": {"data
 EVERY_OTHER = {"every": 2, "rows": 3, "num_inference_steps": 2}
 NAMES = ["edit-6.png", "edit-7.png", "text_to_image-7.png"]
 
+both_families = pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
+
 
 @pytest.fixture(autouse=True)
 def one_process():
@@ -46,14 +49,21 @@ def one_process():
 
 
 @pytest.fixture
-def recipe(tiny, tmp_path) -> Path:
-    return write_recipe(tmp_path, tiny(), tasks=TASKS, trainable=LORA, sampling=EVERY_OTHER)
+def family() -> str:
+    """The kind of the checkpoint; `both_families` gives others."""
+    return "edit_plus"
 
 
-@pytest.fixture(scope="module")
-def extracted(built_once, tiny, edits) -> Path:
+@pytest.fixture
+def recipe(tiny, tmp_path, family) -> Path:
+    return write_recipe(tmp_path, tiny(family), tasks=TASKS, trainable=LORA, sampling=EVERY_OTHER)
+
+
+@pytest.fixture
+def extracted(built_once, tiny, edits, family) -> Path:
     """A recipe whose sets are finished."""
-    return built_once("few_edits", lambda folder: extract_edits(folder, tiny(), edits)) / "recipe.yaml"
+    name = "few_edits" if family == "edit_plus" else f"few_edits_{family}"  # which other files of tests share
+    return built_once(name, lambda folder: extract_edits(folder, tiny(family), edits)) / "recipe.yaml"
 
 
 def run(recipe: Path, *overrides: str) -> EditTrainer:
@@ -120,33 +130,39 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     assert abs(levels).max() <= 1
 
 
-@pytest.fixture(scope="module")
-def drawn(extracted, tmp_path_factory) -> Path:
+@pytest.fixture
+def drawn(extracted, built_once, family) -> Path:
     """The folder of a run on extracted edits, with pictures of two rows."""
-    PartialState(cpu=True)
-    folder = tmp_path_factory.mktemp("drawn") / "run"
+    return built_once(f"drawn_{family}", lambda folder: draw(extracted, folder / "run")) / "run"
+
+
+def draw(recipe: Path, folder: Path) -> None:
     training = {"output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": 2, "max_steps": 2}
     training |= {"logging_steps": 1, "save_steps": 2, "learning_rate": 1e-2, "disable_tqdm": True}
     training |= {"report_to": "tensorboard"}
     sampling = ["sampling.every=1", "sampling.rows=2", "sampling.num_inference_steps=2"]
     held_out = ["tasks.edit.eval_rows=1", "tasks.combine.eval_rows=1"]
-    run(extracted, *(f"training.{k}={json.dumps(v)}" for k, v in training.items()), *sampling, *held_out)
-    return folder
+    run(recipe, *(f"training.{k}={json.dumps(v)}" for k, v in training.items()), *sampling, *held_out)
 
 
+@both_families
 @pytest.mark.parametrize(("step", "checkpoint"), [(0, "base"), (2, None)])
 def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, step, checkpoint):
     recipe = load_recipe(drawn / "recipe.yaml")
     sampler, sets = Sampler(recipe, checkpoint=checkpoint), open_sets(recipe)
+    recipe_family = read_family(recipe.model)
     held_out = HeldOut(split_sets(sets, recipe.tasks)[1], recipe)
     for task in ("edit", "combine"):
         row = sets[task][-1]
         place = next(n for n, (name, _) in enumerate(held_out.places) if name == task)
         matrices = (row[f"text_embeds_{name}"] for name in (held_out[place]["caption"], "drop"))
+        name, *slots = recipe_family.prompt_columns
         embeddings = PromptEmbeddings(
-            shared=torch.tensor(row["image_embeds"]), texts=[torch.tensor(m) for m in matrices]
+            shared=torch.tensor(row[name]).reshape(-1, WIDTH),
+            texts=[torch.tensor(m) for m in matrices],
+            slots=tuple(row[slots[0]]) if slots else (),
         )
-        images = [read_image(Path(path)) for path in row["source_image"]]
+        images = [read_image(Path(path), recipe_family.image_mode) for path in row["source_image"]]
         height, width = row["target_grid"]
         size = (16 * width, 16 * height)
         theirs = sampler.generate(embeddings, images, seed=recipe.seed, num_inference_steps=2, size=size)
@@ -194,16 +210,20 @@ def test_the_grid_has_sources_target_and_steps_in_columns(tmp_path):
 # --- what they leave -------------------------------------------------------------------------------------------------
 
 
-def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tmp_path, monkeypatch):
+@both_families
+def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tiny, tmp_path, monkeypatch, family):
     """Though something in the making of pictures draws from every generator."""
+    calls, module = [], sys.modules[read_family(str(tiny(family))).denoise.__module__]
+    predict = module.predict
 
     def greedy(*args):
-        torch.rand(3), np.random.random(3), random.random()
+        calls.append((torch.rand(3), np.random.random(3), random.random()))
         return predict(*args)
 
-    monkeypatch.setattr(transformer, "predict", greedy)
+    monkeypatch.setattr(module, "predict", greedy)
     without = run(recipe, "sampling.every=0", f"training.output_dir={tmp_path / 'without'}")
     trainer = run(recipe)
+    assert len(calls) >= 3 * 3 * 2  # images x rows x steps
     assert steps_of(trainer) == steps_of(without)
     hold(tmp_path / "run", tmp_path / "without")
     states = [
@@ -218,6 +238,7 @@ def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tmp_path
     assert len(set(made.values())) == len(made), "the model has learned, so each picture is another"
 
 
+@both_families
 def test_a_resumed_run_keeps_the_pictures_of_before_and_makes_the_same_grid(recipe, tmp_path):
     run(recipe)
     folder = tmp_path / "run"

@@ -327,8 +327,9 @@ def images(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-def test_a_run_is_the_same_with_and_without_and_so_is_one_resumed_with_the_other(tiny, tmp_path, caplog):
-    recipe = recipe_in(tmp_path, tiny("learner"))
+@pytest.mark.parametrize("kind", ["learner", "qwen_image_21_learner"])
+def test_a_run_is_the_same_with_and_without_and_so_is_one_resumed_with_the_other(tiny, tmp_path, caplog, kind):
+    recipe = recipe_in(tmp_path, tiny(kind))
     plain = run(recipe, tmp_path / "plain")
     with caplog.at_level(logging.WARNING, logger="hf_qie"):
         ours = run(recipe, tmp_path / "ours", MEMORY)

@@ -28,6 +28,19 @@ def test_extraction_on_paper_is_what_the_flop_counter_counts(roofline, page):
     assert roofline.extraction_table() in page
 
 
+def test_what_a_shared_prefix_saves_is_what_the_flop_counter_counts(roofline, page):
+    import shared_prefix
+
+    assert shared_prefix.line(512, 1) in page and shared_prefix.line(1024, 0) in page
+
+
+@pytest.mark.soak
+def test_all_that_a_shared_prefix_saves(roofline, page):
+    import shared_prefix
+
+    assert shared_prefix.table() in page
+
+
 def test_full_training_is_six_operations_for_each_weight_that_a_token_meets(roofline):
     from released import TRANSFORMER
 

@@ -29,6 +29,8 @@ from hf_qie.training.trainer import EditTrainer
 CPU = torch.device("cpu")
 KINDS = ("fp8", "int8", "nf4")
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "attention+mlp"}}
+both_families = pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
+learners = pytest.mark.parametrize("learner", ["learner", "qwen_image_21_learner"])
 CLASSES = {"fp8": "Float8Tensor", "int8": "Int8Tensor", "nf4": "Params4bit", None: "Parameter"}
 
 
@@ -162,9 +164,10 @@ def expand(plain: EditTrainer, base: EditTrainer) -> None:
             parameter.copy_(expanded(theirs[name]))
 
 
+@both_families
 @pytest.mark.parametrize(("kind", "bf16"), [(kind, bf16) for kind in KINDS for bf16 in (False, True)])
-def test_adapters_get_the_gradients_of_the_expanded_weights(tiny, tmp_path, kind, bf16):
-    path = write_recipe(tmp_path, tiny(), training={"bf16": bf16})
+def test_adapters_get_the_gradients_of_the_expanded_weights(tiny, tmp_path, family, kind, bf16):
+    path = write_recipe(tmp_path, tiny(family), training={"bf16": bf16})
     base, plain = trainer_of(path, f"memory.quantization={kind}"), trainer_of(path)
     exact = gradients(plain)
     expand(plain, base)
@@ -238,13 +241,16 @@ def test_evaluation_and_images_in_between_change_nothing(tiny, tmp_path, kind):
     assert all(torch.equal(value, watched[name]) for name, value in plain.items())
 
 
-GENERATED = [pytest.param(kind, "inductor", marks=pytest.mark.soak) for kind in KINDS]  # code: minutes
+SLOW = [("learner", kind, "inductor") for kind in KINDS] + [("qwen_image_21_learner", "nf4", "aot_eager")]  # minutes
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("nf4", "aot_eager"), *GENERATED])
-def test_compiled_blocks_that_are_streamed_train_on_it_as_they_are(tiny, tmp_path, kind, backend):
+@pytest.mark.parametrize(
+    ("learner", "kind", "backend"),
+    [("learner", "nf4", "aot_eager"), *(pytest.param(*case, marks=pytest.mark.soak) for case in SLOW)],
+)
+def test_compiled_blocks_that_are_streamed_train_on_it_as_they_are(tiny, tmp_path, learner, kind, backend):
     training = {"optim": "sgd", "save_strategy": "no"}
-    path = write_recipe(tmp_path, tiny("learner"), training=training, memory={"quantization": kind})
+    path = write_recipe(tmp_path, tiny(learner), training=training, memory={"quantization": kind})
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     plain = trained(trainer_of(path))
@@ -255,15 +261,17 @@ def test_compiled_blocks_that_are_streamed_train_on_it_as_they_are(tiny, tmp_pat
         torch.testing.assert_close(compiled[name], plain[name], atol=1e-5, rtol=0)
 
 
+@learners
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_that_are_streamed_are_quantised_and_change_nothing(tiny, tmp_path, kind):
+def test_blocks_that_are_streamed_are_quantised_and_change_nothing(tiny, tmp_path, learner, kind):
     training = {"max_steps": 3}
-    path = write_recipe(tmp_path, tiny("learner"), training=training, memory={"quantization": kind})
+    path = write_recipe(tmp_path, tiny(learner), training=training, memory={"quantization": kind})
     plain = trained(trainer_of(path))
     elsewhere = ["memory.stream_blocks=3", "memory.offload_activations=true", f"training.output_dir={tmp_path}/other"]
     trainer = trainer_of(path, *elsewhere)
     blocks = base_of(trainer.model).transformer_blocks
-    weights = [block.img_mlp.net[2].base_layer.weight for block in blocks]
+    last = [[layer for layer in block.img_mlp.modules() if hasattr(layer, "base_layer")][-1] for block in blocks]
+    weights = [layer.base_layer.weight for layer in last]
     assert {type(weight).__name__ for weight in weights} == {CLASSES[kind]}
     assert len(set(map(id, weights))) == 3, "two slots, and the block that is not streamed"
     streamed = trained(trainer)

@@ -140,8 +140,8 @@ BAD_FILES = {
     "tasks: {a: {data: x, columns: {captions: [c], inverse_captions: [d, e]}}}": "tasks.a.columns.inverse_captions: "
     "got 2 for 1 captions; the i-th is the inverse of the i-th",
     "tasks: {a: {data: x, columns: {captions: [drop]}}}": 'tasks.a.columns.captions: got ["drop"], expected a list of '
-    "different column names, none of them drop, image_embeds, num_sources, row, source_grids, source_image, "
-    "source_latents, target_grid, target_image, target_latents",
+    "different column names, none of them drop, image_embeds, image_slots, num_sources, prefix_embeds, row, "
+    "source_grids, source_image, source_latents, target_grid, target_image, target_latents",
     GOOD + "model: ' '": 'model: got " ", expected a string that is not blank',
     GOOD + "seed: 4294967296": "seed: got 4294967296, expected an integer from 0 to 4294967295",
     GOOD + "seed: true": "seed: got true, expected an integer from 0 to 4294967295",

@@ -40,27 +40,37 @@ def pipeline(tiny):
 def test_a_checkpoint_loads_in_its_official_pipeline(tiny, kind):
     pipeline = DiffusionPipeline.from_pretrained(tiny(kind))
     assert type(pipeline).__name__ == KINDS[kind][0]
-    assert pipeline.transformer.config.zero_cond_t == (kind == "edit_plus_2511")
+    config = pipeline.transformer.config
+    assert bool(config.get("zero_cond_t")) == (kind == "edit_plus_2511")
+    assert bool(config.get("causal_condition")) == (kind in ("qwen_image_21", "qwen_image_21_learner"))
     assert pipeline.scheduler.config.use_dynamic_shifting and pipeline.scheduler.config.shift_terminal == 0.02
 
 
-def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path, kind):
     torch.manual_seed(1)  # the state of the caller's generator must not matter, nor change
     state = torch.get_rng_state()
-    assert file_bytes(tiny_checkpoint(tmp_path / "again")) == file_bytes(tiny("edit_plus"))
+    assert file_bytes(tiny_checkpoint(tmp_path / "again", kind=kind)) == file_bytes(tiny(kind))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_another_seed_gives_other_weights(tiny, tmp_path):
-    other, first = file_bytes(tiny_checkpoint(tmp_path, seed=1)), file_bytes(tiny("edit_plus"))
+@pytest.mark.parametrize(
+    ("kind", "more", "same"),
+    [
+        ("edit_plus", set(), {"vae/diffusion_pytorch_model.safetensors"}),  # which is trained; all else is random
+        ("qwen_image_21", {"vae/config.json"}, set()),  # the scale of its random latents
+    ],
+)
+def test_another_seed_gives_other_weights(tiny, tmp_path, kind, more, same):
+    other, first = file_bytes(tiny_checkpoint(tmp_path, kind=kind, seed=1)), file_bytes(tiny(kind))
     differing = {name for name in first if other[name] != first[name]}
-    trained = {"vae/diffusion_pytorch_model.safetensors"}  # all else is random
-    assert differing == {name for name in first if name.endswith(".safetensors")} - trained
+    assert differing == {name for name in first if name.endswith(".safetensors")} - same | more
 
 
-def test_a_checkpoint_takes_some_megabytes(tiny):
-    # most of it the VAE, in float32 and with slices in time that no picture meets
-    assert sum(map(len, file_bytes(tiny("edit_plus")).values())) < 40e6
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_a_checkpoint_takes_some_megabytes(tiny, kind):
+    # most of it the VAE, in float32 and, in Qwen-Image, with slices in time that no picture meets
+    assert sum(map(len, file_bytes(tiny(kind)).values())) < 40e6
 
 
 # --- tokenizer

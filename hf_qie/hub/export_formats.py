@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -105,7 +106,7 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     """A folder for the checkpoint's own pipeline class, with the trained transformer; returns what was checked."""
     recipe = trained.recipe
     index = read_config(recipe.model, "model_index.json", revision=recipe.revision)
-    parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
+    parts = [name for name, value in index.items() if _is_part(value)]
     others = [name for name in parts if name != TRANSFORMER_FOLDER]
     checked = export_merged(trained, folder / TRANSFORMER_FOLDER, dtype=dtype)
     base = checkpoint_folder(recipe.model, others, revision=recipe.revision)
@@ -113,6 +114,11 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
         shutil.copytree(base / part, folder / part, ignore=_code)
     _write_json(folder / "model_index.json", index)
     return f"{checked}; {', '.join(others)} are the base's"
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value of `model_index.json` is the library and class of a part; other lists are settings."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _code(folder: str, names: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The model card of an exported folder, rendered from what the run recorded."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -8,6 +9,7 @@ from hf_qie.config.recipe import as_dict
 from hf_qie.hub.dataset_card import license_of, rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
+from hf_qie.models.base import Family
 from hf_qie.runtime.yaml_io import write_yaml
 
 IMAGES = "pictures.png"  # edits of held-out rows, if the run has made any
@@ -38,9 +40,7 @@ def model_card(
     recipe, base, on_hub = trained.recipe, public(trained.recipe.model), not Path(trained.recipe.model).is_dir()
     family, side = trained.family, recipe.extract.source_sample_size
     relation, what = RELATIONS[kind]
-    kept = present.data.to_dict() if present else {}
-    if not license and not kept.get("license"):
-        kept |= license_of(family)
+    kept = _kept(present, family, license)
     license = license or kept.get("license")
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {"license": license, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
@@ -68,6 +68,12 @@ def model_card(
         license=license,
     )
     return ModelCard(renewed(present.text if present else "", ModelCardData(**(kept | ours)), body))
+
+
+def _kept(present: ModelCard | None, family: Family, license: str | None) -> dict[str, Any]:
+    """The metadata of the present card; without a licence there and without a `license` that of the family."""
+    kept = present.data.to_dict() if present else {}
+    return kept if license or kept.get("license") else kept | license_of(family)
 
 
 def _losses(trained: Trained) -> dict[str, list[tuple[int, float]]]:

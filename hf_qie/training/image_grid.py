@@ -90,12 +90,12 @@ class ImageGrid(TrainerCallback):
         task, index = held_out.places[number]
         scale, family = self.settings.true_cfg_scale, trainer.objective.family
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
-        prompt = trainer.on_device({key: collate([without])[key] for key in PROMPT})
+        prompt = {key: collate([without])[key] for key in PROMPT}
         with trainer.compute_loss_context_manager():
             latents = family.denoise(
                 trainer.model,
                 batch,
-                batch | prompt,
+                batch | trainer.on_device(prompt),
                 scheduler_config=trainer.objective.scheduler_config,
                 sigmas=trainer.objective.sampling_sigmas(self.settings.num_inference_steps),
                 true_cfg_scale=family.true_cfg_scale if scale is None else scale,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from hf_qie.models.qwen_image_21.text_encoder import Encoder
 from hf_qie.models.qwen_image_21.tiny import save_tiny
 from hf_qie.models.qwen_image_21.transformer import (
     LORA_PRESETS,
+    attention_pairs,
     denoise,
     load_transformer,
     predict,
@@ -62,6 +63,12 @@ class QwenImage21(Family):
     card_name: str = "Qwen-Image-2.1"
     card_tags: tuple[str, ...] = ("qwen-image-2.1",)
     license_notice: str = LICENSE_NOTICE
+    license_name: str = "qwen-research"
+    license_link: str = "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
+    # ComfyUI's model joins two layers of each block; its loader knows the halves by the bare names of diffusers alone,
+    # which diffusers reads too (comfy/lora.py, model_lora_keys_unet)
+    comfyui_prefix: str = ""
+    source_size_argument: str = "output_resolution"
     image_mode: str = "RGBA"
     prompt_columns: tuple[str, ...] = ("prefix_embeds", "image_slots")
     true_cfg_scale: float = 1.0
@@ -76,6 +83,7 @@ class QwenImage21(Family):
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
     shares_prefix = staticmethod(shares_prefix)
+    attention_pairs = staticmethod(attention_pairs)
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)
     denoise = staticmethod(denoise)
@@ -147,20 +155,18 @@ class QwenImage21(Family):
 
     @property
     def compat(self) -> dict[str, Any]:
-        """Template, what the encoder sees of a source, and what is stored of its embeddings."""
+        """Templates, what the encoder sees of a source, and what is stored of its embeddings.
+
+        The encoder's area is that of the VAE, which a set names by itself.
+        """
+        template = asdict(TEMPLATE) | {"separator": TEMPLATE.separator, "drop": "its system message"}
         return {
             "family": "Qwen-Image-2.1",
-            "templates": {
-                "before": TEMPLATE.before,
-                "picture": TEMPLATE.picture,
-                "separator": TEMPLATE.separator,
-                "after": TEMPLATE.after,
-            },
-            "vlm_area_px": self.vlm_area_px,
+            "templates": {"edit": template, "text_to_image": template | {"picture": ""}},
             "resampling": "lanczos",
             "alpha": "on white for the encoder, a channel for the VAE",
             "positions": "interleaved m-rope by token type",
-            "embeddings": "before the final norm, at text positions",
+            "embeddings": "before the final norm, without those of images",
         }
 
     @property

@@ -88,31 +88,25 @@ def _grid_positions(frame: int, grid: Grid, device: torch.device) -> Tensor:
     return torch.stack([frames, rows[:, None].expand(grid).flatten(), columns.expand(grid).flatten()])
 
 
-@dataclass(frozen=True, kw_only=True)
 class Packing:
     """Where the rows of a batch lie in the packed sequence, with `num_targets` targets each."""
 
-    rows: Sequence[RowLayout]
-    num_targets: int
-    causal: bool  # whether the prefix is modulated at noise level 0
-    device: torch.device
+    def __init__(self, rows: Sequence[RowLayout], *, num_targets: int, causal: bool, device: torch.device):
+        """`causal`: the prefix is modulated at noise level 0."""
+        self.rows, self.num_targets, self.causal = rows, num_targets, causal
+        # of the parts that have one noise level: of each row the prefix, then its targets
+        self.lengths = [n for row in rows for n in (row.num_prefix, *[row.num_target] * num_targets)]
+        # by row and segment of its prefix: which keys its queries see, None for all up to its end
+        self.masks = [list(self._masks(row, device)) for row in rows]
 
-    @cached_property
-    def masks(self) -> list[list[Tensor | None]]:
-        """By row and segment of its prefix: which keys its queries see, None for all up to its end."""
-        return [list(self._masks(row)) for row in self.rows]
-
-    def _masks(self, row: RowLayout) -> Iterator[Tensor | None]:
+    @staticmethod
+    def _masks(row: RowLayout, device: torch.device) -> Iterator[Tensor | None]:
         end = 0
         for length, grid in row.segments:
             start, end = end, end + length
-            mask = torch.ones(length, end, dtype=torch.bool, device=self.device).tril(start)
-            yield None if grid or length == 1 else mask[None, None]
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """Of the parts that have one noise level: of each row the prefix, then its targets."""
-        return [n for row in self.rows for n in (row.num_prefix, *[row.num_target] * self.num_targets)]
+            causal = not grid and length > 1
+            mask = torch.ones(length, end, dtype=torch.bool, device=device).tril(start) if causal else None
+            yield mask if mask is None else mask[None, None]
 
     def per_token(self, levels: Tensor) -> Tensor:
         """`[1, T, width]` of `levels[B x K + 1, width]`, one for each target, and the last for prefixes.
@@ -155,14 +149,19 @@ class PackedAttention:
             apply_rotary_emb_qwen(norm(states).to(value.dtype), rotary_emb, use_real=False)
             for norm, states in ((attn.norm_q, query), (attn.norm_k, key))
         )
+        mixed = self._attend_rows(query, key, value, packing)
+        return attn.to_out[1](attn.to_out[0](mixed.flatten(2).type_as(query)))
+
+    @torch.compiler.disable  # it would be compiled anew for every length of a prompt
+    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+        """Outputs `[1, T, H, W / H]`; no row sees another."""
         outputs, at = [], 0
         for row, masks in zip(packing.rows, packing.masks, strict=True):
             length = row.num_prefix + packing.num_targets * row.num_target
             of_row = (states[:, at : at + length] for states in (query, key, value))
             outputs += self._attend(*of_row, row, masks, packing.num_targets)
             at += length
-        mixed = torch.cat(outputs, dim=1).flatten(2).type_as(query)
-        return attn.to_out[1](attn.to_out[0](mixed))
+        return torch.cat(outputs, dim=1)
 
     def _attend(
         self,
@@ -232,7 +231,7 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         causal, device = self.config.causal_condition, hidden_states.device
         num_targets = len(hidden_states) // len(rows)
         assert causal or num_targets == 1, "the prefix depends on the noise level"
-        packing = Packing(rows=rows, num_targets=num_targets, causal=causal, device=device)
+        packing = Packing(rows, num_targets=num_targets, causal=causal, device=device)
         images = torch.cat([source_latents.flatten(0, 1), hidden_states.flatten(0, 1)])
         sources, targets = self.img_in(images).split([source_latents[..., 0].numel(), hidden_states[..., 0].numel()])
         lengths = [row.num_text for row in rows]

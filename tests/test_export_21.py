@@ -1,0 +1,217 @@
+"""What is trained on Qwen-Image-2.1 leaves in every format, with its licence, and is what others load and sample."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from small_recipes import few_edits, write_recipe
+from torch import Tensor
+
+from hf_qie import export, extract
+from hf_qie.config.recipe import load_recipe
+from hf_qie.hub.sampler import Sampler
+from hf_qie.models.base import NOTICE
+from hf_qie.models.qwen_image_21.family import LICENSE_NOTICE
+from hf_qie.train import train
+from hf_qie.training.model import build_model, load_weights
+from hf_qie.training.sets import open_sets
+
+KINDS = ("lora", "comfyui", "merged", "pipeline")
+LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}  # alpha is not the rank: the scale is 2
+
+
+@pytest.fixture(scope="module")
+def run(built_once, tiny, edits) -> Path:
+    """The output folder of a run that trained a LoRA on all layers."""
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        training = {"output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 4, "learning_rate": 1e-2}
+        training |= {"per_device_train_batch_size": 1, "disable_tqdm": True}
+        tasks = few_edits(edits, edit=3, text_to_image=2)
+        path = write_recipe(folder, tiny("qwen_image_21"), tasks, training=training, trainable=LORA)
+        assert extract.main([str(path)]) == 0
+        PartialState(cpu=True)
+        recipe = load_recipe(path)
+        train(recipe, open_sets(recipe))
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    return built_once("run_21", build) / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(built_once, run) -> Path:
+    """A folder with an export of each kind."""
+
+    def build(folder: Path) -> None:
+        for kind in KINDS:
+            export.main([str(run), "--to", kind, "--output", str(folder / kind), "--dtype", "float32"])
+
+    return built_once("exported_21", build)
+
+
+def velocity(transformer: torch.nn.Module) -> Tensor:
+    """What a transformer makes of fixed inputs: text of 5, a source of 2 x 4 behind the 2nd, a target of 4 x 4."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.zeros(1, 7 + 4, dtype=torch.bool)
+    places[:, 2:4] = places[:, 7:] = True  # of four latents each
+    with torch.no_grad():
+        return transformer.eval()(
+            hidden_states=torch.randn(1, 24, 64, generator=generator),
+            encoder_hidden_states=torch.randn(1, 7, 96, generator=generator),
+            timestep=torch.tensor([0.5]),
+            img_shapes=[[(1, 2, 4), (1, 4, 4)]],
+            img_mask=places,
+            return_dict=False,
+        )[0][:, -16:]
+
+
+@pytest.fixture(scope="module")
+def trained(run) -> Tensor:
+    """What the trained model gives, wrapped as training wraps it; the stock class has no other forward."""
+    PartialState(cpu=True)
+    model = build_model(load_recipe(run / "recipe.yaml"))
+    load_weights(model, run)
+    wrapped = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    names = sorted({name.partition(".lora_")[0] for name in wrapped if ".lora_" in name})
+    assert names
+    stock = QwenImage21Transformer2DModel.from_pretrained(
+        load_recipe(run / "recipe.yaml").model, subfolder="transformer"
+    )
+    weights = stock.state_dict()
+    prefix = next(name for name in wrapped if name.endswith("img_in.weight")).removesuffix("img_in.weight")
+    for name in names:
+        down, up = (next(wrapped[key] for key in wrapped if key.startswith(f"{name}.lora_{half}")) for half in "AB")
+        weights[f"{name.removeprefix(prefix)}.weight"] += 2.0 * up @ down
+    stock.load_state_dict(weights)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return velocity(stock)
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_diffusers_loads_every_format_to_what_was_trained(exported, trained, tiny):
+    base = QwenImage21Pipeline.from_pretrained(tiny("qwen_image_21"))
+    assert (velocity(base.transformer) - trained).abs().max() > 0.01, "else nothing is compared"
+    same(velocity(QwenImage21Transformer2DModel.from_pretrained(exported / "merged")), trained)
+    same(velocity(QwenImage21Pipeline.from_pretrained(exported / "pipeline").transformer), trained)
+    for kind, file in (("lora", "pytorch_lora_weights.safetensors"), ("comfyui", "run.safetensors")):
+        pipeline = QwenImage21Pipeline.from_pretrained(tiny("qwen_image_21"))
+        pipeline.load_lora_weights(exported / kind, weight_name=file)
+        same(velocity(pipeline.transformer), trained)
+
+
+def comfyui_keys(weights: dict[str, Tensor]) -> dict[str, tuple[str, slice]]:
+    """Where ComfyUI's loader puts what: comfy/lora.py, model_lora_keys_unet, of Qwen-Image."""
+    found = {}
+    for name, tensor in weights.items():
+        layer, half = name.removesuffix(".weight"), len(tensor) // 2
+        found[f"diffusion_model.{layer}"] = name, slice(None)
+        if layer.endswith(".img_mlp.gate_up"):
+            found[layer.replace("gate_up", "gate_layer")] = name, slice(half)
+            found[layer.replace("gate_up", "proj")] = name, slice(half, None)
+        else:
+            found[layer] = name, slice(None)
+    return found
+
+
+def test_comfyui_finds_a_place_for_every_layer_in_its_joined_ones(exported, trained, tiny):
+    transformer = QwenImage21Transformer2DModel.from_pretrained(tiny("qwen_image_21"), subfolder="transformer")
+    own, joined = transformer.state_dict(), {}
+    for name, tensor in own.items():  # as its checkpoints have them
+        if name.endswith("img_mlp.gate_layer.weight"):
+            joined[name.replace("gate_layer", "gate_up")] = torch.cat(
+                [tensor, own[name.replace("gate_layer", "proj")]]
+            )
+        elif not name.endswith("img_mlp.proj.weight"):
+            joined[name] = tensor.clone()
+    keys, lora = comfyui_keys(joined), load_file(exported / "comfyui" / "run.safetensors")
+    layers = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
+    assert len(lora) == 3 * len(layers) and any("gate_layer" in layer for layer in layers)
+    for layer in layers:
+        up, down, alpha = (lora[f"{layer}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        name, rows = keys[layer]
+        joined[name][rows] += alpha / len(down) * up @ down
+    for name, tensor in joined.items():
+        if name.endswith("gate_up.weight"):
+            own[name.replace("gate_up", "gate_layer")], own[name.replace("gate_up", "proj")] = tensor.chunk(2)
+        else:
+            own[name] = tensor
+    transformer.load_state_dict(own)
+    same(velocity(transformer), trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(exported, tiny, tmp_path, kind, monkeypatch):
+    folder = exported / kind
+    assert (folder / NOTICE).read_text(encoding="utf-8") == f"{LICENSE_NOTICE}\n"
+    _, metadata, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    metadata = yaml.safe_load(metadata)
+    assert metadata["pipeline_tag"] == "image-to-image" and "qwen-image-2.1" in metadata["tags"]
+    assert (metadata["license"], metadata["license_name"]) == ("other", "qwen-research")
+    assert f"\n## Licence\n\nother\n\n{LICENSE_NOTICE}\n" in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "    output_resolution=96,  # sources are seen as in training\n" in blocks[1]
+    assert "VAE_IMAGE_SIZE" not in text and "negative_prompt" not in text and "true_cfg_scale" not in blocks[1]
+    code = "".join(blocks).replace('"qwen_image_21"', repr(str(tiny("qwen_image_21")))).replace('("cuda"', '("cpu"')
+    code = code.replace(f'"{kind}"', repr(str(folder))).replace("width=64,", "width=64, num_inference_steps=2,")
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((80, 64), 64).convert("RGB").save("input.png")
+    exec(code, {})
+    assert Image.open("output.png").mode == "RGBA" and Image.open("output.png").size == (64, 64)
+
+
+def test_a_licence_that_a_user_gives_takes_the_familys_place_and_the_notice_stays(run, tmp_path):
+    export.main([str(run), "--output", str(tmp_path / "to"), "--license", "cc-by-nc-4.0"])
+    text = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
+    assert "license: cc-by-nc-4.0\n" in text and "license_name" not in text and LICENSE_NOTICE in text
+    assert (tmp_path / "to" / NOTICE).is_file()
+
+
+def test_noise_levels_of_a_checkpoint_are_no_part_of_its_pipeline(run, tiny, tmp_path):
+    base = shutil.copytree(tiny("qwen_image_21"), tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"sample_sigmas": [1.0, 0.6]}))
+    copy = shutil.copytree(run, tmp_path / "run")
+    recipe = load_recipe(run / "recipe.yaml")
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(recipe.model, str(base)))
+    (copy / "run.json").unlink()
+    export.main([str(copy), "--to", "pipeline", "--output", str(tmp_path / "to")])
+    assert QwenImage21Pipeline.from_pretrained(tmp_path / "to").config.sample_sigmas == [1.0, 0.6]
+
+
+@pytest.mark.parametrize(("num_sources", "scale"), [(0, None), (1, None), (2, None), (2, 3.0)])
+def test_a_sampler_makes_the_pipelines_image_from_what_was_trained(run, exported, photos, num_sources, scale):
+    images = []
+    for number in range(num_sources):  # one with alpha
+        images.append(Image.open(photos / "images" / f"source_{number + 1:02d}.jpg").convert("RGBA"))
+        images[-1].putalpha(255 - 100 * number)
+    sampler = Sampler(run / "recipe.yaml")
+    mine = sampler("Make it red.", images=images, seed=3, num_inference_steps=2, true_cfg_scale=scale)
+    stock = QwenImage21Pipeline.from_pretrained(exported / "pipeline", dtype=torch.float32)
+    width, height = sampler.size(images)
+    guided = {} if scale is None else {"true_cfg_scale": scale, "negative_prompt": " "}
+    theirs = stock(
+        "Make it red.",
+        image=images or None,
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=2,
+        output_resolution=96,
+        height=height,
+        width=width,
+        **guided,
+    ).images[0]
+    assert mine.mode == theirs.mode == "RGBA" and mine.size == theirs.size == (width, height)
+    assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs).astype(int)).max() <= 1

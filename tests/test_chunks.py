@@ -137,9 +137,9 @@ class Watched:
 def watch_reads(monkeypatch, around) -> None:
     """Let `around` see each picture that is read."""
 
-    def watched(file):
+    def watched(file, mode):
         with around(file):
-            return read_image(file)
+            return read_image(file, mode)
 
     monkeypatch.setattr(extraction_plan, "read_image", watched)
 

@@ -24,7 +24,7 @@ TOKENIZING = Lock()  # a fast tokenizer refuses a call while another thread chan
 class Template:
     """The chat text around a caption: `before`, one `picture` a source, the caption, `after`."""
 
-    separator: ClassVar[str] = ""  # between two pictures
+    separator: ClassVar[str] = ""  # between two images
     keeps_images: ClassVar[bool] = True  # False: the embeddings of an image's own tokens are left out
 
     before: str

@@ -15,7 +15,7 @@ SYSTEM = "Comprehend and analyze the provided prompt."
 
 @dataclass(frozen=True, kw_only=True)
 class Template21(Template):
-    """A blank stands between two pictures, and latents take the places of a picture's embeddings."""
+    """A blank stands between two images, and latents take the places of an image's embeddings."""
 
     separator: ClassVar[str] = " "
     keeps_images: ClassVar[bool] = False

@@ -33,11 +33,11 @@ def recipe_of(model: Path, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / "lora_one_gpu.yaml", [f"model={model}", *overrides])
 
 
-def shape_of(size_px: int, num_sources: int) -> Shape:
-    """One row of square images; sources are as the pipeline has them."""
+def shape_of(size_px: int, num_sources: int, *, image_tokens: int = IMAGE_TOKENS, draws_per_row: int = 1) -> Shape:
+    """One row of square images; sources are as the pipeline has them, with `image_tokens` in the prompt."""
     side = size_px // 16
-    tokens = CAPTION_TOKENS + IMAGE_TOKENS * num_sources
-    return Shape(grids=((side, side), *[(64, 64)] * num_sources), num_tokens=tokens)
+    tokens = CAPTION_TOKENS + image_tokens * num_sources
+    return Shape(grids=((side, side), *[(64, 64)] * num_sources), num_tokens=tokens, draws_per_row=draws_per_row)
 
 
 def row(model: Path, base: str, size_px: int, num_sources: int) -> list[str]:

@@ -48,11 +48,18 @@ NUM_ENCODER_PARAMETERS = 8_292_166_656
 WIDTH = 3584  # of prompt states
 
 
-def write_released(folder: Path) -> Path:
+# by pipeline; what diffusers' class of Qwen-Image-2.1 has by default is the released shape
+TRANSFORMERS = {
+    "QwenImageEditPlusPipeline": TRANSFORMER,
+    "QwenImage21Pipeline": {"_class_name": "QwenImage21Transformer2DModel", "in_channels": 64, "context_in_dim": 4096},
+}
+
+
+def write_released(folder: Path, pipeline: str = "QwenImageEditPlusPipeline") -> Path:
     """A checkpoint of which there is nothing but the pipeline's name and two configs."""
     for name in ("transformer", "scheduler"):
         (folder / name).mkdir(parents=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageEditPlusPipeline"}))
-    (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMER))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    (folder / "transformer" / "config.json").write_text(json.dumps(TRANSFORMERS[pipeline]))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder

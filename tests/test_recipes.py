@@ -38,6 +38,7 @@ OFFERED = [
     ("lora_48gb.yaml", "one_gpu.yaml", ()),
     ("lora_24gb.yaml", "one_gpu.yaml", ()),
     ("lora_16gb.yaml", "one_gpu.yaml", ()),
+    ("lora_qwen_image_21.yaml", "one_gpu.yaml", ()),
     ("full.yaml", "one_gpu.yaml", ()),
     ("several_tasks.yaml", "8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_8_gpus.yaml", ()),
@@ -56,6 +57,12 @@ def one_process():
 def released(tmp_path_factory) -> Path:
     """A checkpoint of the released shape, of which there is nothing but the transformer's config."""
     return write_released(tmp_path_factory.mktemp("released") / "model")
+
+
+@pytest.fixture(scope="module")
+def released_21(tmp_path_factory) -> Path:
+    """The same of Qwen-Image-2.1."""
+    return write_released(tmp_path_factory.mktemp("released_21") / "model", "QwenImage21Pipeline")
 
 
 def launched(words: list[str]) -> tuple[int, dict[str, str]]:
@@ -103,7 +110,12 @@ def test_launch_file_and_recipe_go_together(name, launch, overrides):
         assert fsdp_arguments(recipe, settings)["fsdp_config"]["state_dict_type"] == "SHARDED_STATE_DICT"
     rows = recipe.training["per_device_train_batch_size"]
     batch = ranks * rows * recipe.training["gradient_accumulation_steps"]
-    resolve_same_shape(recipe.mix.same_shape, global_batch_size=batch, per_device_train_batch_size=rows)
+    resolve_same_shape(
+        recipe.mix.same_shape,
+        global_batch_size=batch,
+        per_device_train_batch_size=rows,
+        draws_per_row=recipe.mix.draws_per_row,
+    )
     written = re.search(r"global batch on (\w+) GPUs?: ([\dx ]+)", (RECIPES / name).read_text(encoding="utf-8"))
     if written and not overrides:
         assert math.prod(map(int, written[2].split("x"))) == batch
@@ -114,15 +126,22 @@ FORECASTS = [pytest.param(*one, marks=pytest.mark.soak if one[1] in SHARDED else
 
 
 @pytest.mark.parametrize(("name", "launch", "overrides"), FORECASTS, ids=NAMED)
-def test_the_readme_says_what_they_train_and_take(name, launch, overrides, released):
+def test_the_readme_says_what_they_train_and_take(name, launch, overrides, released, released_21):
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
     (row,) = [line for line in readme.splitlines() if line.startswith("|") and f"]({name})" in line and launch in line]
-    recipe = load_recipe(RECIPES / name, [f"model={released}", *overrides])
+    is_21 = name == "lora_qwen_image_21.yaml"
+    recipe = load_recipe(RECIPES / name, [f"model={released_21 if is_21 else released}", *overrides])
+    # of Qwen-Image-2.1 the text around an image alone is in the prompt
+    of_recipe = {"draws_per_row": recipe.mix.draws_per_row} | ({"image_tokens": 6} if is_21 else {})
     model = build_model(recipe, mixed_precision="bf16", empty=True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks, environment = launched(words_of(launch))
-    run = Run(recipe=recipe, shape=shape_of(512, 1), num_ranks=ranks, fsdp=fsdp_settings(recipe, environment))
-    small, large = (forecast(replace(run, shape=shape), model) for shape in (run.shape, shape_of(1024, 3)))
+    run = Run(
+        recipe=recipe, shape=shape_of(512, 1, **of_recipe), num_ranks=ranks, fsdp=fsdp_settings(recipe, environment)
+    )
+    small, large = (
+        forecast(replace(run, shape=shape), model) for shape in (run.shape, shape_of(1024, 3, **of_recipe))
+    )
     cells = [cell.strip() for cell in row.split("|")][4:7]
     peaks = [f"{one.peak / 1e9:.1f}" + f" + {one.host / 1e9:.0f}" * bool(one.host) for one in (small, large)]
     assert cells == [f"{trained / 1e9:.2f} B", *peaks]

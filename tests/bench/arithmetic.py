@@ -36,11 +36,11 @@ class EncoderOnPaper(Encoder):
     def __init__(self):
         self.model, self.device = whole_model().model, torch.device("meta")
 
-    def embed(self, prompts: list[Prompt], ids: Tensor) -> Tensor:
+    def embed(self, prompts: list[Prompt], ids: Tensor) -> tuple[Tensor, None]:
         """Embeddings of tokens; the pictures are seen, and nothing of them is kept."""
         for prompt in prompts:
             see_pictures(prompt)
-        return self.model.get_input_embeddings()(ids)
+        return self.model.get_input_embeddings()(ids), None
 
 
 def see_pictures(prompt: Prompt) -> None:

@@ -12,7 +12,7 @@ may have trained adapters or the transformer itself, sharded or not, and may hav
     pipeline  a complete checkpoint for DiffusionPipeline.from_pretrained
 
 The export is written to FOLDER, by default <output_dir>/export/<kind>, or <kind>-N of a checkpoint-N, in bfloat16,
-with a model card and, where the base may not be used for everything, its licence in NOTICE; then it is read back and
+with a model card and, where the base has a restricted licence, its notice in NOTICE; then it is read back and
 compared.
 --push_to_hub uploads the folder to a model repository, private unless --public.
 """

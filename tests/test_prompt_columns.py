@@ -98,7 +98,7 @@ def test_a_row_has_its_embeddings_in_either_way_and_places_in_one():
 
 def test_a_batch_lists_lengths_and_places_of_each_row():
     rows = TaskRows("task", embedding_set([(A, B, A)] * 3, prompt_columns=PREFIX_EMBEDS), mix=Mix())
-    read = [rows.read(index, inverse=False, caption=0.0) | {"draw": index} for index in range(3)]
+    read = [rows.read(index, inverse=False, caption=0.0) | {"draws": [index]} for index in range(3)]
     batch = collate(read)
     assert batch["image_slots"] == [[2, 5]] * 3
     assert batch["prompt_lengths"] == batch["prompt_mask"].sum(dim=1).tolist() == [8, 9, 10]  # texts differ in length

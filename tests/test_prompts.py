@@ -10,8 +10,14 @@ from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
 from hf_qie.models.prompts import BadPrompt
-from hf_qie.models.qwen_image.family import EDIT_PLUS, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, TEXT_TO_IMAGE_TEMPLATE
-from hf_qie.models.templates import check_drop, make_prompt
+from hf_qie.models.qwen_image.family import (
+    EDIT_PLUS,
+    EDIT_PLUS_TEMPLATE,
+    EDIT_TEMPLATE,
+    TEXT_TO_IMAGE_TEMPLATE,
+    check_drop,
+)
+from hf_qie.models.templates import make_prompt
 
 WEIRD_CAPTIONS = [
     "\nA line break first",

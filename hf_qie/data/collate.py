@@ -22,7 +22,7 @@ class Batch(TypedDict):
     images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, channels] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
     prompt_mask: Tensor  # [B, L] bool, True on real tokens
-    prompt_lengths: list[int]  # real tokens of each row, so that nobody asks the device
+    prompt_lengths: list[int]  # real tokens of each row, known without a question to the device
     image_slots: list[list[int]]  # of each row and source, how many of its embeddings stand in front of its latents
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
     task: list[str]

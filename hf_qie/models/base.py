@@ -61,7 +61,7 @@ class Family(ABC):
     modulation: tuple[str, ...]  # the same, of layers that are quantised with the least error
     card_name: str  # in cards
     card_tags: tuple[str, ...]
-    license_notice: str = ""  # of a model that may not be used for everything; goes with what is made of it
+    license_notice: str = ""  # of a model with a restricted licence; goes with what is made of it
     license_name: str = ""  # of that licence, as the Hub's cards have it beside `license: other`
     license_link: str = ""  # the same
     comfyui_prefix: str = "diffusion_model."  # of the names of layers in ComfyUI's LoRA files

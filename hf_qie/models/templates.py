@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from hf_qie.errors import InputError
 from hf_qie.models.base import Size
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 
@@ -40,16 +39,6 @@ class Template:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of the checkpoint's processor, or itself where there is no more than that."""
     return getattr(processor, "tokenizer", processor)
-
-
-def check_drop(tokenizer: Any, template: Template) -> None:
-    """Raise InputError unless `tokenizer` gives the start of `template` as many tokens as the pipelines cut off."""
-    num_tokens = len(tokenizer(template.before)["input_ids"])
-    if num_tokens != template.drop:
-        raise InputError(
-            f"model: its tokenizer gives {num_tokens} tokens for the system text, the pipelines cut off "
-            f"{template.drop}; this is not the vocabulary of Qwen2.5-VL"
-        )
 
 
 def make_prompt(processor: Any, template: Template, images: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:

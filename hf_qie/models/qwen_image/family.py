@@ -9,6 +9,7 @@ from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
+from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid, Size
 from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.prompt_encoder import encoder_memory
@@ -25,7 +26,7 @@ from hf_qie.models.qwen_image.transformer import (
     without_gradient,
 )
 from hf_qie.models.qwen_image.vae import LatentEncoder
-from hf_qie.models.templates import Template, check_drop, make_prompt, prompt_lengths, tokenizer_of
+from hf_qie.models.templates import Template, make_prompt, prompt_lengths, tokenizer_of
 
 MAX_POSITIONS = 4096  # of the transformer's RoPE table (diffusers/models/transformers/transformer_qwenimage.py:244)
 MAX_TEXT_TO_IMAGE_TOKENS = 1024  # QwenImagePipeline cuts there
@@ -49,6 +50,16 @@ EDIT_TEMPLATE = Template(before=CHAT.format(system=ALTER), picture=IMAGE, after=
 EDIT_PLUS_TEMPLATE = Template(
     before=CHAT.format(system=ALTER), picture="Picture {number}: " + IMAGE, after=AFTER, drop=64
 )
+
+
+def check_drop(tokenizer: Any, template: Template) -> None:
+    """Raise InputError unless `tokenizer` gives the start of `template` as many tokens as the pipelines cut off."""
+    num_tokens = len(tokenizer(template.before)["input_ids"])
+    if num_tokens != template.drop:
+        raise InputError(
+            f"model: its tokenizer gives {num_tokens} tokens for the system text, the pipelines cut off "
+            f"{template.drop}; this is not the vocabulary of Qwen2.5-VL"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
 from hf_qie.models.qwen_image_21.pipeline import Official, generate, load_pipeline
-from hf_qie.models.qwen_image_21.templates import TEMPLATE, as_read, num_dropped, template_of
+from hf_qie.models.qwen_image_21.templates import LATENTS_PER_SLOT, TEMPLATE, as_read, num_dropped, template_of
 from hf_qie.models.qwen_image_21.text_encoder import Encoder
 from hf_qie.models.qwen_image_21.tiny import save_tiny
 from hf_qie.models.qwen_image_21.transformer import (
@@ -34,7 +34,6 @@ from hf_qie.models.qwen_image_21.vae import LatentEncoder
 from hf_qie.models.templates import make_prompt, num_patches, prompt_lengths
 
 MAX_POSITIONS = 8192  # of the transformer's table (diffusers/models/transformers/transformer_qwenimage21.py, Rope)
-LATENTS_PER_SLOT = 4  # of the encoder's image tokens, which see 32 x 32 pixels (the same file, _IMG_TOKENS_PER_SLOT)
 ASPECTS = np.geomspace(1 / 8, 8, 129)  # of images that we read
 # the notice that clause 3.c of the licence asks for, and the words of 4.b, behind what 2 allows
 LICENSE_NOTICE = (
@@ -65,8 +64,8 @@ class QwenImage21(Family):
     license_notice: str = LICENSE_NOTICE
     license_name: str = "qwen-research"
     license_link: str = "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
-    # ComfyUI's model joins two layers of each block; its loader knows the halves by the bare names of diffusers alone,
-    # which diffusers reads too (comfy/lora.py, model_lora_keys_unet)
+    # ComfyUI's model joins two layers of each block; its loader knows the halves by the names of diffusers, and not
+    # with "diffusion_model." before them (comfy/lora.py, model_lora_keys_unet)
     comfyui_prefix: str = ""
     source_size_argument: str = "output_resolution"
     image_mode: str = "RGBA"

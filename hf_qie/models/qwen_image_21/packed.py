@@ -146,8 +146,8 @@ class PackedAttention:
             project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = (
-            apply_rotary_emb_qwen(norm(states).to(value.dtype), rotary_emb, use_real=False)
-            for norm, states in ((attn.norm_q, query), (attn.norm_k, key))
+            apply_rotary_emb_qwen(norm(each).to(value.dtype), rotary_emb, use_real=False)
+            for norm, each in ((attn.norm_q, query), (attn.norm_k, key))
         )
         mixed = self._attend_rows(query, key, value, packing)
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2).type_as(query)))
@@ -158,7 +158,7 @@ class PackedAttention:
         outputs, at = [], 0
         for row, masks in zip(packing.rows, packing.masks, strict=True):
             length = row.num_prefix + packing.num_targets * row.num_target
-            of_row = (states[:, at : at + length] for states in (query, key, value))
+            of_row = (each[:, at : at + length] for each in (query, key, value))
             outputs += self._attend(*of_row, row, masks, packing.num_targets)
             at += length
         return torch.cat(outputs, dim=1)
@@ -177,11 +177,11 @@ class PackedAttention:
         for (length, _), mask in zip(row.segments, masks, strict=True):
             start, end = end, end + length
             yield self._dispatch(query[:, start:end], key[:, :end], value[:, :end], mask)
-        targets = [states[0, end:].unflatten(0, (num_targets, -1)) for states in (query, key, value)]
+        targets = [each[0, end:].unflatten(0, (num_targets, -1)) for each in (query, key, value)]
         if num_targets > 1:  # else the keys are in one piece already
             key, value = (
-                torch.cat([states[:, :end].expand(num_targets, -1, -1, -1), own], dim=1)
-                for states, own in ((key, targets[1]), (value, targets[2]))
+                torch.cat([before[:, :end].expand(num_targets, -1, -1, -1), own], dim=1)
+                for before, own in ((key, targets[1]), (value, targets[2]))
             )
         yield self._dispatch(targets[0], key, value, None).flatten(0, 1)[None]
 
@@ -214,6 +214,7 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         for block in self.transformer_blocks:
             block.__class__ = QwenImage21TransformerBlock
         self.set_attn_processor(PackedAttention())
+        self.frequencies: dict[torch.device, list[Tensor]] = {}
 
     def forward(
         self,
@@ -259,9 +260,17 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
     def rotary(self, rows: Sequence[RowLayout], num_targets: int, device: torch.device) -> Tensor:
         """Rotary factors `[T, W / H / 2]`, complex, computed on the device: diffusers looks them up on the host."""
         positions = torch.cat([row.positions(num_targets, device) for row in rows], dim=1)
-        rope = self.pos_embed
-        with device:  # where `rope_params` makes its frequencies
-            return torch.cat(
-                [rope.rope_params(axis, dim, rope.theta) for axis, dim in zip(positions, rope.axes_dim, strict=True)],
-                dim=-1,
-            )
+        angles = [torch.outer(axis, each) for axis, each in zip(positions, self._frequencies(device), strict=True)]
+        angles = torch.cat(angles, dim=-1)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def _frequencies(self, device: torch.device) -> list[Tensor]:
+        """By axis, made on the CPU as diffusers makes them: one bit more or less is a thousandth at far positions.
+
+        transformer_qwenimage21.py, QwenImage21Rope.rope_params.
+        """
+        if device not in self.frequencies:
+            halves = ((dim, torch.arange(0, dim, 2, device="cpu").float()) for dim in self.pos_embed.axes_dim)
+            found = [1.0 / torch.pow(self.pos_embed.theta, half.div(dim)) for dim, half in halves]
+            self.frequencies[device] = [each.to(device) for each in found]
+        return self.frequencies[device]

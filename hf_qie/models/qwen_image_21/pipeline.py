@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_qie.models.base import Family, Size
 from hf_qie.models.prompts import PromptEmbeddings
+from hf_qie.models.qwen_image_21.templates import LATENTS_PER_SLOT
 
 
 def load_pipeline(
@@ -52,7 +53,7 @@ def generate(
 ) -> Image.Image:
     """What the pipeline makes of `images`, or of none, by embeddings of the instruction and of the negative prompt."""
     sizes = [family.fit(image.size, family.vae_area_px) for image in images]
-    num_slots = [math.prod(family.grid_of(one)) // 4 for one in sizes]
+    num_slots = [math.prod(family.grid_of(one)) // LATENTS_PER_SLOT for one in sizes]
     width, height = size
     options |= {"width": width, "height": height, "true_cfg_scale": true_cfg_scale}
     options |= {"image": list(images) or None, "output_resolution": math.isqrt(family.vae_area_px)}

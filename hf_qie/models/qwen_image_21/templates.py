@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from hf_qie.models.templates import Template
 
+# of the encoder's image tokens, which see 32 x 32 pixels (transformer_qwenimage21.py, _IMG_TOKENS_PER_SLOT)
+LATENTS_PER_SLOT = 4
 SYSTEM = "Comprehend and analyze the provided prompt."
 
 

@@ -1,18 +1,19 @@
 """What several noises for one prefix do to learning: held-out loss by operations spent, K = 1 against K = 4.
 
-    python tests/prefix_learning.py [folder]
+    python tests/bench/prefix_learning.py [folder]
 
-A tiny Qwen-Image-2.1 learns the demo's edits from scratch, with one noise a prefix and with four, three seeds each.
-Both have batches of 16 draws; the second has four rows in one, costs less, and takes as many more steps as bring it to
-the same operations. Half an hour on one core; figures go to `learning.json` in the folder, a table to the output.
+A tiny Qwen-Image-2.1 learns the demo's edits from scratch, three seeds a way: 16 draws a step of 16 rows (K = 1), of
+four rows (K = 4), which costs half, and 8 draws of 8 rows, which costs as much as that. Each takes as many steps as
+bring it to the same operations. An hour on one core; figures go to `learning.json` in the folder, a table to the
+output.
 """
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
 import torch
 
 from hf_qie import extract, train
@@ -25,8 +26,9 @@ from hf_qie.training.model import build_model
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
-TIMES, SEEDS, STEPS, BATCH, EVALUATIONS = (1, 4), (0, 1, 2), 1600, 16, 8
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
+WAYS = {"K = 1": (1, 16), "K = 4": (4, 16), "K = 1, half the rows": (1, 8)}  # noises of a row, draws a step
+SEEDS, STEPS, EVALUATIONS = (0, 1, 2), 1600, 8
 
 
 def settings(folder: Path, *overrides: str) -> list[str]:
@@ -46,25 +48,32 @@ def settings(folder: Path, *overrides: str) -> list[str]:
     return [*(f"{key}={value}" for key, value in given.items()), *overrides]
 
 
-def flops_of_step(folder: Path, times: int) -> float:
+def way_of(name: str) -> list[str]:
+    """The overrides of one of `WAYS`."""
+    times, draws = WAYS[name]
+    return [f"mix.draws_per_row={times}", f"training.per_device_train_batch_size={draws}"]
+
+
+def flops_of_step(folder: Path, name: str) -> float:
     """Mean over the first steps."""
-    recipe = load_recipe(RECIPE, settings(folder, f"mix.draws_per_row={times}"))
+    recipe = load_recipe(RECIPE, settings(folder, *way_of(name)))
     trainer, _ = build_trainer(recipe, open_sets(recipe))
     count = BatchFlops(build_model(trainer.recipe, empty=True), trainer.objective.family)
-    steps = [range(start, start + BATCH) for start in range(0, 32 * BATCH, BATCH)]
+    draws = WAYS[name][1]
+    steps = [range(start, start + draws) for start in range(0, 32 * draws, draws)]
     return mean(count(collate(trainer.train_dataset.__getitems__(step))) for step in steps)
 
 
-def run(folder: Path, times: int, seed: int, steps: int) -> list[float]:
+def run(folder: Path, name: str, seed: int, steps: int) -> list[float]:
     """Held-out losses at equal parts of a run."""
-    output = folder / f"run-{times}-{seed}"
+    output = folder / f"run-{list(WAYS).index(name)}-{seed}"
     recipe = load_recipe(
         RECIPE,
         settings(
             folder,
             f"training.output_dir={output}",
             f"seed={seed}",
-            f"mix.draws_per_row={times}",
+            *way_of(name),
             f"training.max_steps={steps}",
             f"training.eval_steps={steps // EVALUATIONS}",
             f"training.logging_steps={steps // EVALUATIONS}",
@@ -82,20 +91,19 @@ def main(argv: list[str]) -> None:
         tiny_checkpoint(folder / "model", kind="qwen_image_21_learner")
         synthetic_edits(folder / "data", rows=600)
         extract.main([str(RECIPE), *settings(folder)])
-    cost = {times: flops_of_step(folder, times) for times in TIMES}
-    steps = {times: round(STEPS * cost[1] / cost[times] / EVALUATIONS) * EVALUATIONS for times in TIMES}
-    found: dict[int, list[list[float]]] = {times: [] for times in TIMES}
-    for seed in SEEDS:
-        for times in TIMES:
-            found[times].append(run(folder, times, seed, steps[times]))
-            figures = {"flops_of_step": cost, "steps": steps, "losses": found}
-            (folder / "learning.json").write_text(json.dumps(figures, indent=2))
-    print(f"operations of a step, K = 4 to K = 1: {cost[4] / cost[1]:.2f}")
+    cost = {name: flops_of_step(folder, name) for name in WAYS}
+    spent = STEPS * cost["K = 1"]
+    steps = {name: round(spent / cost[name] / EVALUATIONS) * EVALUATIONS for name in WAYS}
+    found: dict[str, list[list[float]]] = {name: [] for name in WAYS}
+    for name, seed in product(WAYS, SEEDS):
+        found[name].append(run(folder, name, seed, steps[name]))
+        figures = {"flops_of_step": cost, "steps": steps, "losses": found}
+        (folder / "learning.json").write_text(json.dumps(figures, indent=2))
+    print(f"| TFLOP | {' | '.join(f'{name}, {steps[name]:,} steps' for name in WAYS)} |\n|---{'|---' * len(WAYS)}|")
     for part in range(EVALUATIONS):
-        cells = [[losses[part] for losses in found[times]] for times in TIMES]
+        cells = ([losses[part] for losses in found[name]] for name in WAYS)
         words = " | ".join(f"{mean(of):.4f} ({stdev(of):.4f})" for of in cells)
-        spent = STEPS * cost[1] * (part + 1) / EVALUATIONS / 1e12
-        print(f"| {spent:.1f} | {words} | {np.divide(*map(mean, cells)):.3f} |")
+        print(f"| {spent * (part + 1) / EVALUATIONS / 1e12:.1f} | {words} |")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,16 @@ def test_a_set_of_another_target_size_is_taken_with_a_warning(tiny, tmp_path, ca
     assert "image_sample_size" not in caplog.text
 
 
+def test_a_set_of_another_source_size_is_taken_with_a_warning(tiny, tmp_path, caplog):
+    path = write_recipe(tmp_path, tiny())
+    open_sets(load_recipe(path, ["extract.source_sample_size=512"]))
+    assert "tasks.edit: its set was made with extract.source_sample_size: 1024, the recipe has 512; " in caplog.text
+    caplog.clear()
+    for same in ("null", "1024"):  # null: the family's own
+        open_sets(load_recipe(path, [f"extract.source_sample_size={same}"]))
+    assert "source_sample_size" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -1,6 +1,7 @@
 """The embedding sets that a run trains and evaluates on, opened and checked. Imports torch only once they fit."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hf_qie.data.mixture import check_draws_per_row
 from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
 from hf_qie.data.schema import matrix_width, shared_embeds
 from hf_qie.errors import InputError
-from hf_qie.models.base import read_family
+from hf_qie.models.base import Family, read_family
 from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.ranks import rank
 
@@ -44,7 +45,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
                     "the set for this checkpoint"
                 )
     if rank() == 0:
-        for warning in [*unverified(provenances), *_other_sizes(recipe, provenances)]:
+        for warning in [*unverified(provenances), *_other_sizes(recipe, family, provenances)]:
             logger.warning(warning)
     from hf_qie.data.loader import check_caption_weights
     from hf_qie.data.online_latents import has_latents, made_from, with_files
@@ -57,13 +58,18 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     return sets
 
 
-def _other_sizes(recipe: Recipe, provenances: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A warning for each set whose targets have another size than the recipe's, by which images are sampled."""
-    side = recipe.extract.image_sample_size
+def _other_sizes(recipe: Recipe, family: Family, provenances: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A warning for each set whose images have another size than the recipe's, by which images are sampled."""
+    side, source_side = recipe.extract.image_sample_size, recipe.extract.source_sample_size
+    area_px = source_side**2 if source_side else family.vae_area_px
     for name, provenance in provenances.items():
         made = provenance["record"].get("request", {}).get("image_sample_size", side)
-        if made != side:
+        found = [("image_sample_size", made, side)] if made != side else []
+        made_px = provenance["compat"].get("vae_area_px")  # may be unknown
+        if isinstance(made_px, int) and 0 < made_px != area_px:
+            found.append(("source_sample_size", math.isqrt(made_px), math.isqrt(area_px)))
+        for key, was, now in found:
             yield (
-                f"tasks.{name}: its set was made with extract.image_sample_size: {made}, the recipe has {side}; "
+                f"tasks.{name}: its set was made with extract.{key}: {was}, the recipe has {now}; "
                 "training keeps the set's, sampling.py and the model card go by the recipe's"
             )

@@ -50,8 +50,12 @@ KILLS = {
 }
 
 
-def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_s: float = 0) -> list[int]:
+def in_ranks(
+    runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_s: float = 0, on_gpus: bool = False
+) -> list[int]:
     """The exit codes of `ranks` processes that do the `runs`; `alone_s` after one failed, the others are killed.
+
+    `on_gpus`: each on a GPU of its own, as a launcher has them, without all that is replaced for the CPU.
 
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
@@ -61,7 +65,8 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=rank_of, args=(rank, ranks, port, runs, log)) for rank in range(ranks)]
+    of_all = ranks, port, runs, log, on_gpus
+    processes = [context.Process(target=rank_of, args=(rank, *of_all)) for rank in range(ranks)]
     for process in processes:
         process.start()
     failed_at = None
@@ -75,7 +80,9 @@ def in_ranks(runs: Sequence[Mapping[str, Any]], *, ranks: int, log: Path, alone_
     return [process.exitcode for process in processes]
 
 
-def rank_of(rank: int, ranks: int, port: int, runs: Sequence[Mapping[str, Any]], log: Path) -> None:
+def rank_of(
+    rank: int, ranks: int, port: int, runs: Sequence[Mapping[str, Any]], log: Path, on_gpus: bool = False
+) -> None:
     """One of the processes."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
@@ -84,7 +91,8 @@ def rank_of(rank: int, ranks: int, port: int, runs: Sequence[Mapping[str, Any]],
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({name: str(number) for name, number in numbers.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-        PartialState._prepare_backend, PartialState.set_device = gloo_for_accelerators, on_the_cpu
+        if not on_gpus:
+            PartialState._prepare_backend, PartialState.set_device = gloo_for_accelerators, on_the_cpu
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("hf_qie").setLevel(logging.INFO)
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.hf_qie-installed
 # one thread a process: two test workers on two cores, and the same arithmetic wherever the tests run
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install demo test bench memory-table faults soak quality style clean
+.PHONY: help install demo test bench gpu memory-table faults soak quality style clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ soak: $(INSTALLED)  ## run what takes longer: every optimizer, every way to comp
 
 bench: $(INSTALLED)  ## measure what docs/performance.md claims beside the usual way: one table, within 10 minutes
 	$(TEST_ENV) $(BIN)/python tests/bench/run.py
+
+gpu: $(INSTALLED)  ## measure on a GPU of 80 GB or more, with random weights: one table, within 10 minutes
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/gpu/run.py
 
 memory-table: $(INSTALLED)  ## forecast what a LoRA takes on cards of 16 to 80 GB: the table in recipes/README.md
 	$(TEST_ENV) $(BIN)/python tests/memory_table.py

@@ -51,11 +51,15 @@ class Worker:
         self.process.start()
         other.close()
 
-    def run(self, earlier: Sequence[Result], limit_s: float) -> tuple[list[Result], float]:
-        """The results, among them one that says why there are no more, and the seconds that all took."""
-        with suppress(EOFError, OSError):  # it has ended already; its exit code says more
+    def wait(self) -> None:
+        """Until it has imported all, or ended."""
+        with suppress(EOFError, OSError):
             if self.begin.poll(STARTING_S):
                 self.begin.recv()
+
+    def run(self, earlier: Sequence[Result], limit_s: float) -> tuple[list[Result], float]:
+        """The results, among them one that says why there are no more, and the seconds that all took."""
+        with suppress(OSError):  # it has ended already; its exit code says more
             self.begin.send(list(earlier))
         started = time.monotonic()
         try:

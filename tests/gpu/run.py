@@ -85,6 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--page", type=Path)
     parser.add_argument("--into", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.set_defaults(started=time.monotonic())
     return parser.parse_args(argv)
 
 
@@ -103,7 +104,7 @@ def run_steps(steps: Sequence[Step], given: argparse.Namespace, machine: dict[st
     """One after the other, until the time is over."""
     if given.small:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for all processes
-    folder, ends_at = given.json.resolve().with_suffix(""), time.monotonic() + 60 * given.minutes
+    folder, ends_at = given.json.resolve().with_suffix(""), given.started + 60 * given.minutes
     folder.mkdir(parents=True, exist_ok=True)
     steps = [step for step in steps if given.steps or step.least_gpus <= machine["count"]]
     results: list[Result] = []
@@ -114,6 +115,7 @@ def run_steps(steps: Sequence[Step], given: argparse.Namespace, machine: dict[st
             worker, waiting = waiting, None
             if number + 1 < len(steps):
                 waiting = Worker(steps[number + 1], folder, small=given.small)
+            worker.wait()
             limit_s = min(step.limit_s, ends_at - time.monotonic())
             if limit_s < LEAST_S:
                 worker.stop()

@@ -240,18 +240,29 @@ def test_a_resumed_run_knows_the_best_checkpoint(recipe, tmp_path):
 WEIGHTS = {"full": "transformer/diffusion_pytorch_model.safetensors", "lora": "pytorch_lora_weights.safetensors"}
 SHARDED = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"
 WHOLE = "training.fsdp=true", "training.fsdp_config={state_dict_type: FULL_STATE_DICT}"
+WAYS = {"ddp": ["training.use_cpu=true"], "sharded": SHARDED, "whole": WHOLE}
+EVERY = {"full": tuple(WAYS), "lora": tuple(WAYS)}
 
 
 @pytest.mark.two_rank
-def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "ways"),
+    [
+        ("edit_plus", EVERY),
+        ("qwen_image_21", {"lora": ("ddp", "sharded")}),
+        pytest.param("qwen_image_21", EVERY, marks=pytest.mark.soak),
+    ],
+)
+def test_two_ranks_sharded_or_not_evaluate_alike_and_export_the_best(tiny, tmp_path, family, ways):
     runs, names = [], {}
-    for kind, trainable in (("full", {}), ("lora", LORA)):
+    for kind in ways:
         (tmp_path / kind).mkdir()
         training = EVERY_STEP | {"use_cpu": None, "per_device_train_batch_size": 2}
-        recipe = write_recipe(tmp_path / kind, tiny(), tasks=TASKS, trainable=trainable, training=training)
-        for name, how in (("ddp", ["training.use_cpu=true"]), ("sharded", SHARDED), ("whole", WHOLE)):
+        trainable = {"full": {}, "lora": LORA}[kind]
+        recipe = write_recipe(tmp_path / kind, tiny(family), tasks=TASKS, trainable=trainable, training=training)
+        for name in ways[kind]:
             names[kind, name] = tmp_path / kind / name
-            overrides = [*WORSE_AND_WORSE, f"training.output_dir={names[kind, name]}", *how]
+            overrides = [*WORSE_AND_WORSE, f"training.output_dir={names[kind, name]}", *WAYS[name]]
             runs.append({"recipe": str(recipe), "overrides": overrides})
     assert in_ranks(runs, ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     for (kind, name), folder in names.items():

@@ -22,6 +22,7 @@ from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
+both_families = pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
 PACE = ("rows_per_second", "tokens_per_second", "seconds_waiting_for_data", "peak_memory_gb")
 
 
@@ -53,14 +54,15 @@ def spoil(folder: Path, row: int, value: float) -> None:
 # --- a run that broke ------------------------------------------------------------------------------------------------
 
 
+@both_families
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("logging_steps", [1, 4])
-def test_a_loss_that_is_not_finite_ends_the_run_by_step_task_and_row(tiny, tmp_path, value, logging_steps):
-    write_set(tmp_path / "sets" / "edit", tiny())
+def test_a_loss_that_is_not_finite_ends_the_run_by_step_task_and_row(tiny, tmp_path, family, value, logging_steps):
+    write_set(tmp_path / "sets" / "edit", tiny(family))
     spoil(tmp_path / "sets" / "edit", 5, value)
     tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt")}, "text_to_image": {"data": "x", "weight": 0}}
     training = {"max_steps": 40, "logging_steps": logging_steps, "save_steps": 4}
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training))
+    trainer = trainer_of(write_recipe(tmp_path, tiny(family), tasks=tasks, trainable=LORA, training=training))
     step = next(n for n in range(40) if 5 in [trainer.train_dataset[4 * n + i]["row"] for i in range(4)]) + 1
     with pytest.raises(NotFinite, match=rf"^step {step}: the loss of edit row 5 \((nan|inf)\) is not finite"):
         trainer.train()
@@ -69,13 +71,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_step_task_and_row(tiny, tmp_p
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("family", ["edit_plus", pytest.param("qwen_image_21", marks=pytest.mark.soak)])
 @pytest.mark.two_rank
-def test_a_loss_that_is_not_finite_on_one_rank_ends_both_by_its_row(tiny, tmp_path):
-    write_set(tmp_path / "sets" / "edit", tiny())
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both_by_its_row(tiny, tmp_path, family):
+    write_set(tmp_path / "sets" / "edit", tiny(family))
     spoil(tmp_path / "sets" / "edit", 5, math.nan)
     tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt")}, "text_to_image": {"data": "x", "weight": 0}}
     training = {"max_steps": 40, "logging_steps": 40, "save_steps": 40, "per_device_train_batch_size": 2}
-    recipe = write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training)
+    recipe = write_recipe(tmp_path, tiny(family), tasks=tasks, trainable=LORA, training=training)
     codes = in_ranks([{"recipe": str(recipe), "overrides": []}], ranks=2, log=tmp_path / "log")
     assert 0 not in codes
     assert "the loss of edit row 5 (nan) is not finite" in (tmp_path / "log").read_text()
@@ -89,10 +92,11 @@ def broken_backward(trainer: EditTrainer, at_step: int) -> None:
     one.register_hook(lambda gradient: gradient * (math.nan if trainer.state.global_step >= at_step - 1 else 1))
 
 
+@both_families
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path, max_grad_norm):
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path, family, max_grad_norm):
     training = {"max_grad_norm": max_grad_norm, "save_steps": 1}
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    trainer = trainer_of(write_recipe(tmp_path, tiny(family), trainable=LORA, training=training))
     broken_backward(trainer, at_step=3)
     with pytest.raises(NotFinite, match=r"^step 3: the norm of the gradient \(nan\), though not the loss of "):
         trainer.train()
@@ -107,12 +111,15 @@ def test_a_last_step_that_broke_does_not_pass_for_an_end(tiny, tmp_path):
         trainer.train()
 
 
-def test_an_evaluation_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path):
-    write_set(tmp_path / "sets" / "edit", tiny())
+@both_families
+def test_an_evaluation_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path, family):
+    write_set(tmp_path / "sets" / "edit", tiny(family))
     spoil(tmp_path / "sets" / "edit", 7, math.nan)
     tasks = {"edit": {"embeddings": str(tmp_path / "sets" / "spoilt"), "eval_rows": 2}}
     training = {"eval_strategy": "steps"}
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), tasks=tasks, trainable=LORA, training=training), "seed=1")
+    trainer = trainer_of(
+        write_recipe(tmp_path, tiny(family), tasks=tasks, trainable=LORA, training=training), "seed=1"
+    )
     with pytest.raises(NotFinite, match=r"^evaluation: the loss of edit row 7 \(nan\) is not finite"):
         trainer.train()
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -138,9 +145,10 @@ def test_what_is_kept_of_the_losses_does_not_grow_where_nothing_is_logged(tiny, 
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 
-def test_every_log_of_a_loss_has_the_throughput(tiny, tmp_path):
+@both_families
+def test_every_log_of_a_loss_has_the_throughput(tiny, tmp_path, family):
     training = {"max_steps": 8, "logging_steps": 2}
-    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=LORA, training=training))
+    trainer = trainer_of(write_recipe(tmp_path, tiny(family), trainable=LORA, training=training))
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from embedding_sets import write_recipe
 from peft import LoraConfig, get_peft_model
 from ranks import in_ranks
@@ -327,7 +327,10 @@ def images(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-@pytest.mark.parametrize("kind", ["learner", "qwen_image_21_learner"])
+learners = pytest.mark.parametrize("kind", ["learner", "qwen_image_21_learner"])
+
+
+@learners
 def test_a_run_is_the_same_with_and_without_and_so_is_one_resumed_with_the_other(tiny, tmp_path, caplog, kind):
     recipe = recipe_in(tmp_path, tiny(kind))
     plain = run(recipe, tmp_path / "plain")
@@ -346,18 +349,20 @@ def test_a_run_is_the_same_with_and_without_and_so_is_one_resumed_with_the_other
         assert adapters(tmp_path / name) == adapters(tmp_path / "plain")
 
 
-def test_the_adapters_of_a_streamed_run_load_in_diffusers(tiny, tmp_path):
-    recipe = recipe_in(tmp_path, tiny("learner"), max_steps=1, save_strategy="no")
+@learners
+def test_the_adapters_of_a_streamed_run_load_in_diffusers(tiny, tmp_path, kind):
+    recipe = recipe_in(tmp_path, tiny(kind), max_steps=1, save_strategy="no")
     run(recipe, tmp_path / "run", MEMORY, "sampling.every=0")
-    pipeline = QwenImageEditPlusPipeline.from_pretrained(tiny("learner"))
+    pipeline = DiffusionPipeline.from_pretrained(tiny(kind))
     pipeline.load_lora_weights(tmp_path / "run")
     loaded = {name for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name and p.any()}
     saved = load_file(tmp_path / "run" / LORA_FILE)
-    assert len(loaded) == sum(".lora_B" in name and bool(tensor.any()) for name, tensor in saved.items()) > 50
+    assert len(loaded) == sum(".lora_B" in name and bool(tensor.any()) for name, tensor in saved.items()) > 30
 
 
-def test_more_blocks_than_there_are_is_an_error_before_weights_are_loaded(tiny, tmp_path):
-    recipe = recipe_in(tmp_path, weightless(tiny("learner"), tmp_path / "bare"))
+@learners
+def test_more_blocks_than_there_are_is_an_error_before_weights_are_loaded(tiny, tmp_path, kind):
+    recipe = recipe_in(tmp_path, weightless(tiny(kind), tmp_path / "bare"))
     with pytest.raises(InputError, match=r"memory\.stream_blocks: got 5, expected at most 4, the blocks of"):
         trainer_of(recipe, "memory.stream_blocks=5", "sampling.every=0")
     with pytest.raises(InputError, match="cannot load the transformer"):
@@ -365,10 +370,18 @@ def test_more_blocks_than_there_are_is_an_error_before_weights_are_loaded(tiny, 
 
 
 @pytest.mark.two_rank
-def test_two_ranks_give_the_same_with_and_without(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        ("learner", ("ddp", "fsdp")),
+        ("qwen_image_21_learner", ("fsdp",)),
+        pytest.param("qwen_image_21_learner", ("ddp",), marks=pytest.mark.soak),
+    ],
+)
+def test_two_ranks_give_the_same_with_and_without(tiny, tmp_path, kind, plain):
     """DDP with both; FSDP with inputs of blocks on the CPU."""
     training = {"per_device_train_batch_size": 1, "use_cpu": None, "max_steps": 2}
-    recipe = recipe_in(tmp_path, tiny("learner"), **training)
+    recipe = recipe_in(tmp_path, tiny(kind), **training)
     fsdp = [
         "training.fsdp=true",
         "training.eval_strategy=no",
@@ -384,11 +397,12 @@ def test_two_ranks_give_the_same_with_and_without(tiny, tmp_path):
     runs = [
         {"recipe": str(recipe), "overrides": [f"training.output_dir={tmp_path / name}", *how]}
         for name, how in ways.items()
+        if name.startswith(plain)
     ]
     log = tmp_path / "log"
     assert in_ranks(runs, ranks=2, log=log) == [0, 0], log.read_text()
-    for kind in ("ddp", "fsdp"):
-        ours, theirs = (json.loads((tmp_path / name / "rank0.json").read_text()) for name in (f"{kind}, ours", kind))
+    for way in plain:
+        ours, theirs = (json.loads((tmp_path / name / "rank0.json").read_text()) for name in (f"{way}, ours", way))
         assert len(ours["steps"]) == 2
         assert ours["steps"] == theirs["steps"]
-        assert adapters(tmp_path / f"{kind}, ours") == adapters(tmp_path / kind)
+        assert adapters(tmp_path / f"{way}, ours") == adapters(tmp_path / way)

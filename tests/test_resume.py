@@ -44,34 +44,40 @@ def rates(trainer: EditTrainer) -> list[float]:
     return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
 
+ADAMW = (
+    ["learning_rate=1e-2"],
+    ["learning_rate=1e-6", "weight_decay=0.5", "adam_beta1=0.8", "adam_epsilon=1e-5"],
+    "training.learning_rate 0.01 -> 1e-06, training.weight_decay 0.0 -> 0.5, training.adam_beta1 0.9 -> 0.8",
+    {"weight_decay": 0.5, "betas": (0.8, 0.999), "eps": 1e-5, "initial_lr": 1e-6},
+)
+
+
 @pytest.mark.parametrize(
-    ("before", "after", "said", "holds"),
+    ("family", "before", "after", "said", "holds"),
     [
+        ("edit_plus", *ADAMW),
+        ("qwen_image_21", *ADAMW),
         (
-            ["learning_rate=1e-2"],
-            ["learning_rate=1e-6", "weight_decay=0.5", "adam_beta1=0.8", "adam_epsilon=1e-5"],
-            "training.learning_rate 0.01 -> 1e-06, training.weight_decay 0.0 -> 0.5, training.adam_beta1 0.9 -> 0.8",
-            {"weight_decay": 0.5, "betas": (0.8, 0.999), "eps": 1e-5, "initial_lr": 1e-6},
-        ),
-        (
+            "edit_plus",
             ["optim=adafactor", "learning_rate=1e-2"],
             ["optim=adafactor", "learning_rate=1e-6", "weight_decay=0.5"],
             "training.learning_rate 0.01 -> 1e-06, training.weight_decay 0.0 -> 0.5",
             {"weight_decay": 0.5, "initial_lr": 1e-6},
         ),
         (
+            "edit_plus",
             ["optim=rmsprop", "optim_args='momentum=0.5'"],
             ["optim=rmsprop", "optim_args='momentum=0.9'", "learning_rate=1e-6"],
             "training.optim_args momentum=0.5 -> momentum=0.9, training.learning_rate 0.001 -> 1e-06",
             {"momentum": 0.9, "initial_lr": 1e-6},
         ),
     ],
-    ids=["adamw", "adafactor", "rmsprop"],
+    ids=["adamw", "adamw 2.1", "adafactor", "rmsprop"],
 )
 def test_the_optimizer_of_a_resumed_run_has_the_settings_of_its_recipe(
-    tiny, tmp_path, caplog, before, after, said, holds
+    tiny, tmp_path, caplog, family, before, after, said, holds
 ):
-    path = write_recipe(tmp_path, tiny(), trainable=LORA)
+    path = write_recipe(tmp_path, tiny(family), trainable=LORA)
     run(path, *before)
     with caplog.at_level(logging.INFO, logger="hf_qie"):
         resumed = run(path, *after, interrupted(tmp_path))
@@ -93,9 +99,13 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("after", SCHEDULES, ids=" ".join)
-def test_the_rates_of_a_resumed_run_are_those_of_a_run_with_its_settings_from_the_start(tiny, tmp_path, after):
-    path = write_recipe(tmp_path, tiny(), trainable={"lora": LORA["lora"], "low_lr_modules": ["attn.to_q"]})
+@pytest.mark.parametrize(
+    ("family", "after"),
+    [("edit_plus", after) for after in SCHEDULES] + [("qwen_image_21", SCHEDULES[0])],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_rates_of_a_resumed_run_are_those_of_a_run_with_its_settings_from_the_start(tiny, tmp_path, family, after):
+    path = write_recipe(tmp_path, tiny(family), trainable={"lora": LORA["lora"], "low_lr_modules": ["attn.to_q"]})
     run(path, "max_steps=2")
     resumed = run(path, *after, interrupted(tmp_path))
     straight = run(path, *after, f"output_dir={tmp_path / 'straight'}")

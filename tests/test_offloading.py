@@ -357,7 +357,8 @@ def test_the_adapters_of_a_streamed_run_load_in_diffusers(tiny, tmp_path, kind):
     pipeline.load_lora_weights(tmp_path / "run")
     loaded = {name for name, p in pipeline.transformer.named_parameters() if ".lora_B" in name and p.any()}
     saved = load_file(tmp_path / "run" / LORA_FILE)
-    assert len(loaded) == sum(".lora_B" in name and bool(tensor.any()) for name, tensor in saved.items()) > 30
+    assert len(loaded) == sum(".lora_B" in name and bool(tensor.any()) for name, tensor in saved.items())
+    assert len(loaded) > {"learner": 50, "qwen_image_21_learner": 30}[kind]
 
 
 @learners

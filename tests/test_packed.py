@@ -1,4 +1,7 @@
-"""Qwen-Image-2.1 over packed rows gives diffusers' numbers, for prompts of any length and several targets."""
+"""Qwen-Image-2.1 over packed rows gives diffusers' numbers, for prompts of any length.
+
+Several targets behind one prefix are in tests/test_draws_per_row.py.
+"""
 
 import diffusers
 import pytest
@@ -136,57 +139,6 @@ def test_diffusers_own_batch_of_unequal_prompts_is_wrong():
         for row, least, most in ((0, 0, 1e-5), (1, 0.03, 2)):
             alone = by_diffusers(stock, one_row(batch, row), noised[row : row + 1], sigma[row : row + 1])
             assert least <= relative(together[row : row + 1, -16:], alone) < most
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_several_targets_behind_one_prefix_are_as_many_passes(dtype, tolerance, checkpointing, monkeypatch):
-    """Loss and gradient of every parameter, of rows with prompts of unequal length.
-
-    In float64 without diffusers' casts to float32, which alone leave 1e-8.
-    """
-    if dtype == torch.float64:
-        monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
-    count, losses, gradients = 3, [], []
-    batch = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
-        for name, value in batch_of(*ONE, [9, 12]).items()
-    }
-    noised = torch.randn(2 * count, 16, 64, dtype=dtype)
-    sigma, of_row = torch.linspace(0.1, 0.9, 2 * count, dtype=dtype), torch.arange(2 * count) // count
-    for together in (True, False):
-        _, ours = transformers()
-        for attn in [block.attn for block in ours.transformer_blocks] if dtype == torch.float64 else ():
-            for name in ("norm_q", "norm_k"):
-                weight = getattr(attn, name).weight
-                setattr(attn, name, torch.nn.RMSNorm(len(weight), eps=getattr(attn, name).eps))
-                getattr(attn, name).weight = weight
-        ours = ours.to(dtype)
-        if checkpointing:
-            ours.enable_gradient_checkpointing()
-        call = lambda given, *inputs: forward_in(ours, given, *inputs)  # noqa: B023, E731
-        if together:
-            velocity = call(batch, noised, sigma)
-        else:
-            each = [call(one_row(batch, int(row)), noised[i, None], sigma[i, None]) for i, row in enumerate(of_row)]
-            velocity = torch.cat(each)
-        loss = velocity.square().mean()
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: parameter.grad for name, parameter in ours.named_parameters()})
-    assert abs(losses[0] - losses[1]) <= tolerance * losses[1]
-    assert all(gradient.norm() > 0 for gradient in gradients[1].values())
-    for name, gradient in gradients[1].items():
-        assert relative(gradients[0][name], gradient) < tolerance, name
-
-
-def forward_in(model, batch, noised, sigma):
-    """`predict` without its casts to float32."""
-    rows = [
-        RowLayout(target=TARGET, sources=tuple(batch["grids"][1:]), num_text=length, slots=tuple(slots))
-        for length, slots in zip(batch["prompt_lengths"], batch["image_slots"], strict=True)
-    ]
-    return model(noised, batch["source_latents"], batch["prompt_embeds"], sigma, rows)
 
 
 def test_a_prefix_that_depends_on_the_noise_takes_one_target():

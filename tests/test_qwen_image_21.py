@@ -16,10 +16,8 @@ from PIL import Image
 from real_vocabulary import save_tokenizer
 from transformers import Qwen2Tokenizer, Qwen3VLProcessor
 
-from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image, to_pixels
 from hf_qie.errors import InputError
-from hf_qie.hub.sampler import Sampler
 from hf_qie.models.base import read_family
 from hf_qie.models.prompts import BadPrompt, PromptLengths
 from hf_qie.models.qwen_image_21.family import QWEN_IMAGE_21
@@ -356,34 +354,6 @@ def test_images_are_the_pipelines(encoder, processor, model, stock, images, num_
     torch.testing.assert_close(mine[0], theirs[0], **close(scale))
     assert image.size == own.size == (160, 96) and image.mode == own.mode == "RGBA"
     assert np.abs(np.asarray(image, int) - np.asarray(own, int)).max() <= 1
-
-
-@pytest.mark.parametrize(("num_sources", "scale"), [(0, 1.0), (1, 4.0), (3, 1.0)])
-def test_a_sampler_gives_the_pipelines_image(model, stock, photos, tmp_path, num_sources, scale):
-    text = {"model": model, "tasks": {"edit": {"data": "edit.jsonl"}}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(text))
-    sizes = ["extract.dtype=float32", "extract.image_sample_size=96", "extract.source_sample_size=128"]
-    sampler = Sampler(
-        load_recipe(tmp_path / "recipe.yaml", [*sizes, f"training.output_dir={tmp_path}"]), checkpoint="base"
-    )
-    paths = [photos / "images" / f"source_{i:02d}.jpg" for i in (1, 2, 4)][:num_sources]
-    with decoded(sampler.pipeline) as mine:
-        image = sampler(CAPTIONS[0], images=paths, seed=3, num_inference_steps=STEPS, true_cfg_scale=scale)
-    given = {"negative_prompt": " "} if scale > 1 else {}
-    sources = [read_image(path) for path in paths]
-    width, height = sampler.size(sources)
-    with decoded(stock) as theirs:
-        stock(
-            CAPTIONS[0],
-            sources or None,
-            height=height,
-            width=width,
-            output_resolution=128,
-            **given,
-            **options(scale),
-        )
-    torch.testing.assert_close(mine[0], theirs[0], **close(scale))
-    assert image.size == (width, height)
 
 
 @pytest.mark.parametrize("kind", ["qwen_image_21", "qwen_image_21_no_causal_condition"])

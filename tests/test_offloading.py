@@ -18,7 +18,9 @@ from torch import nn
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.models.qwen_image.transformer import LORA_PRESETS
+from hf_qie.models.qwen_image.family import EDIT_PLUS
+from hf_qie.models.qwen_image_21.family import QWEN_IMAGE_21
+from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel, RowLayout
 from hf_qie.training import offloading
 from hf_qie.training.model import LORA_FILE, lora_targets
 from hf_qie.training.offloading import BlockStream, checkpoint_on_cpu, stream_blocks
@@ -37,15 +39,27 @@ def one_process():
 # --- the transformer alone -------------------------------------------------------------------------------------------
 
 
+EMPTY = {  # transformers whose hidden states are 64 wide
+    "edit_plus": (EDIT_PLUS, QwenImageTransformer2DModel, {"out_channels": 4, "joint_attention_dim": 24}),
+    "qwen_image_21": (QWEN_IMAGE_21, QwenImage21Transformer2DModel, {"out_channels": 16, "context_in_dim": 24}),
+}
+both_families = pytest.mark.parametrize("family", EMPTY)
+
+
 def model_of(
-    targets: str | list[str] = "attention", *, dropout: float = 0.2, dtype: torch.dtype = torch.float32
+    targets: str | list[str] = "attention",
+    *,
+    dropout: float = 0.2,
+    dtype: torch.dtype = torch.float32,
+    family: str = "edit_plus",
 ) -> nn.Module:
     """A transformer of seven blocks, with adapters that are not zero."""
     torch.manual_seed(0)
-    shape = {"in_channels": 16, "out_channels": 4, "attention_head_dim": 32, "num_attention_heads": 2}
-    shape |= {"num_layers": NUM_BLOCKS, "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)}
-    transformer = nn.Module.to(QwenImageTransformer2DModel(**shape), dtype)
-    names = lora_targets(transformer, targets, LORA_PRESETS)
+    shape = {"in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2}
+    shape |= {"num_layers": NUM_BLOCKS, "axes_dims_rope": (8, 12, 12)}
+    ours, kind, widths = EMPTY[family]
+    transformer = nn.Module.to(kind(**shape | widths), dtype)
+    names = lora_targets(transformer, targets, ours.lora_presets)
     settings = {"lora_dropout": dropout, "target_modules": names, "init_lora_weights": False}
     model = get_peft_model(transformer, LoraConfig(r=4, lora_alpha=8, **settings))
     for name, parameter in model.named_parameters():
@@ -63,10 +77,15 @@ def loss_of(model: nn.Module, seed: int, *, grid: tuple[int, int] = (4, 4), rows
     torch.manual_seed(seed)  # of dropout too
     latents, prompts = torch.randn(rows, grid[0] * grid[1], 16), torch.randn(rows, 3 + seed % 3, 24)
     inputs = {"hidden_states": latents, "encoder_hidden_states": prompts, "timestep": torch.rand(rows)}
+    if isinstance(model.get_base_model(), QwenImage21Transformer2DModel):
+        layout = RowLayout(target=grid, sources=((1, 2),), num_text=prompts.shape[1], slots=(2,))
+        inputs |= {"source_latents": torch.randn(rows, 2, 16), "rows": [layout] * rows}
+    else:
+        inputs |= {"img_shapes": [[(1, *grid)]] * rows, "return_dict": False}
     half = model.get_base_model().dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        (output,) = model(**inputs, img_shapes=[[(1, *grid)]] * rows, return_dict=False)
-    return output.float().square().mean()
+        output = model(**inputs)
+    return (output[0] if isinstance(output, tuple) else output).float().square().mean()
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -102,7 +121,7 @@ QUICK = [(3, "attention", torch.float32), (4, "attention+mlp", torch.bfloat16), 
 ALL = [
     (count, targets, dtype)
     for count in (3, 4, 7)
-    for targets in LORA_PRESETS
+    for targets in EDIT_PLUS.lora_presets
     for dtype in (torch.float32, torch.bfloat16)
 ]
 
@@ -150,25 +169,29 @@ class LateCopies:
         return None
 
 
+@both_families
 @pytest.mark.parametrize("count", [3, 6])
-def test_no_weight_is_used_before_its_copy_is_waited_for_nor_after_the_next_one_is_launched(monkeypatch, count):
-    model = model_of("all-linear")
+def test_no_weight_is_used_before_its_copy_is_waited_for_nor_after_the_next_one_is_launched(
+    monkeypatch, family, count
+):
+    model = model_of("all-linear", family=family)
     late = LateCopies(streamed(model, count))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: late)
-    assert_equal(history(model), history(model_of("all-linear")))
+    assert_equal(history(model), history(model_of("all-linear", family=family)))
     assert sum(number is not None for number in late.launched) < 2  # all but one that was brought ahead
 
 
+@both_families
 @pytest.mark.parametrize("count", [3, 6, 7])
-def test_a_step_copies_each_block_once_in_each_direction_and_while_another_one_computes(count):
+def test_a_step_copies_each_block_once_in_each_direction_and_while_another_one_computes(family, count):
     """But for the two that are there: where backward begins, and where the next step does."""
-    model, done = model_of(), []
+    model, done = model_of(family=family), []
     stream = streamed(model, count)
     copy = stream._copy
     stream._copy = lambda number: (done.append(("copy", number)), copy(number))
     for number in range(count):
         block = model.get_base_model().transformer_blocks[number * NUM_BLOCKS // count]
-        block.img_mod.register_forward_pre_hook(lambda *_, number=number: done.append(("compute", number)))
+        block.img_norm1.register_forward_pre_hook(lambda *_, number=number: done.append(("compute", number)))
     loss_of(model, 0).backward()
     forward, backward = [("compute", 0)], [("compute", count - 1)]
     for number in range(1, count - 1):
@@ -265,7 +288,8 @@ def test_quantised_blocks_stream_with_their_scales(kind):
     assert_equal(history(model), history(quantized(model_of(), kind)))
 
 
-def test_inputs_of_blocks_wait_on_the_cpu_and_nothing_else(monkeypatch):
+@both_families
+def test_inputs_of_blocks_wait_on_the_cpu_and_nothing_else(monkeypatch, family):
     packed = Counter()
 
     class Recorded(torch.autograd.graph.save_on_cpu):
@@ -275,12 +299,14 @@ def test_inputs_of_blocks_wait_on_the_cpu_and_nothing_else(monkeypatch):
             self.pack_hook = lambda tensor: (packed.update([tuple(tensor.shape)]), pack(tensor))[1]
 
     monkeypatch.setattr(offloading, "save_on_cpu", Recorded)
-    model = model_of("all-linear")
+    model = model_of("all-linear", family=family)
     model.get_base_model().enable_gradient_checkpointing(checkpoint_on_cpu(CPU))
-    assert_equal(history(model, num_steps=1), history(model_of("all-linear"), num_steps=1))
+    assert_equal(history(model, num_steps=1), history(model_of("all-linear", family=family), num_steps=1))
     num_forwards = 3  # with gradients
-    # image tokens, prompt tokens, the embedding of the time
-    assert packed[1, 8, 64] == packed[1, 3, 64] == packed[1, 64] == NUM_BLOCKS
+    if family == "edit_plus":  # image tokens, prompt tokens, the embedding of the time
+        assert packed[1, 8, 64] == packed[1, 3, 64] == packed[1, 64] == NUM_BLOCKS
+    else:  # all tokens, modulation of the prefix and of a target, rotary factors
+        assert packed[1, 13, 64] == packed[2, 4 * 64] == packed[13, 16] == NUM_BLOCKS
     assert sum(packed.values()) == num_forwards * NUM_BLOCKS * 3
 
 

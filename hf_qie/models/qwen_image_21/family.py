@@ -127,7 +127,10 @@ class QwenImage21(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        read = [(sizes, list(map(as_read, captions))) for sizes, captions in prompts]
+        read = [
+            ([self.fit(size, self.vlm_area_px) for size in sizes], list(map(as_read, captions)))
+            for sizes, captions in prompts
+        ]
         return prompt_lengths(processor, template_of(processor), read)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:

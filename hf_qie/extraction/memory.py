@@ -17,8 +17,8 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.schema import SOURCES, TARGET
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Outlook, Row, sample
-from hf_qie.extraction.plan import Plan, make_plan, own_tasks
-from hf_qie.models.base import Size, read_family
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, own_tasks
+from hf_qie.models.base import Size
 from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
@@ -79,7 +79,7 @@ class Forecast:
 
 def forecast_gpu(recipe: Recipe) -> Forecast:
     """For all tasks of a recipe that have data, on a GPU; its `auto` dtype is bfloat16. Raises InputError."""
-    family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
+    family, tasks = family_of_recipe(recipe), own_tasks(recipe)
     processor = family.load_processor(recipe.model, revision=recipe.revision)
     dtype = torch.bfloat16 if recipe.extract.dtype == AUTO else getattr(torch, recipe.extract.dtype)
     with TemporaryDirectory(prefix="hf_qie-rows-") as folder:

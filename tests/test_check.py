@@ -264,6 +264,14 @@ def test_a_size_of_sources_that_extraction_takes_is_taken_here(tmp_path, tiny, e
     assert extract.main([str(path)]) == 0
 
 
+def test_draws_that_cannot_share_a_row_are_refused_before_anything_takes_time(odd, tmp_path, capsys):
+    several = ["mix.draws_per_row=4", "training.per_device_train_batch_size=8"]
+    for program, *options in ((check,), (check, "--memory"), (extract,)):
+        with pytest.raises(InputError, match=r"^mix.draws_per_row: 4, but what the transformer of .* set it to 1$"):
+            program.main([str(odd), *several, *options])
+    assert capsys.readouterr().out == "" and not (odd.parent / "sets").exists()
+
+
 def test_without_a_finished_set_there_is_nothing_to_verify(odd):
     with pytest.raises(InputError, match="no finished embedding set; run"):
         check.main([str(odd), "--verify", "1"])

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from hf_qie.config.recipe import Recipe, Task, as_dict
+from hf_qie.data.mixture import check_draws_per_row
 from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenance
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import most_bad, open_rows
@@ -56,6 +57,7 @@ def extract(recipe: Recipe) -> tuple[int, bool]:
     """
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
+    check_draws_per_row(recipe)  # of training, which would find it out after all of this
     family, tasks, device = family_of_recipe(recipe), own_tasks(recipe), own_device()
     opened = from_rank_0(lambda: open_sets(recipe, tasks, family, device))
     memory = next((Forecast(**known["memory"]) for known in opened.values() if "memory" in known), None)

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
 from hf_qie.data.schema import TEXT_EMBEDS, column_of, prompt_columns_in
-from hf_qie.models.base import Family, families
+from hf_qie.models.base import Family, families, family_name
 from hf_qie.runtime.yaml_io import write_yaml
 
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
@@ -54,13 +54,17 @@ def dataset_card(
 
 
 def makers_of(provenances: Mapping[str, Mapping[str, Any]]) -> list[Family]:
-    """The families of sets, by what is known of them."""
-    compats = [provenance["compat"] for provenance in provenances.values()]
-    return [
-        family
-        for family in families()
-        if any(all(one.get(key) in (value, UNKNOWN) for key, value in family.compat.items()) for one in compats)
-    ]
+    """The families of sets, by what is known of them; of a set that none makes today, all of the name that it has."""
+    makers: list[Family] = []
+    for compat in (provenance["compat"] for provenance in provenances.values()):
+        named = [family for family in families() if family.card_name == family_name(compat)]
+        same = [
+            family
+            for family in named
+            if all(compat.get(key) in (value, UNKNOWN) for key, value in family.compat.items())
+        ]
+        makers += same or named
+    return [family for family in families() if family in makers]
 
 
 def license_of(family: Family) -> dict[str, str]:

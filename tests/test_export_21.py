@@ -12,6 +12,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from small_recipes import few_edits, write_recipe
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from hf_qie import export, extract
 from hf_qie.config.recipe import load_recipe
+from hf_qie.hub.model_card import model_card
 from hf_qie.hub.sampler import Sampler
+from hf_qie.hub.trained_run import find_trained
 from hf_qie.models.base import NOTICE
 from hf_qie.models.qwen_image_21.family import LICENSE_NOTICE
 from hf_qie.train import train
@@ -178,6 +181,16 @@ def test_a_licence_that_a_user_gives_takes_the_familys_place_and_the_notice_stay
     text = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
     assert "license: cc-by-nc-4.0\n" in text and "license_name" not in text and LICENSE_NOTICE in text
     assert (tmp_path / "to" / NOTICE).is_file()
+
+
+def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(run, exported, tmp_path):
+    present = ModelCard((exported / "lora" / "README.md").read_text(encoding="utf-8"))
+    assert (present.data.license, present.data.license_name) == ("other", "qwen-research")
+    how = {"dtype": "float32", "repo": "org/lora", "folder": tmp_path, "present": present}
+    card = ModelCard(str(model_card(find_trained(run), "lora", license="mit", **how)))
+    assert {key: value for key, value in card.data.to_dict().items() if "license" in key} == {"license": "mit"}
+    again = ModelCard(str(model_card(find_trained(run), "lora", license=None, **how)))
+    assert again.data.license_link == present.data.license_link
 
 
 def test_noise_levels_of_a_checkpoint_are_no_part_of_its_pipeline(run, tiny, tmp_path):

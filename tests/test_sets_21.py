@@ -318,6 +318,18 @@ def test_a_set_that_another_release_made_keeps_licence_and_tag(made, field):
     assert LICENSE_NOTICE in card.text and "What Qwen-Image-2.1 sees of" in card.text
 
 
+@pytest.mark.parametrize(
+    ("license", "found"), [("mit", {"license": "mit"}), (None, None), ("other", None)], ids=["another", "none", "same"]
+)
+def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(made, license, found):
+    present = card_of(made)
+    card = DatasetCard(str(card_of(made, present=DatasetCard(str(present)), license=license)))
+    before, after = (
+        {key: value for key, value in one.data.to_dict().items() if "license" in key} for one in (present, card)
+    )
+    assert before.keys() == {"license", "license_name", "license_link"} and after == (found or before)
+
+
 def test_the_makers_of_sets_are_the_families_of_today_or_all_of_that_name():
     old, new = [[one for one in families() if one.license_name == name] for name in ("", "qwen-research")]
     for family in (*old, *new):

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,14 +195,47 @@ def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(run, export
     assert again.data.license_link == present.data.license_link
 
 
+def on_base(run: Path, base: Path, folder: Path) -> Path:
+    """A copy of a run as if it had started from `base`."""
+    copy, recipe = shutil.copytree(run, folder), load_recipe(run / "recipe.yaml")
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(recipe.model, str(base)))
+    (copy / "run.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_has_a_copy_of_the_licence_of_its_base(run, tiny, tmp_path, kind, caplog):
+    base = shutil.copytree(tiny("qwen_image_21"), tmp_path / "base")
+    copy = on_base(run, base, tmp_path / "run")
+    export.main([str(copy), "--to", kind, "--output", str(tmp_path / "without")])
+    assert "has no file LICENSE; whoever gets this export has to get a copy" in caplog.text
+    caplog.clear()
+    (base / "LICENSE").write_bytes("§ 1 Qwen RESEARCH LICENSE\r\n".encode())
+    export.main([str(copy), "--to", kind, "--output", str(tmp_path / "with")])
+    assert (tmp_path / "with" / "LICENSE").read_bytes() == (base / "LICENSE").read_bytes()
+    assert not (tmp_path / "without" / "LICENSE").exists() and "LICENSE" not in caplog.text
+
+
+def test_the_licence_of_a_base_on_the_hub_is_fetched_where_there_is_one(tmp_path, loopback_hub):
+    for name in ("org/with", "org/without"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "LICENSE.md" if name == "org/without" else folder / "LICENSE").write_text("words")
+        loopback_hub.upload(name, folder)
+    code = "from hf_qie.models.checkpoint import license_file as f\n"
+    code += "print(f('org/with').read_text(), f('org/without'))"
+    environment = loopback_hub.environment(tmp_path / "home")
+    ask = [sys.executable, "-c", code]
+    assert subprocess.run(ask, env=environment, capture_output=True, text=True).stdout == "words None\n"
+    no_network = environment | {"HF_HUB_OFFLINE": "1"}
+    assert subprocess.run(ask, env=no_network, capture_output=True, text=True).stdout == "words None\n"
+
+
 def test_noise_levels_of_a_checkpoint_are_no_part_of_its_pipeline(run, tiny, tmp_path):
     base = shutil.copytree(tiny("qwen_image_21"), tmp_path / "base")
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"sample_sigmas": [1.0, 0.6]}))
-    copy = shutil.copytree(run, tmp_path / "run")
-    recipe = load_recipe(run / "recipe.yaml")
-    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(recipe.model, str(base)))
-    (copy / "run.json").unlink()
+    copy = on_base(run, base, tmp_path / "run")
     export.main([str(copy), "--to", "pipeline", "--output", str(tmp_path / "to")])
     assert QwenImage21Pipeline.from_pretrained(tmp_path / "to").config.sample_sigmas == [1.0, 0.6]
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.hub.model_card import model_card
 from hf_qie.hub.sampler import Sampler
 from hf_qie.hub.trained_run import find_trained
-from hf_qie.models.base import NOTICE
+from hf_qie.models.base import FAMILIES, NOTICE, family_of
 from hf_qie.models.qwen_image_21.family import LICENSE_NOTICE
 from hf_qie.train import train
 from hf_qie.training.model import build_model, load_weights
@@ -173,8 +174,12 @@ def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(export
     code = "".join(blocks).replace('"qwen_image_21"', repr(str(tiny("qwen_image_21")))).replace('("cuda"', '("cpu"')
     code = code.replace(f'"{kind}"', repr(str(folder))).replace("width=64,", "width=64, num_inference_steps=2,")
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((80, 64), 64).convert("RGB").save("input.png")
-    exec(code, {})
+    image = Image.effect_noise((80, 64), 64).convert("RGBA")
+    image.putalpha(100)
+    image.save("input.png")
+    names = {}
+    exec(code, names)
+    assert names["source"].tobytes() == image.tobytes()  # alpha is a channel of what the model sees
     assert Image.open("output.png").mode == "RGBA" and Image.open("output.png").size == (64, 64)
 
 
@@ -193,6 +198,18 @@ def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(run, export
     assert {key: value for key, value in card.data.to_dict().items() if "license" in key} == {"license": "mit"}
     again = ModelCard(str(model_card(find_trained(run), "lora", license=None, **how)))
     assert again.data.license_link == present.data.license_link
+
+
+def test_sizes_on_a_card_are_those_that_the_pipeline_takes(run, tmp_path):
+    trained, shown = find_trained(run), {}
+    for side in (80, 96):
+        extract_section = trained.recipe.extract.model_copy(update={"image_sample_size": side})
+        recipe = trained.recipe.model_copy(update={"extract": extract_section})
+        how = {"dtype": "float32", "repo": None, "folder": tmp_path, "license": None, "present": None}
+        text = model_card(replace(trained, recipe=recipe), "lora", **how).text
+        shown[side] = re.findall(r"^    (?:height|width)=(\d+),", text, re.M)
+    assert shown == {80: ["64", "64"], 96: ["96", "96"]}  # by 32
+    assert [family_of(name).call_multiple_px for name in FAMILIES] == [16, 16, 16, 32]
 
 
 def on_base(run: Path, base: Path, folder: Path) -> Path:

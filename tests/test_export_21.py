@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from small_recipes import few_edits, write_recipe
 from torch import Tensor
 
-from hf_qie import export, extract
+from hf_qie import export, extract, sampling
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.images import on_white
 from hf_qie.hub.model_card import model_card
 from hf_qie.hub.sampler import Sampler
 from hf_qie.hub.trained_run import find_trained
@@ -280,3 +281,13 @@ def test_a_sampler_makes_the_pipelines_image_from_what_was_trained(run, exported
     ).images[0]
     assert mine.mode == theirs.mode == "RGBA" and mine.size == theirs.size == (width, height)
     assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_the_script_puts_an_image_on_white_in_a_format_without_alpha(run, tmp_path):
+    for name in ("out.jpg", "out.png"):
+        more = ["--instruction", "Make it red.", "--output", str(tmp_path / name), "--num_inference_steps", "2"]
+        sampling.main([str(run / "recipe.yaml"), *more])
+    with Image.open(tmp_path / "out.jpg") as jpeg, Image.open(tmp_path / "out.png") as png:
+        assert (jpeg.format, jpeg.mode, png.mode) == ("JPEG", "RGB", "RGBA")
+        apart = np.abs(np.asarray(jpeg).astype(int) - np.asarray(on_white(png)).astype(int))
+    assert apart.mean() < 12  # JPEG's loss on noise

@@ -51,12 +51,14 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.verify and (arguments.memory or arguments.gpu_memory):
         raise InputError("--verify: cannot be combined with --memory; run them one after the other")
+    from hf_qie.data.mixture import check_draws_per_row
+
+    check_draws_per_row(recipe)
     if arguments.memory or arguments.gpu_memory:
         return check_memory(recipe, arguments)
-    from hf_qie.extraction.plan import make_plan, own_tasks
-    from hf_qie.models.base import read_family
+    from hf_qie.extraction.plan import family_of_recipe, make_plan, own_tasks
 
-    family = read_family(recipe.model, revision=recipe.revision)
+    family = family_of_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in own_tasks(recipe).items()}
     if arguments.verify is None:

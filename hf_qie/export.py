@@ -12,8 +12,8 @@ may have trained adapters or the transformer itself, sharded or not, and may hav
     pipeline  a complete checkpoint for DiffusionPipeline.from_pretrained
 
 The export is written to FOLDER, by default <output_dir>/export/<kind>, or <kind>-N of a checkpoint-N, in bfloat16,
-with a model card and, where the base has a restricted licence, its notice in NOTICE; then it is read back and
-compared.
+with a model card and, where the base has a restricted licence, its notice in NOTICE and the base's own file LICENSE;
+then it is read back and compared.
 --push_to_hub uploads the folder to a model repository, private unless --public.
 """
 
@@ -34,11 +34,10 @@ def main(argv: list[str]) -> None:
     given = parse_arguments(argv)
     import torch
 
-    from hf_qie.hub.export_formats import EXPORTS
+    from hf_qie.hub.export_formats import EXPORTS, write_license
     from hf_qie.hub.model_card import IMAGES, model_card
     from hf_qie.hub.publish import CARD, open_model_repo, push_model
     from hf_qie.hub.trained_run import find_trained
-    from hf_qie.models.base import NOTICE
 
     trained, repo = find_trained(given.checkpoint), given.push_to_hub
     trained.check_base()
@@ -62,8 +61,7 @@ def main(argv: list[str]) -> None:
         folder = Path(staging, output.name)
         folder.mkdir()
         checked = EXPORTS[kind](trained, folder, dtype=getattr(torch, given.dtype))
-        if notice := trained.family.license_notice:
-            (folder / NOTICE).write_text(f"{notice}\n", encoding="utf-8")
+        write_license(trained, folder)
         if (trained.output_dir / IMAGES).is_file():
             shutil.copyfile(trained.output_dir / IMAGES, folder / IMAGES)
         card.save(folder / CARD)

@@ -7,7 +7,8 @@
 --image: once for each image to edit, in their order; without one, text-to-image. --checkpoint: training.output_dir,
 which is also the default, a checkpoint-N in it, a LoRA file, a folder with a LoRA or a transformer, or `base`, the
 model before training. --num_inference_steps (or --steps) and --true_cfg_scale (or --cfg): default, the pipeline's
-own; a scale of 1 is no guidance.
+own; a scale of 1 is no guidance. --output: its ending tells the format; in one without alpha, as .jpg, what is
+transparent stands on white.
 
 The image has the size that the recipe trains on: its area is that of the square of extract.image_sample_size, its
 aspect that of the image to edit, of several the last. From Python:
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     given = parser.parse_intermixed_args(argv)
     recipe = load_recipe(given.recipe, given.overrides)
     _check_output(given.output)
+    from hf_qie.data.images import save_image
     from hf_qie.hub.sampler import Sampler
 
     sampler = Sampler(recipe, checkpoint=given.checkpoint)
@@ -50,14 +52,17 @@ def main(argv: list[str]) -> None:
     images = sampler.read(given.image)
     embeddings = sampler.embed(given.instruction, images)
     del sampler.encoder  # its 16 GB are free before the transformer is loaded
-    sampler.generate(embeddings, images, **options).save(given.output)
+    save_image(sampler.generate(embeddings, images, **options), given.output)
     logging.getLogger("hf_qie.sampling").info("saved: %s", given.output)
 
 
 def _check_output(path: Path) -> None:
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    from hf_qie.data.images import writes
+
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format is None or not writes(format, "RGB"):
         raise InputError(f"--output: {path}: expected the name of an image, as out.png")
     if not path.parent.is_dir():
         raise InputError(f"--output: the folder {path.parent} does not exist; make it, or name another")

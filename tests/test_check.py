@@ -17,6 +17,7 @@ from small_recipes import (
     RED,
     columns_of,
     extract_edits,
+    few_edits,
     picture,
     plans_of,
     weightless,
@@ -233,6 +234,42 @@ def test_what_is_written_already_needs_no_room(extracted, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: DiskUsage(10**9, 0, 0))
     check.main([str(extracted)])
     assert ": about 0 bytes to write (0.00 GB)" in capsys.readouterr().out
+
+
+def with_processor(model: Path, folder: Path, **size: int) -> Path:
+    """A copy of a checkpoint of Qwen-Image-2.1 whose processor keeps images in these areas, in pixels."""
+    shutil.copytree(model, folder)
+    path = folder / "processor" / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["size"] |= size
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_size_of_sources_that_extraction_refuses_is_refused_here(tmp_path, tiny, edits):
+    model = with_processor(tiny("qwen_image_21"), tmp_path / "model", shortest_edge=256**2)
+    sizes = {"source_sample_size": 128}
+    path = write_recipe(tmp_path, model, few_edits(edits, edit=1), extract=sizes)
+    for program, *options in ((check,), (check, "--memory"), (extract,)):
+        with pytest.raises(InputError, match=r"^extract.source_sample_size: 128: the processor of .* once more"):
+            program.main([str(path), *options])
+
+
+def test_a_size_of_sources_that_extraction_takes_is_taken_here(tmp_path, tiny, edits):
+    """Although the processor would not keep the family's own size."""
+    model = with_processor(tiny("qwen_image_21"), tmp_path / "model", longest_edge=512**2)
+    path = write_recipe(tmp_path, model, few_edits(edits, edit=1), extract={"source_sample_size": 128})
+    check.main([str(path)])
+    check.main([str(path), "--memory"])
+    assert extract.main([str(path)]) == 0
+
+
+def test_draws_that_cannot_share_a_row_are_refused_before_anything_takes_time(odd, tmp_path, capsys):
+    several = ["mix.draws_per_row=4", "training.per_device_train_batch_size=8"]
+    for program, *options in ((check,), (check, "--memory"), (extract,)):
+        with pytest.raises(InputError, match=r"^mix.draws_per_row: 4, but what the transformer of .* set it to 1$"):
+            program.main([str(odd), *several, *options])
+    assert capsys.readouterr().out == "" and not (odd.parent / "sets").exists()
 
 
 def test_without_a_finished_set_there_is_nothing_to_verify(odd):

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +15,19 @@ import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from small_recipes import few_edits, write_recipe
 from torch import Tensor
 
-from hf_qie import export, extract
+from hf_qie import export, extract, sampling
 from hf_qie.config.recipe import load_recipe
+from hf_qie.data.images import on_white
+from hf_qie.hub.model_card import model_card
 from hf_qie.hub.sampler import Sampler
-from hf_qie.models.base import NOTICE
+from hf_qie.hub.trained_run import find_trained
+from hf_qie.models.base import FAMILIES, NOTICE, family_of
 from hf_qie.models.qwen_image_21.family import LICENSE_NOTICE
 from hf_qie.train import train
 from hf_qie.training.model import build_model, load_weights
@@ -168,8 +175,12 @@ def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(export
     code = "".join(blocks).replace('"qwen_image_21"', repr(str(tiny("qwen_image_21")))).replace('("cuda"', '("cpu"')
     code = code.replace(f'"{kind}"', repr(str(folder))).replace("width=64,", "width=64, num_inference_steps=2,")
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((80, 64), 64).convert("RGB").save("input.png")
-    exec(code, {})
+    image = Image.effect_noise((80, 64), 64).convert("RGBA")
+    image.putalpha(100)
+    image.save("input.png")
+    names = {}
+    exec(code, names)
+    assert names["source"].tobytes() == image.tobytes()  # alpha is a channel of what the model sees
     assert Image.open("output.png").mode == "RGBA" and Image.open("output.png").size == (64, 64)
 
 
@@ -180,14 +191,69 @@ def test_a_licence_that_a_user_gives_takes_the_familys_place_and_the_notice_stay
     assert (tmp_path / "to" / NOTICE).is_file()
 
 
+def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(run, exported, tmp_path):
+    present = ModelCard((exported / "lora" / "README.md").read_text(encoding="utf-8"))
+    assert (present.data.license, present.data.license_name) == ("other", "qwen-research")
+    how = {"dtype": "float32", "repo": "org/lora", "folder": tmp_path, "present": present}
+    card = ModelCard(str(model_card(find_trained(run), "lora", license="mit", **how)))
+    assert {key: value for key, value in card.data.to_dict().items() if "license" in key} == {"license": "mit"}
+    again = ModelCard(str(model_card(find_trained(run), "lora", license=None, **how)))
+    assert again.data.license_link == present.data.license_link
+
+
+def test_sizes_on_a_card_are_those_that_the_pipeline_takes(run, tmp_path):
+    trained, shown = find_trained(run), {}
+    for side in (80, 96):
+        extract_section = trained.recipe.extract.model_copy(update={"image_sample_size": side})
+        recipe = trained.recipe.model_copy(update={"extract": extract_section})
+        how = {"dtype": "float32", "repo": None, "folder": tmp_path, "license": None, "present": None}
+        text = model_card(replace(trained, recipe=recipe), "lora", **how).text
+        shown[side] = re.findall(r"^    (?:height|width)=(\d+),", text, re.M)
+    assert shown == {80: ["64", "64"], 96: ["96", "96"]}  # by 32
+    assert [family_of(name).call_multiple_px for name in FAMILIES] == [16, 16, 16, 32]
+
+
+def on_base(run: Path, base: Path, folder: Path) -> Path:
+    """A copy of a run as if it had started from `base`."""
+    copy, recipe = shutil.copytree(run, folder), load_recipe(run / "recipe.yaml")
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(recipe.model, str(base)))
+    (copy / "run.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_has_a_copy_of_the_licence_of_its_base(run, tiny, tmp_path, kind, caplog):
+    base = shutil.copytree(tiny("qwen_image_21"), tmp_path / "base")
+    copy = on_base(run, base, tmp_path / "run")
+    export.main([str(copy), "--to", kind, "--output", str(tmp_path / "without")])
+    assert "has no file LICENSE; whoever gets this export has to get a copy" in caplog.text
+    caplog.clear()
+    (base / "LICENSE").write_bytes("§ 1 Qwen RESEARCH LICENSE\r\n".encode())
+    export.main([str(copy), "--to", kind, "--output", str(tmp_path / "with")])
+    assert (tmp_path / "with" / "LICENSE").read_bytes() == (base / "LICENSE").read_bytes()
+    assert not (tmp_path / "without" / "LICENSE").exists() and "LICENSE" not in caplog.text
+
+
+def test_the_licence_of_a_base_on_the_hub_is_fetched_where_there_is_one(tmp_path, loopback_hub):
+    for name in ("org/with", "org/without"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "LICENSE.md" if name == "org/without" else folder / "LICENSE").write_text("words")
+        loopback_hub.upload(name, folder)
+    code = "from hf_qie.models.checkpoint import license_file as f\n"
+    code += "print(f('org/with').read_text(), f('org/without'))"
+    environment = loopback_hub.environment(tmp_path / "home")
+    ask = [sys.executable, "-c", code]
+    assert subprocess.run(ask, env=environment, capture_output=True, text=True).stdout == "words None\n"
+    no_network = environment | {"HF_HUB_OFFLINE": "1"}
+    assert subprocess.run(ask, env=no_network, capture_output=True, text=True).stdout == "words None\n"
+
+
 def test_noise_levels_of_a_checkpoint_are_no_part_of_its_pipeline(run, tiny, tmp_path):
     base = shutil.copytree(tiny("qwen_image_21"), tmp_path / "base")
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"sample_sigmas": [1.0, 0.6]}))
-    copy = shutil.copytree(run, tmp_path / "run")
-    recipe = load_recipe(run / "recipe.yaml")
-    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(recipe.model, str(base)))
-    (copy / "run.json").unlink()
+    copy = on_base(run, base, tmp_path / "run")
     export.main([str(copy), "--to", "pipeline", "--output", str(tmp_path / "to")])
     assert QwenImage21Pipeline.from_pretrained(tmp_path / "to").config.sample_sigmas == [1.0, 0.6]
 
@@ -215,3 +281,13 @@ def test_a_sampler_makes_the_pipelines_image_from_what_was_trained(run, exported
     ).images[0]
     assert mine.mode == theirs.mode == "RGBA" and mine.size == theirs.size == (width, height)
     assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_the_script_puts_an_image_on_white_in_a_format_without_alpha(run, tmp_path):
+    for name in ("out.jpg", "out.png"):
+        more = ["--instruction", "Make it red.", "--output", str(tmp_path / name), "--num_inference_steps", "2"]
+        sampling.main([str(run / "recipe.yaml"), *more])
+    with Image.open(tmp_path / "out.jpg") as jpeg, Image.open(tmp_path / "out.png") as png:
+        assert (jpeg.format, jpeg.mode, png.mode) == ("JPEG", "RGB", "RGBA")
+        apart = np.abs(np.asarray(jpeg).astype(int) - np.asarray(on_white(png)).astype(int))
+    assert apart.mean() < 12  # JPEG's loss on noise

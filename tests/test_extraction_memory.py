@@ -17,6 +17,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.extraction import run, verify
 from hf_qie.extraction.batching import like_length, shared_passes
+from hf_qie.extraction.estimate import sample
 from hf_qie.extraction.memory import Forecast, forecast, forecast_gpu
 from hf_qie.extraction.preprocess import ImageCache, prepare
 from hf_qie.models.base import read_family
@@ -193,6 +194,29 @@ def test_no_batch_of_the_data_passes_the_forecast(undivided, found, tmp_path):
             peaks.append(measured(lambda encoder=encoder, batch=batch: encoder([one.prompt for one in batch])))
     # rows of a batch are not all as large as the largest
     assert 0.7 * found.encoder_activations < max(peaks) < 1.01 * found.encoder_activations
+
+
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_more_rows_never_lower_the_forecast(tiny, edits, tmp_path, kind):
+    (two, *_), (text, *_) = few_edits(edits, combine=1, text_to_image=1).values()
+    two |= {"source_image": two["source_image"][:2]}
+    one = two | {"source_image": two["source_image"][:1], "instruction": "a sentence of some words " * 20}
+    added = [[two], [text | {"instruction": "word " * 80}], [one], [text | {"instruction": "word " * 200}]]
+    found, counts = [], []
+    for number in range(len(added)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows = [row | {"instruction_cn": None} for rows in added[: number + 1] for row in rows]
+        path = write_recipe(folder, tiny(kind), {"task": rows}, extract={"source_sample_size": 384})
+        plans, processor = plans_of(path, folder / "plans")
+        found.append(forecast(plans, processor, dtype=torch.float32).encoder_activations)
+        (plan,) = plans.values()
+        cache = ImageCache(list(plan.rows.table), plan)
+        look, row = sample(plan, processor)[-1][1], list(plan.rows.table)[-1]
+        prompts = [one.prompt for one in prepare(row, cache, plan=plan, processor=processor).directions]
+        counts.append((look.num_encoded, max(one.num_tokens for one in prompts)))
+    assert found == sorted(found) and found[-1] > found[0]
+    assert all(encoded == tokens for encoded, tokens in counts)
 
 
 def test_a_gpu_computes_in_bfloat16_unless_the_recipe_says_otherwise(undivided, found):

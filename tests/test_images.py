@@ -2,6 +2,7 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from metadata import BYTE, FLOAT, ORIENTATION, RATIONAL, RESOLUTION, SHORT, SOFTWARE, TEXT, UNDEFINED, UNIT, with_exif
 from PIL import Image
 
-from hf_qie.data.images import BadImage, header_size, read_image, to_pixels
+from hf_qie.data.images import BadImage, header_size, read_image, save_image, to_pixels, writes
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.plots import fit
 
@@ -352,3 +353,28 @@ def test_on_a_sheet_what_is_transparent_is_white():
     image.putpixel((0, 0), (200, 0, 0, 255))
     seen = fit(image, 8)
     assert (seen.mode, seen.getpixel((0, 0)), seen.getpixel((7, 7))) == ("RGB", (200, 0, 0), (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    ("name", "keeps_alpha"),
+    [("a.png", True), ("a.webp", True), ("a.TIFF", True), ("a.jpg", False), ("a.bmp", False), ("a.ppm", False)],
+)
+def test_what_is_transparent_stands_on_white_where_a_format_has_no_alpha(tmp_path, name, keeps_alpha):
+    image = Image.new("RGBA", (16, 8), (200, 0, 0, 0))
+    image.paste((0, 0, 200, 255), (0, 0, 8, 8))
+    save_image(image, tmp_path / name)
+    assert writes(Image.registered_extensions()[Path(name).suffix.lower()], "RGBA") == keeps_alpha
+    with Image.open(tmp_path / name) as back:
+        assert back.has_transparency_data == keeps_alpha
+        pixels = np.asarray(back.convert("RGBA")).astype(int)
+    wanted = [(0, 0, 200, 255), (200, 0, 0, 0) if keeps_alpha else (255, 255, 255, 255)]
+    for column, colour in zip((2, 13), wanted, strict=True):
+        seen = pixels[4, column] if colour[3] else pixels[4, column, 3:]
+        assert np.abs(seen - (colour if colour[3] else colour[3:])).max() < 12  # JPEG's loss
+
+
+def test_an_image_without_alpha_is_saved_as_it_is(tmp_path):
+    image = Image.effect_noise((16, 8), 64).convert("RGB")
+    save_image(image, tmp_path / "a.bmp")
+    assert Image.open(tmp_path / "a.bmp").tobytes() == image.tobytes()
+    assert not writes("XBM", "RGB") and not writes("PSD", "RGB")

@@ -244,6 +244,15 @@ def test_draws_of_a_row_follow_each_other_and_have_its_caption(sets, count):
         assert summary(row) == summary(alone[number // count])
 
 
+@pytest.mark.parametrize("wrong", [[0, 2, 1, 3], [0, 1, 2, 7], [1, 2, 3, 4], [0, 1], [0, 1, 2, 3, 8, 9, 9, 11]])
+def test_draws_that_are_not_all_of_their_rows_are_never_read(sets, wrong):
+    draws = draws_of(sets, Mix(draws_per_row=4), num_steps=4)
+    rows = draws.__getitems__([0, 1, 2, 3, 8, 9, 10, 11])
+    assert [row["draws"] for row in rows] == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    with pytest.raises(AssertionError, match="a batch has all draws of a row, in their order"):
+        draws.__getitems__(wrong)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 8), (1, 4), (2, 4)])
 def test_a_batch_has_each_row_once_and_all_its_draws(sets, monkeypatch, num_workers, world_size, micro_batch):

@@ -212,6 +212,7 @@ def test_lengths_are_known_without_an_image(processor, images, num_sources):
     assert isinstance(lengths, PromptLengths)
     assert [lengths.shared + one + lengths.suffix for one in lengths.captions] == prompt.num_embeddings
     assert lengths.shared == (prompt.split - prompt.drop - prompt.shared.count(prompt.image_token) if sources else 0)
+    assert (lengths.encoded, lengths.seen) == (prompt.num_tokens, prompt.shared.count(prompt.image_token))
 
 
 def test_an_image_token_in_a_caption_is_refused(processor, images):

@@ -152,6 +152,20 @@ def test_every_message_that_is_explained_is_one_of_ours():
         assert cause and remedy
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "was made for …, … is …; give another extract.output_dir",
+        "the processor of … resizes a source of … x … pixels once more",
+        "its embedding set was made for …, … is of …",
+        "makes of prompt and sources depends on the noise",
+    ],
+)
+def test_what_another_family_of_models_refuses_is_explained_in_both_languages(message):
+    chinese = (ROOT / "docs" / "troubleshooting_zh.md").read_text(encoding="utf-8")
+    assert message in TROUBLESHOOTING and message in chinese
+
+
 KEYS = {
     "extract": Extract,
     "mix": Mix,

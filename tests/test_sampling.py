@@ -353,7 +353,7 @@ def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(
         sampler.generate(None, [], **options)
 
 
-@pytest.mark.parametrize("output", ["out", "out.txt", "missing/out.png"])
+@pytest.mark.parametrize("output", ["out", "out.txt", "out.psd", "out.xbm", "missing/out.png"])
 def test_an_output_that_could_not_be_saved_is_told_first(tiny, recipe_of, tmp_path, output):
     recipe = recipe_of(weightless(tiny(), tmp_path / "weightless"))
     with pytest.raises(InputError, match="--output: "):

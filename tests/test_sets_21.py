@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset, load_from_disk
 from hub import Hub
+from huggingface_hub import DatasetCard
 from PIL import Image
 from real_vocabulary import save_tokenizer
 from small_recipes import few_edits, plans_of, write_recipe
@@ -27,8 +28,8 @@ from hf_qie.data.images import read_image, to_pixels
 from hf_qie.data.provenance import PROVENANCE, read_provenance
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import estimate_bytes, outlooks
-from hf_qie.hub.dataset_card import END
-from hf_qie.models.base import NOTICE, read_family
+from hf_qie.hub.dataset_card import END, dataset_card, makers_of
+from hf_qie.models.base import NOTICE, families, read_family
 from hf_qie.models.qwen_image_21.family import LICENSE_NOTICE
 from hf_qie.runtime.files import written
 from hf_qie.training.sets import open_sets
@@ -295,3 +296,45 @@ def test_the_licence_is_in_the_log_on_the_card_and_beside_a_pushed_set(made, tmp
     shapes = ast.literal_eval(python(loopback_hub, tmp_path / "home", "-c", lines + show))
     first = rows_of(made, "edit")[0]
     assert shapes == {name: list(np.shape(first[name])) for name in ("prefix_embeds", "image_slots", *TEXT)}
+
+
+def card_of(made: Path, *, compat: dict | None = None, present: DatasetCard | None = None, **options) -> DatasetCard:
+    """The card of one set, with fields of its `compat` changed."""
+    folder = made.parent / "sets" / "edit"
+    provenance, info = read_provenance(folder), load_from_disk(folder).info
+    provenance["compat"] |= compat or {}
+    provenance["record"] |= {"skipped": {}}
+    info.dataset_size = 0
+    sets = {"infos": {"edit": info}, "data_files": {"edit": "*.parquet"}, "provenances": {"edit": provenance}}
+    return dataset_card(present, repo="org/sets", **sets, **{"license": None} | options)
+
+
+@pytest.mark.parametrize("field", ["templates", "resampling", "alpha", "positions", "embeddings"])
+def test_a_set_that_another_release_made_keeps_licence_and_tag(made, field):
+    changed = {field: "as it will be some day"}
+    card = card_of(made, compat=changed)
+    assert card.data.license_name == "qwen-research"
+    assert card.data.tags == ["hf_qie", "qwen-image-2.1", "image-to-image"]
+    assert LICENSE_NOTICE in card.text and "What Qwen-Image-2.1 sees of" in card.text
+
+
+@pytest.mark.parametrize(
+    ("license", "found"), [("mit", {"license": "mit"}), (None, None), ("other", None)], ids=["another", "none", "same"]
+)
+def test_a_licence_that_is_given_later_leaves_nothing_of_the_familys(made, license, found):
+    present = card_of(made)
+    card = DatasetCard(str(card_of(made, present=DatasetCard(str(present)), license=license)))
+    before, after = (
+        {key: value for key, value in one.data.to_dict().items() if "license" in key} for one in (present, card)
+    )
+    assert before.keys() == {"license", "license_name", "license_link"} and after == (found or before)
+
+
+def test_the_makers_of_sets_are_the_families_of_today_or_all_of_that_name():
+    old, new = [[one for one in families() if one.license_name == name] for name in ("", "qwen-research")]
+    for family in (*old, *new):
+        assert makers_of({"set": {"compat": family.compat}}) == [family]
+    assert makers_of({"set": {"compat": old[0].compat | {"positions": "others"}}}) == old
+    assert makers_of({"a": {"compat": new[0].compat | {"alpha": "none"}}, "b": {"compat": old[1].compat}}) == [
+        *(old[1], new[0])
+    ]

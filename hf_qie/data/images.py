@@ -136,6 +136,22 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def writes(format: str, mode: str) -> bool:
+    """Whether Pillow writes images of `mode`, RGB or RGBA, in a format, alpha included: some drop it in silence."""
+    file = BytesIO()
+    try:
+        Image.new(mode, (16, 16)).save(file, format)
+        return mode == "RGB" or Image.open(file).has_transparency_data
+    except (OSError, ValueError, KeyError):  # what Pillow's writers raise for a mode that they lack, or without one
+        return False
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Save an image in the format of the name; what is transparent stands on white where that has no alpha."""
+    format = Image.registered_extensions()[path.suffix.lower()]
+    (image if image.mode != "RGBA" or writes(format, "RGBA") else on_white(image)).save(path, format)
+
+
 def to_pixels(image: Image.Image | torch.Tensor) -> torch.Tensor:
     """`[..., channels, H, W]` float32 in [-1, 1] of an image, or of `[..., H, W, channels]` uint8.
 

@@ -163,10 +163,13 @@ class Draws(Dataset):
         return self.tasks[task].read(index, inverse=inverse, caption=caption) | {"draws": [draw]}
 
     def __getitems__(self, draws: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of consecutive draws, each row once, with all its draws."""
+        """The rows of `draws`, each row once, with all its draws, which follow each other."""
         count = self.draws_per_row
-        assert draws[0] % count == len(draws) % count == 0, "a batch has all draws of a row"
-        return [self[first] | {"draws": list(range(first, first + count))} for first in draws[::count]]
+        of_rows = [list(draws[start : start + count]) for start in range(0, len(draws), count)]
+        for of_row in of_rows:
+            first = of_row[0] - of_row[0] % count
+            assert of_row == list(range(first, first + count)), "a batch has all draws of a row, in their order"
+        return [self[of_row[0]] | {"draws": of_row} for of_row in of_rows]
 
 
 def check_caption_weights(recipe: Recipe, sets: Mapping[str, datasets.Dataset]) -> None:

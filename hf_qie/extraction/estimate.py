@@ -47,6 +47,8 @@ class Outlook:
     num_embeds: dict[str, int]  # by column of the set
     grids: dict[str, Any]  # the same
     num_bytes: int  # in the set
+    num_encoded: int  # tokens that the prompt encoder runs, in the direction with more
+    num_seen: int  # of them those of images, in the direction with more
 
 
 def outlooks(rows: Sequence[Row], plan: Plan, processor: Any, *, fetch: bool = True) -> list[Outlook | BadRow]:
@@ -95,10 +97,11 @@ def _outlook(
     row: Row, headers: Mapping[File, Header], plan: Plan, lengths: Iterator[PromptLengths | BadPrompt]
 ) -> Outlook | BadRow:
     """What a row becomes, in the steps of `prepare`; takes the lengths of its prompts from `lengths`."""
-    num_tokens, num_embeds, grid_columns, num_latents = {}, {}, {}, 0
+    num_tokens, num_embeds, grid_columns, num_latents, ways = {}, {}, {}, 0, []
     for (prefix, images, captions), length in [(way, next(lengths)) for way in plan.ways(row)]:
         if isinstance(length, BadPrompt):
             return BadRow(str(length), column=list(captions)[length.place])
+        ways.append(length)
         num_tokens |= dict(zip(captions, length.captions, strict=True))
         grids = plan.grids(plan.sizes(images, headers))
         try:
@@ -121,6 +124,8 @@ def _outlook(
         num_tokens=num_tokens,
         num_embeds=num_embeds,
         grids=grid_columns,
+        num_encoded=max(length.encoded for length in ways),
+        num_seen=max(length.seen for length in ways),
         num_bytes=ROW_BYTES + len("".join(texts).encode()) + 2 * (plan.width * sum(num_embeds.values()) + num_latents),
     )
 

@@ -4,8 +4,8 @@ Encoder and VAE share the device and run in turn. What no count of tensors sees,
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from hf_qie.config.recipe import Recipe
-from hf_qie.data.schema import INVERSE, SOURCES, TARGET
+from hf_qie.data.schema import SOURCES, TARGET
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Outlook, Row, sample
-from hf_qie.extraction.plan import Plan, make_plan, own_tasks
-from hf_qie.models.base import Size, read_family
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, own_tasks
+from hf_qie.models.base import Size
 from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
@@ -79,7 +79,7 @@ class Forecast:
 
 def forecast_gpu(recipe: Recipe) -> Forecast:
     """For all tasks of a recipe that have data, on a GPU; its `auto` dtype is bfloat16. Raises InputError."""
-    family, tasks = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe)
+    family, tasks = family_of_recipe(recipe), own_tasks(recipe)
     processor = family.load_processor(recipe.model, revision=recipe.revision)
     dtype = torch.bfloat16 if recipe.extract.dtype == AUTO else getattr(torch, recipe.extract.dtype)
     with TemporaryDirectory(prefix="hf_qie-rows-") as folder:
@@ -95,9 +95,9 @@ def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -
     family, extract = plan.family, plan.extract
     where = {"revision": plan.recipe.revision, "dtype": dtype}
     prompts = [family.make_prompt(processor, [], [extract.drop_caption])]
-    prompts += largest_prompts(*max(good, key=lambda one: num_embeds(one[2])), processor) if good else []
-    prompt = max(prompts, key=lambda one: one.num_tokens)
-    encoder = family.encoder_memory(plan.recipe.model, prompts=[prompt], **where)
+    for number in ("num_encoded", "num_seen") if good else ():
+        prompts += prompts_of(*max(good, key=lambda one, number=number: getattr(one[2], number)), processor)
+    encoder = family.encoder_memory(plan.recipe.model, prompts=[largest(prompts)], **where)
     found = {"encoder_weights": encoder.weights, "encoder_least": encoder.least_weights}
     found |= {"encoder_activations": extract.batch_size * encoder.activations}  # all tensors grow with the batch
     if extract.latents:
@@ -107,13 +107,17 @@ def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -
     return Forecast(**found)
 
 
-def num_embeds(look: Outlook) -> int:
-    """Embeddings of the longer direction of a row."""
-    inverse = sum(number for name, number in look.num_embeds.items() if name.startswith(INVERSE))
-    return max(inverse, sum(look.num_embeds.values()) - inverse)
+def largest(prompts: Sequence[Prompt]) -> Prompt:
+    """The most images that one prompt has, with as many tokens as the longest has: none of `prompts` takes more.
+
+    Images take memory in the vision part and text in the language model, so that neither alone says which takes most.
+    """
+    seen = max(prompts, key=lambda one: sum(map(len, one.vision.values())))
+    more = max(one.num_tokens for one in prompts) - seen.num_tokens
+    return replace(seen, branches=[*seen.branches[:-1], seen.branches[-1] + seen.branches[-1][-1:] * more])
 
 
-def largest_prompts(plan: Plan, row: Row, look: Outlook, processor: Any) -> list[Prompt]:
+def prompts_of(plan: Plan, row: Row, look: Outlook, processor: Any) -> list[Prompt]:
     """The prompts of a row, over blank images of the sizes that the encoder sees."""
     sizes = {
         name: [plan.family.fit(one.size, plan.family.vlm_area_px) for one in of] for name, of in look.headers.items()

@@ -16,7 +16,7 @@ from hf_qie.data.images import read_image
 from hf_qie.data.samples import BadRow, Rows, has_inverse, read_rows
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, set_features
 from hf_qie.errors import InputError
-from hf_qie.models.base import Family, Grid, Size
+from hf_qie.models.base import Family, Grid, Size, read_family
 
 File = tuple[str, str]  # folder that relative paths start from, and path, URL or name of an image as given
 SizedFile = tuple[File, Size]  # and the size that the VAE sees
@@ -156,6 +156,11 @@ def own_tasks(recipe: Recipe) -> dict[str, Task]:
     if not tasks:
         raise InputError(f"{recipe.path}: every task has embeddings already; there is nothing to extract")
     return tasks
+
+
+def family_of_recipe(recipe: Recipe) -> Family:
+    """The family of a recipe's model, with sources of the recipe's size; raises InputError."""
+    return read_family(recipe.model, revision=recipe.revision).with_source_size(recipe.extract.source_sample_size)
 
 
 def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refuse: bool = False) -> Plan:

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from hf_qie.config.recipe import Recipe, Task, as_dict
+from hf_qie.data.mixture import check_draws_per_row
 from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenance
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import most_bad, open_rows
@@ -31,7 +32,7 @@ from hf_qie.extraction.chunk_writer import ChunkWriter, Models
 from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
 from hf_qie.extraction.memory import Forecast, forecast
-from hf_qie.extraction.plan import Plan, make_plan, own_tasks, plan_of
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, own_tasks, plan_of
 from hf_qie.extraction.reuse import find_reuse
 from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
@@ -56,7 +57,8 @@ def extract(recipe: Recipe) -> tuple[int, bool]:
     """
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
-    family, tasks, device = read_family(recipe.model, revision=recipe.revision), own_tasks(recipe), own_device()
+    check_draws_per_row(recipe)  # of training, which would find it out after all of this
+    family, tasks, device = family_of_recipe(recipe), own_tasks(recipe), own_device()
     opened = from_rank_0(lambda: open_sets(recipe, tasks, family, device))
     memory = next((Forecast(**known["memory"]) for known in opened.values() if "memory" in known), None)
     load = cache(lambda dtype: load_models(recipe, family, dtype=getattr(torch, dtype), device=device, memory=memory))
@@ -74,15 +76,15 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
         folder, opened = Path(name), {}
         plans = {name: make_plan(recipe, task, family, folder, refuse=True) for name, task in tasks.items()}
         check_disk(plans)
-        if (side := recipe.extract.source_sample_size) and side**2 != family.vae_area_px:
+        own_area_px = read_family(recipe.model, revision=recipe.revision).vae_area_px
+        if (side := recipe.extract.source_sample_size) and side**2 != own_area_px:
             logger.warning(
                 "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the VAE %s pixels; "
                 "edits have to be sampled at the size they were trained at",
-                *(side, side, f"{family.vae_area_px:,}"),
+                *(side, side, f"{own_area_px:,}"),
             )
         if family.license_notice:
             logger.warning("%s: %s", recipe.model, family.license_notice)
-        family = family.with_source_size(recipe.extract.source_sample_size)
         compat = checkpoint_compat(recipe.model, revision=recipe.revision, family=family)
         dtype = compute_dtype(recipe.extract.dtype, device)
         for name, plan in plans.items():

@@ -24,8 +24,7 @@ from hf_qie.data.samples import BadRow, most_bad, text_columns
 from hf_qie.data.schema import HAS_INVERSE, INVERSE, SOURCES, TARGET, TEXT_EMBEDS, columns_of, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
-from hf_qie.extraction.plan import Plan, make_plan
-from hf_qie.models.base import read_family
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind in the report; all are in the file
@@ -164,7 +163,7 @@ def largest_shape(recipe: Recipe) -> Shape:
     Raises InputError where there is no row.
     """
     sets, shapes, processor = ready_sets(recipe), [], None
-    family = read_family(recipe.model, revision=recipe.revision)
+    family = family_of_recipe(recipe)
     if sets:
         shapes.append(largest_in(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix))
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:

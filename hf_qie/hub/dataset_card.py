@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_qie.data.provenance import UNKNOWN
 from hf_qie.data.schema import TEXT_EMBEDS, column_of, prompt_columns_in
-from hf_qie.models.base import Family, families
+from hf_qie.models.base import Family, families, family_name
 from hf_qie.runtime.yaml_io import write_yaml
 
 BEGIN = "<!-- hf_qie: what stands from here to the end mark is written anew at each push, all else is kept -->\n"
@@ -35,10 +35,8 @@ def dataset_card(
     embedding set in the repository, as published.
     """
     data, makers = card.data if card else DatasetCardData(), makers_of(provenances)
-    data.license = license or data.license
-    for family in () if data.license else makers:
-        for name, value in license_of(family).items():
-            data[name] = value
+    for name, value in license_of(data, makers, license).items():
+        data[name] = value
     tags = ["hf_qie", *(tag for family in makers for tag in family.card_tags), "image-to-image"]
     data["tags"] = list(dict.fromkeys((*(data.get("tags") or ()), *tags)))
     configs = MetadataConfigs.from_dataset_card_data(data)
@@ -54,19 +52,28 @@ def dataset_card(
 
 
 def makers_of(provenances: Mapping[str, Mapping[str, Any]]) -> list[Family]:
-    """The families of sets, by what is known of them."""
-    compats = [provenance["compat"] for provenance in provenances.values()]
-    return [
-        family
-        for family in families()
-        if any(all(one.get(key) in (value, UNKNOWN) for key, value in family.compat.items()) for one in compats)
-    ]
+    """The families of sets, by what is known of them; of a set that none makes today, all of the name that it has."""
+    makers: list[Family] = []
+    for compat in (provenance["compat"] for provenance in provenances.values()):
+        named = [family for family in families() if family.card_name == family_name(compat)]
+        same = [
+            family
+            for family in named
+            if all(compat.get(key) in (value, UNKNOWN) for key, value in family.compat.items())
+        ]
+        makers += same or named
+    return [family for family in families() if family in makers]
 
 
-def license_of(family: Family) -> dict[str, str]:
-    """The metadata of a card by which a licence of the family's own goes on; {} where any may be given."""
-    own = {"license": "other", "license_name": family.license_name, "license_link": family.license_link}
-    return own if family.license_name else {}
+def license_of(present: Any, makers: Iterable[Family], license: str | None) -> dict[str, str | None]:
+    """The licence among a card's metadata: `license`, else that of the `present` ones, else one of a family's own."""
+    kept = {name: present.get(name) for name in ("license", "license_name", "license_link")}
+    if license and license != kept["license"]:  # what is kept names another licence
+        return dict.fromkeys(kept) | {"license": license}
+    own = [family for family in makers if family.license_name]
+    if kept["license"] or not own:
+        return kept
+    return {"license": "other", "license_name": own[0].license_name, "license_link": own[0].license_link}
 
 
 def notice_of(makers: Iterable[Family]) -> str:

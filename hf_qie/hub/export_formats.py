@@ -14,7 +14,16 @@ from torch import Tensor
 
 from hf_qie.errors import InputError
 from hf_qie.hub.trained_run import Trained, read_adapters
-from hf_qie.models.checkpoint import PLAIN, WEIGHTS_FILE, checkpoint_folder, read_config, saved_tensors
+from hf_qie.models.base import NOTICE
+from hf_qie.models.checkpoint import (
+    LICENSE_FILE,
+    PLAIN,
+    WEIGHTS_FILE,
+    checkpoint_folder,
+    license_file,
+    read_config,
+    saved_tensors,
+)
 from hf_qie.models.lora_files import LORA_FILE, PREFIX, write_lora
 from hf_qie.training.model import TRANSFORMER_FOLDER
 
@@ -114,6 +123,21 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
         shutil.copytree(base / part, folder / part, ignore=_code)
     _write_json(folder / "model_index.json", index)
     return f"{checked}; {', '.join(others)} are the base's"
+
+
+def write_license(trained: Trained, folder: Path) -> None:
+    """Where the base has a restricted licence, its notice and a copy of it, as the licence asks for."""
+    family, recipe = trained.family, trained.recipe
+    if not family.license_notice:
+        return
+    (folder / NOTICE).write_text(f"{family.license_notice}\n", encoding="utf-8")
+    if text := license_file(recipe.model, revision=recipe.revision):
+        shutil.copyfile(text, folder / LICENSE_FILE)
+    else:
+        logger.warning(
+            "%s has no file %s; whoever gets this export has to get a copy of the licence, %s",
+            *(recipe.model, LICENSE_FILE, family.license_link),
+        )
 
 
 def _is_part(value: Any) -> bool:

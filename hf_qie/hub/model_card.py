@@ -1,7 +1,6 @@
 """The model card of an exported folder, rendered from what the run recorded."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -9,7 +8,6 @@ from hf_qie.config.recipe import as_dict
 from hf_qie.hub.dataset_card import license_of, rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
-from hf_qie.models.base import Family
 from hf_qie.runtime.yaml_io import write_yaml
 
 IMAGES = "pictures.png"  # edits of held-out rows, if the run has made any
@@ -40,10 +38,10 @@ def model_card(
     recipe, base, on_hub = trained.recipe, public(trained.recipe.model), not Path(trained.recipe.model).is_dir()
     family, side = trained.family, recipe.extract.source_sample_size
     relation, what = RELATIONS[kind]
-    kept = _kept(present, family, license)
-    license = license or kept.get("license")
+    kept = present.data.to_dict() if present else {}
+    licence = license_of(kept, [family], license)
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
-    ours = {"license": license, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
+    ours = {**licence, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
     ours["pipeline_tag"] = "text-to-image" if family.max_sources == 0 else "image-to-image"
     if on_hub:
         ours |= {"base_model": recipe.model, "base_model_relation": relation}
@@ -65,15 +63,9 @@ def model_card(
         losses=_losses(trained),
         images=IMAGES if (trained.output_dir / IMAGES).is_file() else None,
         recipe_yaml=write_yaml(public(as_dict(recipe))),
-        license=license,
+        license=licence["license"],
     )
     return ModelCard(renewed(present.text if present else "", ModelCardData(**(kept | ours)), body))
-
-
-def _kept(present: ModelCard | None, family: Family, license: str | None) -> dict[str, Any]:
-    """The metadata of the present card; without a licence there and without a `license` that of the family."""
-    kept = present.data.to_dict() if present else {}
-    return kept if license or kept.get("license") else kept | license_of(family)
 
 
 def _losses(trained: Trained) -> dict[str, list[tuple[int, float]]]:

@@ -65,6 +65,7 @@ class Family(ABC):
     license_name: str = ""  # of that licence, as the Hub's cards have it beside `license: other`
     license_link: str = ""  # the same
     comfyui_prefix: str = "diffusion_model."  # of the names of layers in ComfyUI's LoRA files
+    call_multiple_px: int = 16  # to which the pipeline's call cuts height and width
     source_size_argument: str = ""  # of the pipeline's call, by the side of sources; "": it has none
     image_mode: str = "RGB"  # of images as the VAE sees them, in Pillow's words
     prompt_columns: tuple[str, ...] = ("image_embeds",)  # of a set, beside those that all families have

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hf_qie.errors import InputError
 from hf_qie.runtime.hub_errors import hub_errors
 
+LICENSE_FILE = "LICENSE"  # at the root of a checkpoint
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"  # diffusers' name for it
 PLAIN = (".json", ".txt", ".jinja", ".model", ".safetensors")  # files of a checkpoint that are fetched: no code
 Tensors = Mapping[str, Callable[[], Tensor]]  # by name, each read when called: a model is never in memory as a whole
@@ -29,6 +31,18 @@ def checkpoint_file(model: str, name: str, *, revision: str | None = None) -> Pa
     if not path.is_file():
         raise InputError(f"model: {path} does not exist; {model} has to be a folder in diffusers layout")
     return path
+
+
+def license_file(model: str, *, revision: str | None = None) -> Path | None:
+    """The licence at the root of the checkpoint `model`, a folder or a Hub id (cached); None where none is found."""
+    if Path(model).is_dir():
+        path = Path(model, LICENSE_FILE)
+        return path if path.is_file() else None
+    with hub_errors(f"model: {model!r} is not a folder here"):
+        try:
+            return Path(hf_hub_download(model, LICENSE_FILE, revision=revision))
+        except EntryNotFoundError:  # the repository has none, or it is not cached and there is no network
+            return None
 
 
 def read_config(model: str, name: str, *, revision: str | None = None) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class PromptLengths:
     shared: int  # embeddings that all captions share
     captions: list[int]  # tokens of each caption
     suffix: int  # tokens of the template that count as a caption's embeddings: those behind it, mostly
+    encoded: int  # tokens that the encoder runs, of text and images
+    seen: int  # of them, those of images
 
 
 @dataclass(frozen=True, kw_only=True)

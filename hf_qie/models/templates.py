@@ -98,13 +98,16 @@ def prompt_lengths(
     count = dict(zip(texts, map(len, tokenizer_of(processor)(list(texts))["input_ids"]), strict=True))
     found = []
     for (sizes, captions), (template, shared, lead) in zip(prompts, parts, strict=True):
-        before = count[shared] - template.drop  # with one token an image
-        for size in sizes:
-            before += num_patches(processor, size) - 1 if template.keeps_images else -1
+        text = count[shared] - template.drop - len(sizes)  # which has one token an image
+        seen = sum(num_patches(processor, size) for size in sizes)
+        of_captions = [count[lead + caption] - count[lead] for caption in captions]
+        before, suffix = (text, count[template.after]) if sizes else (0, text + count[template.after])
         lengths = PromptLengths(
-            shared=before if sizes else 0,
-            captions=[count[lead + caption] - count[lead] for caption in captions],
-            suffix=count[template.after] + (0 if sizes else before),
+            shared=before + (seen if template.keeps_images else 0),
+            captions=of_captions,
+            suffix=suffix,
+            encoded=template.drop + before + seen + sum(of_captions) + len(captions) * suffix,
+            seen=seen,
         )
         found.append(_bad_caption(captions) or lengths)
     return found

@@ -67,6 +67,7 @@ class QwenImage21(Family):
     # ComfyUI's model joins two layers of each block; its loader knows the halves by the names of diffusers, and not
     # with "diffusion_model." before them (comfy/lora.py, model_lora_keys_unet)
     comfyui_prefix: str = ""
+    call_multiple_px: int = 32
     source_size_argument: str = "output_resolution"
     image_mode: str = "RGBA"
     prompt_columns: tuple[str, ...] = ("prefix_embeds", "image_slots")
@@ -127,7 +128,10 @@ class QwenImage21(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        read = [(sizes, list(map(as_read, captions))) for sizes, captions in prompts]
+        read = [
+            ([self.fit(size, self.vlm_area_px) for size in sizes], list(map(as_read, captions)))
+            for sizes, captions in prompts
+        ]
         return prompt_lengths(processor, template_of(processor), read)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:

@@ -202,7 +202,7 @@ def step(case: Mapping[str, Any], device: str) -> Counter:
                     torch.set_autocast_dtype("cuda", torch.bfloat16)
                 loss = objective.losses(model, on_device).mean()
                 if case.get("mistakes"):
-                    bool(loss > 0), loss.item(), loss.cpu(), torch.ones(2).to(device), loss[None].nonzero()
+                    bool(loss > 0), loss.item(), loss.cpu(), torch.ones(2).to(device)
                 if backward:
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -141,7 +141,7 @@ class Objective:
         return math.prod(batch["grids"][0]), self.family.latent_width
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses `[B x K]`, those of a row one after the other; `batch` has its noise and lies on the model's device."""
+        """Losses `[B x K]`, those of a row one after the other; `batch` has noise and lies on the model's device."""
         latents, sigma = batch["target_latents"].float(), batch["sigma"]
         latents = latents.repeat_interleave(len(sigma) // len(latents), dim=0)
         prediction = self.family.predict(model, batch, add_noise(latents, batch["noise"], sigma), sigma)

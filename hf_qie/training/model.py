@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 TRANSFORMER_FOLDER = "transformer"
 CPU = torch.device("cpu")
-MOST_GRAPHS = 64  # of compiled blocks: four times what a run with all kinds of passes has
+MOST_GRAPHS = 64  # of compiled blocks: more than twice what a run with all kinds of passes has
 
 
 def build_model(

@@ -72,13 +72,13 @@ def in_float64(model: torch.nn.Module, monkeypatch) -> None:
 
 def one_draw(batch: dict, place: int) -> dict:
     """The batch of one draw of one of its rows."""
-    row = place // MIX["draws_per_row"]
-    alone = {key: value[row : row + 1] for key, value in batch.items() if key not in ("grids", "draw")}
-    return alone | {"grids": batch["grids"], "draw": batch["draw"][place : place + 1]}
+    row, of_draw = place // MIX["draws_per_row"], ("draw", "noise", "sigma")
+    places = {key: place if key in of_draw else row for key in batch if key != "grids"}
+    return {key: batch[key][at : at + 1] for key, at in places.items()} | {"grids": batch["grids"]}
 
 
 def losses_and_gradients(trainer: EditTrainer, batches: list[dict]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    losses = torch.cat([trainer.objective.of_draws(trainer.model, batch) for batch in batches])
+    losses = torch.cat([trainer.objective.losses(trainer.model, batch) for batch in batches])
     trainer.model.zero_grad()
     losses.mean().backward()
     return losses.detach(), {n: p.grad for n, p in parameters(trainer.model).items() if p.requires_grad}
@@ -141,7 +141,7 @@ def test_noise_and_level_of_a_draw_are_those_of_its_number(tiny, tmp_path):
         hook = trainer.model.register_forward_pre_hook(
             lambda _, args, kwargs, g=given: g.update(kwargs), with_kwargs=True
         )
-        trainer.objective.of_draws(trainer.model, zero)
+        trainer.objective.losses(trainer.model, zero)
         hook.remove()
         sigma = given["timestep"]
         seen[count] = sigma, given["hidden_states"] / sigma[:, None, None]

@@ -82,10 +82,10 @@ def test_it_is_the_mean_over_held_out_rows_each_once_by_task_and_by_noise(recipe
     trainer = trainer_of(recipe)
     held_out, rows = trainer.eval_dataset, []
     for number in range(8):
-        batch = collate([held_out[number]])
+        batch = trainer.objective.collate_held_out([held_out[number]], fractions=held_out.fractions)
         with torch.no_grad():
-            loss, sigma = trainer.objective.of_held_out(trainer.model.eval(), batch, held_out.fractions[[number]])
-        rows.append((batch["task"][0], int(sigma * 4), float(loss)))
+            loss = trainer.objective.losses(trainer.model.eval(), batch)
+        rows.append((batch["task"][0], int(batch["sigma"] * 4), float(loss)))
     assert [task for task, _, _ in rows] == ["edit"] * 3 + ["text_to_image"] * 5
     metrics = losses(trainer.evaluate())
     expected = {"eval_loss": [loss for _, _, loss in rows]}

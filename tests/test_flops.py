@@ -56,7 +56,7 @@ def test_operations_on_paper_are_those_of_a_step(tiny, tmp_path, kind, draws_per
     for batch in trainer.get_train_dataloader():
         # the counter does not know the fused attention of CPUs
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            trainer.objective.of_draws(trainer.model, batch).sum().backward()
+            trainer.objective.losses(trainer.model, batch).sum().backward()
         if kind == "edit_plus":  # padding is run, if it does not count
             batch["prompt_lengths"] = [batch["prompt_mask"].shape[1]] * len(batch["row"])
         assert flops_of(batch) == pytest.approx(counter.get_total_flops(), rel=1e-9)

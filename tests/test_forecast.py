@@ -197,6 +197,8 @@ def test_ddp_adds_its_buckets_and_eight_bits_replace_two_floats(tmp_path, small)
     alone, together = forecast(run), forecast(replace(run, num_ranks=2))
     assert together.gradients == 2 * alone.gradients
     assert alone.optimizer == 2 * alone.gradients / 4
+    single = load_recipe(recipe.path, ["training.gradient_accumulation_steps=1"])
+    assert forecast(replace(run, recipe=single, num_ranks=2)).gradients == alone.gradients, "views of the buckets"
 
 
 def test_blocks_that_differ_are_run_one_by_one_and_give_the_same(tmp_path, middle):

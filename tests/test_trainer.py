@@ -133,6 +133,14 @@ def test_the_loss_of_a_batch_is_the_plain_one_of_its_rows(tiny, tmp_path, kind):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), sum(losses) / 4, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trainable", [{"modules": ["attn"]}, LORA], ids=["part", "lora"])
+def test_ddp_is_left_what_trains_alone_and_keeps_no_second_copy_of_gradients(tiny, tmp_path, trainable):
+    trainer = trainer_of(write_recipe(tmp_path, tiny(), trainable=trainable))
+    frozen = {name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad}
+    assert frozen and set(trainer.model._ddp_params_and_buffers_to_ignore) == frozen
+    assert trainer.accelerator.ddp_handler.to_kwargs()["gradient_as_bucket_view"]
+
+
 @both_families
 def test_no_two_draws_of_a_row_share_their_noise(tiny, tmp_path, family):
     """Neither within a micro-batch, nor within an accumulation window, nor from step to step."""

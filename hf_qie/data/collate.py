@@ -28,6 +28,8 @@ class Batch(TypedDict):
     task: list[str]
     row: list[int]  # position in the task's data
     draw: list[int]  # [B x K] numbers, K of each row, that decide everything random
+    noise: NotRequired[Tensor]  # [B x K, S, C] float32, of each draw; the objective adds it where rows are collated
+    sigma: NotRequired[Tensor]  # [B x K] float32, the noise level of each draw, the same
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:

@@ -4,13 +4,14 @@ import faulthandler
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_qie.training.checkpoints import apply_settings, mark_complete, read_complete
 from hf_qie.training.fsdp import check_sharded
-from hf_qie.training.metrics import peak_memory_bytes
+from hf_qie.training.metrics import peak_memory_bytes, reserved_memory_bytes
 
 logger = get_logger(__name__)
 
@@ -74,10 +75,16 @@ class PeakMemory(TrainerCallback):
     def __init__(self, forecast_bytes: float | None):
         self.forecast_bytes = forecast_bytes
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """What came before counts no more: a weight may have been on the device twice while it was loaded."""
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Log both; what was measured is that of this process."""
-        measured = peak_memory_bytes(args.device)
-        beside = "" if self.forecast_bytes is None else f", {self.forecast_bytes / 1e9:.2f} GB forecast"
+        measured, reserved = peak_memory_bytes(args.device), reserved_memory_bytes(args.device)
+        beside = f", {reserved / 1e9:.2f} GB reserved for it" if reserved else ""
+        beside += "" if self.forecast_bytes is None else f", {self.forecast_bytes / 1e9:.2f} GB forecast"
         logger.info("peak memory: %.2f GB measured%s", measured / 1e9, beside)
 
 

@@ -188,7 +188,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
             ledger.add(ACTIVATIONS, vae.activations)
             ledger.add(ACTIVATIONS, -vae.activations)
         ledger.start("forward")
-        loss = objective.of_draws(model, _batch(run, model)).mean()
+        loss = objective.losses(model, _batch(run, model)).mean()
         ledger.start("backward")
         loss.backward()
         del loss
@@ -199,7 +199,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
             model.zero_grad()
             ledger.start("evaluation")
             with torch.no_grad():
-                objective.of_draws(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1))
+                objective.losses(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1))
     return ledger.peaks, block
 
 
@@ -215,18 +215,20 @@ def _shard(run: Run, model: nn.Module, mesh: Any) -> None:
 def _optimizer(run: Run, model: nn.Module, ledger: Ledger) -> torch.optim.Optimizer | None:
     """The optimizer with its state, and gradients as they are when a micro-batch begins; None for one that is counted.
 
-    Gradients of several micro-batches add up, so that all but the first find them there.
+    Gradients of several micro-batches add up, so that all but the first find them there. DDP sends them in buckets as
+    large; of a single micro-batch they are views of these.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     name, optimizer = run.recipe.training.get("optim", TrainingArguments.default_optim), None
     ddp = run.num_ranks > 1 and not run.fsdp
+    accumulates = run.recipe.training.get("gradient_accumulation_steps", 1) > 1
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
         ledger.follow(parameter.grad, GRADIENTS)
         parameter.register_post_accumulate_grad_hook(lambda one: ledger.follow(one.grad, GRADIENTS))
         local = getattr(parameter, "_local_tensor", parameter)
-        if ddp:
-            ledger.add(GRADIENTS, local.nbytes)  # the buckets in which gradients are added up
+        if ddp and accumulates:
+            ledger.add(GRADIENTS, local.nbytes)
         if name not in OPTIMIZERS:
             ledger.add(OPTIMIZER, STATE_BYTES.get(name, AS_ADAMW) * local.numel())
     if name in OPTIMIZERS:
@@ -234,7 +236,7 @@ def _optimizer(run: Run, model: nn.Module, ledger: Ledger) -> torch.optim.Optimi
         with ledger.making(OPTIMIZER):
             optimizer = OPTIMIZERS[name](trained, **foreach)
             optimizer.step()
-    if run.recipe.training.get("gradient_accumulation_steps", 1) == 1:
+    if not (accumulates or ddp):
         model.zero_grad()
     return optimizer
 
@@ -285,6 +287,8 @@ def _batch(run: Run, model: nn.Module, **other: int) -> dict[str, Any]:
         "image_slots": [[0] * len(sources)] * rows,
         "grids": list(shape.grids),
         "draw": list(range(rows * shape.draws_per_row)),
+        "noise": torch.empty(rows * shape.draws_per_row, target, latent_width),
+        "sigma": torch.empty(rows * shape.draws_per_row),
     }
 
 

@@ -127,25 +127,33 @@ class Throughput:
         model's operations reach.
         """
         device = self.accelerator.device
-        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, peak_memory_bytes(device) / 1e9]
+        memory = peak_memory_bytes(device) / 1e9, reserved_memory_bytes(device) / 1e9
+        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, *memory]
         ranks = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device))
         rows, tokens, flops, *_ = ranks.sum(dim=0).tolist()
-        *_, seconds, waited, memory = ranks.amax(dim=0).tolist()
+        *_, seconds, waited, allocated, reserved = ranks.amax(dim=0).tolist()
         self.reset()
         found = {
             "rows_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
             "seconds_waiting_for_data": waited,
-            "peak_memory_gb": memory,
+            "peak_memory_gb": allocated,
         }
+        if reserved:
+            found["peak_reserved_memory_gb"] = reserved
         if self.flops_of:
             found["model_flops_utilisation"] = flops / seconds / (len(ranks) * self.peak)
         return found
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that tensors took on `device` so far; on the CPU, the most that the process took."""
+    """The most that tensors took on `device` since the start of training; on the CPU, the most of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes but for macOS
+
+
+def reserved_memory_bytes(device: torch.device) -> int:
+    """The most that torch's allocator held on `device` for them, fragments included; 0 on the CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

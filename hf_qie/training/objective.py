@@ -5,7 +5,7 @@ only).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
 from hf_qie.config.recipe import Loss, Recipe
-from hf_qie.data.collate import Batch
+from hf_qie.data.collate import Batch, collate
 from hf_qie.data.seeding import draw_rng
 from hf_qie.models.base import read_family
 from hf_qie.models.checkpoint import read_config
@@ -107,7 +107,11 @@ def loss_weight(weighting: str, sigma: Tensor) -> Tensor:
 
 
 class Objective:
-    """The recipe's loss, for draws and for held-out rows."""
+    """The recipe's loss, for draws and for held-out rows.
+
+    Noise is made where rows are collated, by the workers of the loader if there are any: it reaches the device with
+    the rest of the batch.
+    """
 
     def __init__(self, recipe: Recipe, *, global_batch_size: int):
         self.loss, self.seed = recipe.loss, recipe.seed
@@ -116,20 +120,32 @@ class Objective:
         self.pipeline_config = read_config(recipe.model, "model_index.json", revision=recipe.revision)
         self.scheduler_config = read_config(recipe.model, "scheduler/scheduler_config.json", revision=recipe.revision)
 
-    def of_draws(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses `[B x K]`, those of a row one after the other; the draw numbers seed the noise."""
-        draws, of_step = batch["draw"], self.global_batch_size
-        noise = noise_for(draws, batch["target_latents"].shape[1:], seed=self.seed)
-        mu = self.mu(batch["target_latents"].shape[1])
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch of draws, with the noise that their numbers seed."""
+        batch = collate(rows)
+        draws, shape = batch["draw"], self._target_shape(batch)
+        noise = noise_for(draws, shape, seed=self.seed)
+        of_step, mu = self.global_batch_size, self.mu(shape[0])
         sigma = sigmas_for(draws, loss=self.loss, seed=self.seed, global_batch_size=of_step, mu=mu)
-        return self._losses(model, batch, noise, sigma)
+        return batch | {"noise": noise, "sigma": sigma}
 
-    def of_held_out(self, model: nn.Module, batch: Batch, fractions: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses `[B]` and noise levels `[B]` of held-out rows with u = `fractions[B]`; the same at every call."""
-        noise = noise_for(batch["row"], batch["target_latents"].shape[1:], seed=self.seed, purpose="eval noise")
-        sigma = shifted(fractions, self.mu(batch["target_latents"].shape[1]))
-        losses = self._losses(model, batch, noise, sigma)
-        return losses, sigma.to(losses.device)
+    def collate_held_out(self, rows: Sequence[Mapping[str, Any]], *, fractions: Tensor) -> Batch:
+        """A batch of held-out rows with u = `fractions` of all of them, by number; the same at every call."""
+        batch = collate(rows)
+        shape = self._target_shape(batch)
+        noise = noise_for(batch["row"], shape, seed=self.seed, purpose="eval noise")
+        return batch | {"noise": noise, "sigma": shifted(fractions[batch["draw"]], self.mu(shape[0]))}
+
+    def _target_shape(self, batch: Batch) -> tuple[int, int]:
+        """(S, C) of the target, which may not be encoded yet."""
+        return math.prod(batch["grids"][0]), self.family.latent_width
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Losses `[B x K]`, those of a row one after the other; `batch` has noise and lies on the model's device."""
+        latents, sigma = batch["target_latents"].float(), batch["sigma"]
+        latents = latents.repeat_interleave(len(sigma) // len(latents), dim=0)
+        prediction = self.family.predict(model, batch, add_noise(latents, batch["noise"], sigma), sigma)
+        return velocity_mse(prediction, latents, batch["noise"], loss_weight(self.loss.weighting, sigma))
 
     def mu(self, num_target_tokens: int) -> float | None:
         """The shift of sigma that `loss.shift` asks for at that size; None for none."""
@@ -140,12 +156,6 @@ class Objective:
     def sampling_sigmas(self, num_inference_steps: int) -> np.ndarray:
         """The noise levels at which the pipeline calls the model, before the scheduler shifts them."""
         return self.family.sampling_sigmas(num_inference_steps, self.pipeline_config)
-
-    def _losses(self, model: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
-        latents = batch["target_latents"].float().repeat_interleave(len(sigma) // len(batch["target_latents"]), dim=0)
-        noise, sigma = noise.to(latents.device), sigma.to(latents.device)
-        prediction = self.family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
-        return velocity_mse(prediction, latents, noise, loss_weight(self.loss.weighting, sigma))
 
 
 def noise_levels(recipe: Recipe) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from hf_qie.data.mixture import (
 from hf_qie.data.online_latents import has_latents, load_vae
 from hf_qie.errors import InputError
 from hf_qie.models.base import read_family
-from hf_qie.models.checkpoint import checkpoint_file
+from hf_qie.models.checkpoint import checkpoint_file, checkpoint_folder
 from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import PeakMemory, StackTraces
@@ -45,7 +45,7 @@ from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fit import forecast_start
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, in_memory, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
-from hf_qie.training.model import base_of, build_model, saved_quantised
+from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, compile_blocks, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
 from hf_qie.training.trainer import EditTrainer
 
@@ -57,6 +57,9 @@ COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 def join_ranks(recipe: Recipe) -> None:
     """Form the process group of a launch of several processes; raises InputError where they do not find each other."""
+    # Before any rank waits for another: a download may take longer than their collectives. Of the ranks of a machine
+    # one downloads, and the others wait for its lock on the file.
+    checkpoint_folder(recipe.model, [TRANSFORMER_FOLDER], revision=recipe.revision)
     training = recipe.training
     if training.get("use_cpu") and "ddp_timeout" in training:  # TrainingArguments does not pass it on to gloo
         timeout = timedelta(seconds=training["ddp_timeout"])
@@ -262,7 +265,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     empty = bool(arguments.fsdp) and arguments.fsdp_plugin_args["cpu_ram_efficient_loading"]
     empty = empty and not PartialState().is_main_process
     model = in_memory(on_paper) if empty else build_model(recipe, mixed_precision=precision, device=arguments.device)
-    if recipe.memory.quantization:  # DDP cannot broadcast such weights; every rank has read the same
+    if not arguments.fsdp:  # every rank has read the same: DDP need not broadcast 41 GB, and cannot if quantised
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if recipe.memory.stream_blocks:
@@ -270,8 +273,15 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     if any(map(recipe.training.get, COMPILE)):
         backend = recipe.training.get("torch_compile_backend", "inductor")
         mode = recipe.training.get("torch_compile_mode")
-        base_of(model).compile_repeated_blocks(backend=backend, mode=mode)  # all alike: a sixtieth of the time
+        compile_blocks(base_of(model), backend=backend, mode=mode)
     return model
+
+
+def _way_of(arguments: TrainingArguments) -> str:
+    """How arithmetic of 16 bits comes about: where parameters are sharded accelerate uses no autocast."""
+    if arguments.mixed_precision == "no":
+        return ""
+    return " by FSDP's policy" if arguments.fsdp else " by autocast"
 
 
 def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
@@ -283,7 +293,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
-        trainer.record["arithmetic"],
+        trainer.record["arithmetic"] + _way_of(arguments),
         "".join(f", memory.{key}: {value}" for key, value in trainer.recipe.memory if value),
         global_batch_size(arguments) // of_row,
         arguments.world_size,

@@ -5,12 +5,14 @@ Letters: B rows, S target tokens.
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -40,10 +42,6 @@ PRIVATE = {
         "Trainer raises on a checkpoint with diffusers' files",
     ),
     "_load_best_model": ("(self) -> None", "Trainer only warns where a checkpoint has diffusers' files"),
-    "_prepare_inputs": (
-        "(self, inputs: dict[str, torch.Tensor | typing.Any]) -> dict[str, torch.Tensor | typing.Any]",
-        "is called: a batch of evaluation, and of images, has to lie on the device",
-    ),
 }
 
 
@@ -55,6 +53,7 @@ class EditTrainer(Trainer):
         get_batch_samples: measures the time spent waiting for data.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         create_scheduler: notes the recipe's settings before a checkpoint's state replaces them.
+        training_step: the device need not wait for a batch; Trainer would copy it tensor by tensor.
         compute_loss: flow matching.
         prediction_step: loss and noise level of each row, for `HeldOut.metrics`.
         evaluate: leaves the random generators as they were.
@@ -96,6 +95,9 @@ class EditTrainer(Trainer):
         self.recipe, self.identity, self.record, self.encoder = recipe, identity, record, encoder
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
+        self.data_collator = self.objective.collate
+        if self.accelerator.ddp_handler:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP has a copy of all gradients
         self.losses = LossMeter(self.accelerator)
         peak = peak_flops(args.device, precision=args.mixed_precision)
         flops_of = peak and BatchFlops(build_model(recipe, empty=True), self.objective.family)
@@ -112,7 +114,7 @@ class EditTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )
-        return self._open_loader(self.train_dataset, batches)
+        return self._open_loader(self.train_dataset, batches, self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: HeldOut | None = None) -> DataLoader:
         """The rank's part of the held-out rows."""
@@ -120,13 +122,14 @@ class EditTrainer(Trainer):
         batches = held_out.batches(
             args.per_device_eval_batch_size, rank=args.process_index, world_size=args.world_size
         )
-        return self._open_loader(held_out, batches)
+        collate_rows = partial(self.objective.collate_held_out, fractions=held_out.fractions)
+        return self._open_loader(held_out, batches, collate_rows)
 
-    def _open_loader(self, rows: Dataset, batches: Iterable[Sequence[int]]) -> DataLoader:
+    def _open_loader(self, rows: Dataset, batches: Iterable[Sequence[int]], collate_rows: Callable) -> DataLoader:
         return open_loader(
             rows,
             batches,
-            collate=self.data_collator,
+            collate=collate_rows,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -157,9 +160,13 @@ class EditTrainer(Trainer):
         self.settings = settings_of(self.args, self.optimizer, schedule)
         return schedule
 
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's."""
+        return super().training_step(model, self.on_device(inputs), *args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:
         """Mean over the draws of the micro-batch, each noised by its own number."""
-        per_draw = self.objective.of_draws(model, self.on_device(inputs))
+        per_draw = self.objective.losses(model, inputs)
         self.losses.add(inputs, per_draw)
         return per_draw.mean()
 
@@ -168,16 +175,19 @@ class EditTrainer(Trainer):
 
         The last row is repeated up to the size of a full batch: ranks gather equally many.
         """
-        inputs, fractions = self.on_device(inputs), self.eval_dataset.fractions[inputs["draw"]]
+        inputs = self.on_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            per_row, sigma = self.objective.of_held_out(model, inputs, fractions)
+            per_row, sigma = self.objective.losses(model, inputs), inputs["sigma"]
         place = torch.arange(self.args.per_device_eval_batch_size).clamp_max(len(per_row) - 1)
         numbers = torch.tensor(inputs["draw"])[place]
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
 
     def on_device(self, batch: Batch) -> Batch:
-        """A collated batch on this rank's device; images, if it has any, are encoded in the dtype of extraction."""
-        batch = self._prepare_inputs(batch)
+        """A collated batch on this rank's device; images, if it has any, are encoded in the dtype of extraction.
+
+        From pinned memory it is copied while the device computes and the host goes on.
+        """
+        batch = send_to_device(batch, self.args.device, non_blocking=self.args.device.type == "cuda")
         if "images" in batch:
             with torch.autocast(self.args.device.type, enabled=False):
                 encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)

@@ -50,7 +50,7 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
     target, positions come from the grids, no guidance, and of the output only the target's part counts. Inputs are
     float32, so that autocast and the model alone decide where precision is given up.
     """
-    mask = None if batch["prompt_mask"].all() else batch["prompt_mask"]  # without one, faster attention can be used
+    mask = batch["prompt_mask"] if len(set(batch["prompt_lengths"])) > 1 else None  # without, attention is faster
     shapes = [(1, height, width) for height, width in batch["grids"]]
     (output,) = model(
         hidden_states=torch.cat([noised.float(), batch["source_latents"].float()], dim=1),

@@ -37,7 +37,7 @@ def test_prompts_are_padded_with_zeros_on_the_right():
 def test_latents_are_stacked_in_float16_and_the_rest_is_listed():
     rows = [row(3, draw=0), row(3, draw=1)]
     batch = collate(rows)
-    assert set(batch) == set(Batch.__annotations__) - {"images"}
+    assert set(batch) == set(Batch.__annotations__) - {"images", "noise", "sigma"}
     for name, num_tokens in (("target_latents", 6), ("source_latents", 2)):
         assert batch[name].shape == (2, num_tokens, 64)
         assert batch[name].dtype == batch["prompt_embeds"].dtype == torch.float16
@@ -53,7 +53,7 @@ def test_pictures_take_the_place_of_latents_by_grid():
     latents = ("target_latents", "source_latents")
     rows = [{name: value for name, value in row(3, draw=draw).items() if name not in latents} for draw in (0, 1)]
     batch = collate([row | {"images": [place[i] for place in pictures]} for i, row in enumerate(rows)])
-    assert set(batch) == set(Batch.__annotations__) - {"target_latents", "source_latents"}
+    assert set(batch) == set(Batch.__annotations__) - {"target_latents", "source_latents", "noise", "sigma"}
     for stacked, given in zip(batch["images"], pictures, strict=True):
         np.testing.assert_array_equal(stacked.numpy(), given)
 

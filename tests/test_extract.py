@@ -298,7 +298,7 @@ def test_an_edit_checkpoint_shows_one_image_to_encoder_and_vae(tiny, edits, rows
     side_px = 160  # not the family's 1024: that says no more and takes a minute
     family = replace(read_family(str(model)), vlm_area_px=side_px**2, vae_area_px=side_px**2)
     path = write_recipe(tmp_path, model, {"edit": rows["edit"][:1]}, edits, source_sample_size=None)
-    monkeypatch.setattr(extraction, "read_family", lambda *_, **__: family)
+    monkeypatch.setattr(extraction, "family_of_recipe", lambda _: family)
     assert main([str(path)]) == 0
     (row,) = load_from_disk(tmp_path / "sets" / "edit")
     width, height = EDIT_PLUS.fit(read_image(edits / row["source_image"][0]).size, side_px**2)

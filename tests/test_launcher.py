@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from test_fsdp import PEOPLES_FLAGS, environment_of
+from test_fsdp import BLOCKS, PEOPLES_FLAGS, environment_of
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -17,6 +17,8 @@ from hf_qie.config.recipe import Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.config.training_args import check_training
 from hf_qie.errors import InputError
 from hf_qie.training.setup import training_arguments
+
+OF_PEOPLE = PEOPLES_FLAGS.format(block=BLOCKS["edit_plus"])
 
 
 def recipe(dropout: float | None = None, memory: dict | None = None, **training) -> Recipe:
@@ -40,7 +42,7 @@ def plugin(flags: str, **training) -> FullyShardedDataParallelPlugin:
 
 
 def test_flags_as_people_have_them_give_the_plugin_they_name():
-    made = plugin(PEOPLES_FLAGS)
+    made = plugin(OF_PEOPLE)
     assert made.fsdp_version == 2
     assert made.auto_wrap_policy is transformer_auto_wrap_policy
     assert made.transformer_cls_names_to_wrap == ["QwenImageTransformerBlock"]
@@ -63,7 +65,7 @@ def test_every_flag_of_fsdp2_reaches_the_plugin():
 
 def test_a_key_of_the_recipe_comes_before_the_flag_of_the_launcher():
     config = {"fsdp_state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
-    made = plugin(PEOPLES_FLAGS, fsdp_config=config)
+    made = plugin(OF_PEOPLE, fsdp_config=config)
     assert made.state_dict_type == StateDictType.FULL_STATE_DICT
     assert made.cpu_ram_efficient_loading is False
     assert made.transformer_cls_names_to_wrap == ["QwenImageTransformerBlock"]

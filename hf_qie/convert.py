@@ -34,12 +34,11 @@ def main(argv: list[str]) -> int:
     if world_size() > 1:
         raise InputError("hf_qie/convert.py: runs no model and is one process; start it with python")
     from hf_qie.extraction.firered import convert_task, open_foreign
-    from hf_qie.extraction.plan import make_plan, own_tasks
+    from hf_qie.extraction.plan import family_of_recipe, make_plan, own_tasks
     from hf_qie.extraction.run import are_finished, check_disk, exit_code
     from hf_qie.hub.publish import open_repo, push_unless_bad
-    from hf_qie.models.base import read_family
 
-    family, sources = read_family(recipe.model, revision=recipe.revision), []
+    family, sources = family_of_recipe(recipe), []
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as name:
         for task in own_tasks(recipe).values():
             plan = make_plan(recipe, task, family, Path(name), refuse=True)

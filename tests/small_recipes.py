@@ -9,8 +9,7 @@ from PIL import ExifTags, Image
 
 from hf_qie import extract
 from hf_qie.config.recipe import load_recipe
-from hf_qie.extraction.plan import make_plan
-from hf_qie.models.base import read_family
+from hf_qie.extraction.plan import family_of_recipe, make_plan
 
 WIDTH = 96  # of the tiny encoder
 SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2}
@@ -39,7 +38,7 @@ def write_recipe(folder: Path, model: Path, tasks: dict[str, list[dict] | Path],
 def plans_of(path: Path, folder: Path, *overrides: str) -> tuple[dict, object]:
     """Every task's plan, and the processor."""
     recipe = load_recipe(path, overrides)
-    family = read_family(recipe.model)
+    family = family_of_recipe(recipe)
     folder.mkdir(exist_ok=True)
     plans = {name: make_plan(recipe, task, family, folder) for name, task in recipe.tasks.items()}
     return plans, family.load_processor(recipe.model, revision=None)

@@ -29,7 +29,7 @@ from hf_qie.data.samples import BadRow
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction import plan as extraction_plan
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, Models
-from hf_qie.extraction.plan import Plan, make_plan
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan
 from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
 from hf_qie.extraction.run import load_models, record_of, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
@@ -103,7 +103,7 @@ def job(tmp_path, tiny, edits, family):
         recipe = load_recipe(path, [f"tasks.task.image_root={edits}"])
         folder = tmp_path / f"rows-{name}-{time.monotonic_ns()}"
         folder.mkdir()
-        plan = make_plan(recipe, recipe.tasks["task"], family, folder)
+        plan = make_plan(recipe, recipe.tasks["task"], family_of_recipe(recipe), folder)
         return Job(recipe=recipe, plan=plan)
 
     return make

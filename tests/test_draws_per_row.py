@@ -11,17 +11,16 @@ from accelerate import PartialState
 from embedding_sets import write_recipe
 from ranks import in_ranks
 from safetensors.torch import load_file
+from training_runs import run, trainer_of
 
 import hf_qie.training.setup
 from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
-from hf_qie.train import train
 from hf_qie.training.checkpoints import read_complete
 from hf_qie.training.fit import forecast_recipe
 from hf_qie.training.model import LORA_FILE, base_of, parameters
 from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
@@ -41,16 +40,6 @@ def one_process():
 def recipe_of(folder: Path, model: Path, kind: str = "full", **sections) -> Path:
     sections = {"trainable": KINDS[kind], "mix": MIX, "training": SGD} | sections
     return write_recipe(folder, model, **sections)
-
-
-def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return build_trainer(loaded, open_sets(loaded))[0]
-
-
-def run(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return train(loaded, open_sets(loaded))
 
 
 def cut(draws: int, accumulation: int) -> list[str]:

@@ -12,15 +12,14 @@ from accelerate import PartialState
 from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
 from safetensors.torch import load_file
+from training_runs import run, trainer_of
 from transformers import TrainerCallback
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.collate import collate
 from hf_qie.errors import InputError
-from hf_qie.train import train
 from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.2, "target_modules": "all-linear"}}
@@ -44,16 +43,6 @@ def family() -> str:
 @pytest.fixture
 def recipe(tiny, tmp_path, family) -> Path:
     return write_recipe(tmp_path, tiny(family), tasks=TASKS, trainable=LORA, training=EVERY_STEP)
-
-
-def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return build_trainer(loaded, open_sets(loaded))[0]
-
-
-def run(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return train(loaded, open_sets(loaded))
 
 
 def losses(metrics: dict[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from hf_qie.extract import main
 from hf_qie.extraction import run as extraction
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, ChunkWriter
 from hf_qie.extraction.manifest import read_manifest
-from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.plan import family_of_recipe, make_plan
 from hf_qie.extraction.preprocess import Prepared
 from hf_qie.models.base import read_family
 from hf_qie.models.qwen_image.family import EDIT_PLUS
@@ -315,7 +315,7 @@ def chunk(tmp_path, tiny, edits):
 
     def write(rows, *, watch=lambda models: None, progress=lambda num_rows: None, **settings):
         recipe = load_recipe(write_recipe(tmp_path, tiny("edit_plus"), {"task": rows}, edits, **settings))
-        family = read_family(recipe.model)
+        family = family_of_recipe(recipe)
         plan = make_plan(recipe, recipe.tasks["task"], family, tmp_path)
         models = extraction.load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
         watch(models)

@@ -8,6 +8,7 @@ from diffusers import QwenImageTransformer2DModel
 from embedding_sets import write_recipe, write_set
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import trainer_of
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.models.qwen_image.family import EDIT_PLUS
@@ -15,8 +16,6 @@ from hf_qie.models.qwen_image.transformer import without_gradient
 from hf_qie.training.cost import BatchFlops, count, peak_flops, stand_in
 from hf_qie.training.metrics import Throughput
 from hf_qie.training.model import build_model
-from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
 
 WAYS = {
     "all": {},
@@ -31,11 +30,6 @@ DEVICES = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA L40S": 362e12,
 }
-
-
-def trainer_of(recipe):
-    loaded = load_recipe(recipe)
-    return build_trainer(loaded, open_sets(loaded))[0]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -8,7 +8,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from hf_qie.config.recipe import Loss
-from hf_qie.models.qwen_image.transformer import shift_mu
+from hf_qie.models.denoising import shift_mu
 from hf_qie.training.objective import add_noise, eval_fractions, noise_for, shifted, sigmas_for, time_fraction
 
 SCHEMES = ["uniform", "stratified", "logit_normal", "mode"]

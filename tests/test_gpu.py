@@ -30,7 +30,7 @@ from released import ENCODER, NUM_ENCODER_PARAMETERS, WIDTH
 from hf_qie.data.collate import collate
 from hf_qie.data.loader import TaskRows
 from hf_qie.extraction.memory import forecast
-from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.plan import family_of_recipe, make_plan
 from hf_qie.models.base import families, read_family
 from hf_qie.training.model import build_model, parameters
 
@@ -307,7 +307,7 @@ def test_rows_are_extracted_by_the_released_encoder_on_paper(tmp_path):
     model = encoding.checkpoint(tmp_path / "model", small=False)
     recipe = encoding.recipe_of(tmp_path / "rows", model, 3, Context(folder=tmp_path, device=CPU))
     (tmp_path / "plan").mkdir()
-    plan = make_plan(recipe, recipe.tasks["edit"], read_family(recipe.model), tmp_path / "plan")
+    plan = make_plan(recipe, recipe.tasks["edit"], family_of_recipe(recipe), tmp_path / "plan")
     assert len(plan.rows.table) == encoding.ROWS[3]
     processor = plan.family.load_processor(recipe.model, revision=None)
     (prompt, *_) = encoding.prompts_of(plan.family, processor, tmp_path / "rows", 3, 4)

@@ -16,6 +16,7 @@ from PIL import Image
 from ranks import in_ranks
 from safetensors.torch import load_file
 from small_recipes import columns_of, extract_edits
+from training_runs import run
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image, to_pixels
@@ -29,7 +30,6 @@ from hf_qie.models.qwen_image.pipeline import text_to_image
 from hf_qie.models.qwen_image.transformer import denoise
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX, Card
-from hf_qie.train import train
 from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.image_grid import BOX_PX, draw_grid, spread
 from hf_qie.training.sets import open_sets
@@ -64,11 +64,6 @@ def extracted(built_once, tiny, edits, family) -> Path:
     """A recipe whose sets are finished."""
     name = "few_edits" if family == "edit_plus" else f"few_edits_{family}"  # which other files of tests share
     return built_once(name, lambda folder: extract_edits(folder, tiny(family), edits)) / "recipe.yaml"
-
-
-def run(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return train(loaded, open_sets(loaded))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -11,14 +11,12 @@ from accelerate import PartialState
 from datasets import load_from_disk
 from embedding_sets import write_recipe, write_set
 from ranks import in_ranks
+from training_runs import trainer_of
 from transformers import TrainerCallback
 
-from hf_qie.config.recipe import load_recipe
 from hf_qie.training.checkpoints import last_checkpoint
 from hf_qie.training.metrics import NotFinite, Throughput
 from hf_qie.training.model import parameters
-from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8}}
@@ -29,11 +27,6 @@ PACE = ("rows_per_second", "tokens_per_second", "seconds_waiting_for_data", "pea
 @pytest.fixture(autouse=True)
 def one_process():
     PartialState(cpu=True)
-
-
-def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return build_trainer(loaded, open_sets(loaded))[0]
 
 
 def spoil(folder: Path, row: int, value: float) -> None:

@@ -62,30 +62,29 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("places", WRONG.values(), ids=WRONG)
-def test_places_that_no_prompt_can_have_are_refused(places):
+def with_value(row: int, column: str, value: list | None) -> Dataset:
+    """A set with places of images in which one row has another value."""
     data = set_of(PREFIX_EMBEDS)
     rows = data.to_list()
-    rows[0]["image_slots"] = places
+    rows[row][column] = value
+    return Dataset.from_list(rows, features=data.features)
+
+
+@pytest.mark.parametrize("places", WRONG.values(), ids=WRONG)
+def test_places_that_no_prompt_can_have_are_refused(places):
     with pytest.raises(InputError, match=r"^set: place 0, column image_slots: has .* \(1 such rows\)"):
-        check_columns(Dataset.from_list(rows, features=data.features), where="set")
+        check_columns(with_value(0, "image_slots", places), where="set")
 
 
 def test_places_may_be_at_either_end_and_at_one_place():
-    data = set_of(PREFIX_EMBEDS)
     for places in ([0, 0], [0, 6], [6, 6]):
-        rows = data.to_list()
-        rows[0]["image_slots"] = places
-        check_columns(Dataset.from_list(rows, features=data.features), where="set")
+        check_columns(with_value(0, "image_slots", places), where="set")
 
 
 @pytest.mark.parametrize("places", [[], [4], None])
 def test_the_places_of_an_inverse_are_checked_too(places):
-    data = set_of(PREFIX_EMBEDS)
-    rows = data.to_list()
-    rows[2]["inverse_image_slots"] = places
     with pytest.raises(InputError, match=r"^set: place 2, column inverse_image_slots: has "):
-        check_columns(Dataset.from_list(rows, features=data.features), where="set")
+        check_columns(with_value(2, "inverse_image_slots", places), where="set")
 
 
 def test_a_row_has_its_embeddings_in_either_way_and_places_in_one():

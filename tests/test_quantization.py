@@ -12,6 +12,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from embedding_sets import write_recipe as write_any
 from ranks import in_ranks
 from safetensors.torch import load_file, save_file
+from training_runs import trainer_of
 
 from hf_qie import export
 from hf_qie.config.recipe import load_recipe
@@ -23,8 +24,7 @@ from hf_qie.models.lora_files import LORA_FILE
 from hf_qie.models.quantization import expanded, kind_of, load_quantized, quantized
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.training.model import adapters, base_of, parameters
-from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer, make_model, training_arguments
+from hf_qie.training.setup import make_model, training_arguments
 from hf_qie.training.trainer import EditTrainer
 
 CPU = torch.device("cpu")
@@ -46,11 +46,6 @@ def one_process():
 def write_recipe(folder: Path, model: Path, **sections) -> Path:
     training = {"activation_checkpointing": True} | sections.pop("training", {})
     return write_any(folder, model, training=training, **{"trainable": LORA} | sections)
-
-
-def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
-    loaded = load_recipe(recipe, overrides)
-    return build_trainer(loaded, open_sets(loaded))[0]
 
 
 def trained(trainer: EditTrainer) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from real_vocabulary import save_tokenizer
+from test_sampling import decoded
 from transformers import Qwen2Tokenizer, Qwen3VLProcessor
 
 from hf_qie.data.images import read_image, to_pixels
@@ -23,7 +24,6 @@ from hf_qie.models.prompts import BadPrompt, PromptLengths
 from hf_qie.models.qwen_image_21.family import QWEN_IMAGE_21
 from hf_qie.models.qwen_image_21.pipeline import with_slots
 from hf_qie.models.qwen_image_21.templates import TEMPLATE, num_dropped
-from hf_qie.models.qwen_image_21.transformer import load_transformer
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CAPTIONS = ["Make the sky red and keep the boat.", "把天空变成红色，保留小船。", "", "A {brace} and {}\n\n", "\nbelow"]
@@ -327,17 +327,6 @@ def close(scale: float) -> dict[str, float]:
     return {name: (2 * scale - 1) * value for name, value in CLOSE.items()}
 
 
-@contextmanager
-def decoded(pipeline):
-    """What the VAE of a pipeline is given to decode."""
-    decode, seen = pipeline.vae.decode, []
-    pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
-    try:
-        yield seen
-    finally:
-        del pipeline.vae.decode
-
-
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("num_sources", [0, 1, 2])
 def test_images_are_the_pipelines(encoder, processor, model, stock, images, num_sources, scale):
@@ -380,7 +369,7 @@ def test_denoising_over_a_set_s_numbers_ends_at_the_pipelines_latents(
         FAMILY.generate(pipeline, embeddings, sources, size=(160, 96), **options(scale))
     with torch.no_grad():
         mine = FAMILY.denoise(
-            load_transformer(model, revision=None, dtype=torch.float32),
+            FAMILY.load_transformer(model, revision=None, dtype=torch.float32),
             *batches,
             scheduler_config=pipeline.scheduler.config,
             sigmas=FAMILY.sampling_sigmas(STEPS, pipeline.config),
@@ -440,7 +429,7 @@ def test_normalised_latents_of_the_edits_are_of_order_one(tiny, edits, kind):
 @pytest.mark.parametrize("kind", ["qwen_image_21", "qwen_image_21_no_causal_condition"])
 @torch.no_grad()
 def test_each_input_shows_in_the_prediction(tiny, kind, name):
-    transformer = load_transformer(str(tiny(kind)), revision=None, dtype=torch.float32)
+    transformer = FAMILY.load_transformer(str(tiny(kind)), revision=None, dtype=torch.float32)
     torch.manual_seed(0)
     noised, sigma = torch.randn(1, 64, 64), torch.tensor([0.5])
     batch = {"prompt_embeds": 3 * torch.randn(1, 20, 96), "source_latents": torch.randn(1, 64, 64)}

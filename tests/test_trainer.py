@@ -16,22 +16,19 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from embedding_sets import write_recipe, write_set
 from ranks import without_pace
 from safetensors import safe_open
+from training_runs import run, trainer_of
 from transformers import Trainer, TrainerCallback
 
 import hf_qie.training.callbacks
 import hf_qie.training.checkpoints
 import hf_qie.training.image_grid
 import hf_qie.training.trainer
-from hf_qie.config.recipe import load_recipe
 from hf_qie.data.loader import Draws
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.train import train
 from hf_qie.training.checkpoints import last_checkpoint
 from hf_qie.training.model import parameters
 from hf_qie.training.objective import noise_for
-from hf_qie.training.sets import open_sets
-from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import PRIVATE, EditTrainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
@@ -42,18 +39,6 @@ CUTS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}  # rows x accumulation
 @pytest.fixture(autouse=True)
 def one_process():
     PartialState(cpu=True)
-
-
-def trainer_of(recipe: Path, *overrides: str) -> EditTrainer:
-    """What train.py would start, not started."""
-    loaded = load_recipe(recipe, overrides)
-    return build_trainer(loaded, open_sets(loaded))[0]
-
-
-def run(recipe: Path, *overrides: str) -> EditTrainer:
-    """What train.py does, in this process."""
-    loaded = load_recipe(recipe, overrides)
-    return train(loaded, open_sets(loaded))
 
 
 def only(folder: Path) -> dict[str, dict]:

@@ -159,7 +159,7 @@ def own_tasks(recipe: Recipe) -> dict[str, Task]:
 
 
 def family_of_recipe(recipe: Recipe) -> Family:
-    """The family of a recipe's model, with sources of the recipe's size; raises InputError."""
+    """The family of a recipe's model, with sources of the recipe's size, as plans have it; raises InputError."""
     return read_family(recipe.model, revision=recipe.revision).with_source_size(recipe.extract.source_sample_size)
 
 
@@ -175,5 +175,4 @@ def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refus
 
 def plan_of(recipe: Recipe, task: Task, family: Family, rows: Rows) -> Plan:
     """The plan of a task whose data is read."""
-    family = family.with_source_size(recipe.extract.source_sample_size)
     return Plan(recipe=recipe, task=task.model_copy(update={"columns": rows.columns}), family=family, rows=rows)

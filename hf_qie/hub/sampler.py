@@ -12,8 +12,9 @@ from PIL import Image
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import BadImage, read_image
 from hf_qie.errors import InputError
+from hf_qie.extraction.plan import family_of_recipe
 from hf_qie.hub.trained_run import find_weights
-from hf_qie.models.base import Family, read_family
+from hf_qie.models.base import Family
 from hf_qie.models.lora_files import read_lora
 from hf_qie.models.prompts import BadPrompt, PromptEmbeddings
 from hf_qie.runtime.device import compute_dtype, own_device
@@ -46,8 +47,7 @@ class Sampler:
         """
         self.recipe = recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.where = {"revision": recipe.revision}
-        family = read_family(recipe.model, **self.where)
-        self.family = family.with_source_size(recipe.extract.source_sample_size)
+        self.family = family_of_recipe(recipe)
         self.weights = None
         if str(checkpoint) != BASE:
             self.weights = find_weights(Path(checkpoint or recipe.training["output_dir"]))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight
 DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")
 UNEVEN = ("use_rslora", "alpha_pattern")  # where metadata says so, alpha / rank is not the factor of every layer
 Tensors = dict[str, Tensor]
+
+
+def presets(*, attention: Sequence[str], mlp: Sequence[str], others: Sequence[str]) -> dict[str, list[str]]:
+    """The layers that `trainable.lora.target_modules` stands for, by its names; all are ends of names of layers."""
+    return {
+        "attention": [*attention],
+        "attention+mlp": [*attention, *mlp],
+        "all-linear": [*attention, *mlp, *others],
+    }
 
 
 def write_lora(folder: str | Path, layers: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

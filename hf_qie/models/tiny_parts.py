@@ -1,8 +1,11 @@
 """Parts that the tiny checkpoints of all families share."""
 
 import json
+import math
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2Tokenizer
@@ -17,6 +20,40 @@ SPECIAL_TOKENS = [
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 ]
+
+
+# of the text part of the encoders
+TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3}
+TEXT |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+# of the transformers; a learner is as wide as two cores can train in minutes
+LEARNER = {"num_attention_heads": 4, "num_layers": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+SHALLOW = {"num_attention_heads": 4, "num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+
+
+def token_ids(tokenizer: Qwen2Tokenizer) -> tuple[dict[str, int], dict[str, int]]:
+    """What an encoder's config has of the vocabulary: its text part, and all of it."""
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
+    text = {"vocab_size": math.ceil(len(tokenizer) / 64) * 64}
+    text |= {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    named = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
+    named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
+    return text, {key: ids[token] for key, token in named}
+
+
+@torch.no_grad()
+def tiny_transformer(kind: Any, *, learner: bool, **options: Any) -> nn.Module:
+    """A transformer of diffusers' class `kind`; a `learner` has the weights that its layers start with.
+
+    Of another one attention is sharp, so that one prompt token or one source shows among all the others.
+    """
+    if learner:
+        return kind(**LEARNER, **options).eval()
+    model = kind(**SHALLOW, **options)
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        if ".attn.norm_" in name:  # of queries and keys
+            parameter *= 3
+    return model.eval()
 
 
 def tiny_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:

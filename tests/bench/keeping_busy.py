@@ -26,11 +26,10 @@ from hf_qie.data.images import to_pixels
 from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction.chunk_writer import Models
-from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.plan import family_of_recipe, make_plan
 from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
 from hf_qie.extraction.run import load_models, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
-from hf_qie.models.base import read_family
 
 ROWS, CHUNK_ROWS, BATCH, WORKERS = 512, 256, 4, 4
 ENCODE_S = 0.2  # of a batch, at least
@@ -112,7 +111,7 @@ def measure(folder: Path) -> list[Figure]:
     """Both ways."""
     PartialState(cpu=True)
     recipe = recipe_of(folder)
-    family = read_family(recipe.model)
+    family = family_of_recipe(recipe)
     (folder / "rows").mkdir()
     plan = make_plan(recipe, recipe.tasks["task"], family, folder / "rows")
     models = load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))

@@ -29,10 +29,9 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import to_pixels
 from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.extraction.memory import forecast
-from hf_qie.extraction.plan import make_plan
+from hf_qie.extraction.plan import family_of_recipe, make_plan
 from hf_qie.extraction.run import load_models, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
-from hf_qie.models.base import read_family
 from hf_qie.models.prompts import Prompt
 
 ROWS = {1: 48, 3: 24}  # by the number of sources
@@ -97,7 +96,7 @@ def of_recipe(
 ) -> Iterator[Result]:
     """Its extraction, then its prompts the usual way."""
     device, named = context.device, f"{num_sources} source{'s' * (num_sources > 1)}"
-    family = read_family(recipe.model).with_source_size(recipe.extract.source_sample_size)
+    family = family_of_recipe(recipe)
     (folder / "rows").mkdir()
     plan = make_plan(recipe, recipe.tasks["edit"], family, folder / "rows")
     dtype = getattr(torch, recipe.extract.dtype)

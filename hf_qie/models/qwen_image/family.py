@@ -5,24 +5,26 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid, Size
+from hf_qie.models.checkpoint import load_transformer
+from hf_qie.models.denoising import shift_mu
 from hf_qie.models.image_latents import vae_memory
+from hf_qie.models.official import load_pipeline
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
-from hf_qie.models.qwen_image.pipeline import Official, generate, load_pipeline
+from hf_qie.models.qwen_image.pipeline import Official, generate
 from hf_qie.models.qwen_image.text_encoder import Encoder
 from hf_qie.models.qwen_image.tiny import save_tiny
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
     denoise,
-    load_transformer,
     predict,
-    shift_mu,
     without_gradient,
 )
 from hf_qie.models.qwen_image.vae import LatentEncoder
@@ -81,10 +83,9 @@ class QwenImage(Family):
 
     load_vae = LatentEncoder
     load_encoder = Encoder
-    load_pipeline = load_pipeline
     generate = generate
     save_tiny = save_tiny
-    load_transformer = staticmethod(load_transformer)
+    load_transformer = staticmethod(partial(load_transformer, QwenImageTransformer2DModel))
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
@@ -135,6 +136,11 @@ class QwenImage(Family):
     def widths(self, transformer_config: Mapping[str, Any]) -> tuple[int, int]:
         """See `Family`."""
         return transformer_config.get("in_channels"), transformer_config.get("joint_attention_dim")
+
+    def load_pipeline(self, model: str, **where: Any) -> Any:
+        """See `Family`."""
+        processor = () if self.max_sources == 0 else ("processor",)
+        return load_pipeline(self, model, without=("text_encoder", "tokenizer", *processor), **where)
 
     def load_official(self, model: str, **where: Any) -> Any:
         """See `Family`."""

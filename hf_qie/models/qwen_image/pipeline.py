@@ -5,39 +5,19 @@ Letters: L prompt tokens, D width of the encoder, S latent tokens, C width of a 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import cpu_offload
-from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import QwenImageEditPlusPipeline, QwenImagePipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from torch import Tensor
 
 from hf_qie.models.base import Family, Size
+from hf_qie.models.official import OfficialPipeline
 from hf_qie.models.prompts import PromptEmbeddings
 
 PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")  # of QwenImagePipeline
-
-
-def load_pipeline(
-    family: Family, model: str, *, revision: str | None, transformer: Path | None, dtype: torch.dtype
-) -> Any:
-    """The family's pipeline without its prompt encoder; `transformer`: a folder with another one than the model's."""
-    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer"))
-    if family.max_sources != 0:
-        parts["processor"] = None
-    if transformer:
-        parts["transformer"] = QwenImageTransformer2DModel.from_pretrained(
-            transformer, use_safetensors=True, dtype=dtype
-        )
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        model, revision=revision, use_safetensors=True, dtype=dtype, **parts
-    )
-    pipeline.set_progress_bar_config(disable=None)
-    return pipeline
 
 
 def text_to_image(pipeline: Any) -> QwenImagePipeline:
@@ -82,35 +62,18 @@ def sources_at(area_px: int) -> Iterator[None]:
         module.VAE_IMAGE_SIZE = stock
 
 
-class Official:
-    """The checkpoint's own pipeline, without its transformer."""
+class Official(OfficialPipeline):
+    """Of a checkpoint with or without an edit pipeline: both encode images, and prompts without any."""
 
-    def __init__(
-        self,
-        family: Family,
-        model: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        offload: bool = False,
-    ):
-        loaded = getattr(diffusers, family.pipeline).from_pretrained(
-            model, revision=revision, transformer=None, dtype=dtype, use_safetensors=True
-        )
-        self.device = device
-        if offload:
-            cpu_offload(loaded.text_encoder, execution_device=device)
-            loaded.vae.to(device)
-        else:
-            loaded.to(device)
-        parts = {name: getattr(loaded, name) for name in PARTS}
-        self.family, self.text_to_image = family, QwenImagePipeline(**parts)
+    def __init__(self, family: Family, model: str, **where: Any):
+        super().__init__(family, model, **where)
+        parts = {name: getattr(self.pipeline, name) for name in PARTS}
+        self.text_to_image = QwenImagePipeline(**parts)
         if family.max_sources == 0:  # a text-to-image checkpoint has no pipeline that encodes images, but the same VAE
             self.edit = QwenImageEditPlusPipeline(**parts, processor=None)
         else:
-            self.edit = loaded
-            hand_token_types_through(loaded, device)
+            self.edit = self.pipeline
+            hand_token_types_through(self.edit, self.device)
 
     @torch.no_grad()
     def embeddings(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_qie.models.base import Family
-from hf_qie.models.tiny_parts import SCHEDULER, SPECIAL_TOKENS, randomise, tiny_tokenizer
+from hf_qie.models.tiny_parts import SCHEDULER, TEXT, randomise, tiny_tokenizer, tiny_transformer, token_ids
 
 TEMPLATES = (
     prompt_templates.QWENIMAGE_PROMPT_TEMPLATE,
@@ -35,19 +35,12 @@ VAE_LOGVAR = 2 * math.log(0.05)  # of the posterior: the noise on latents that i
 
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL with its own spatial settings; positions count for much, as large biases on query and key see to."""
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
-    text = {
-        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
+    of_text, of_images = token_ids(tokenizer)
+    text = TEXT | of_text
+    text |= {
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
     }
     vision = {
         "depth": 2,
@@ -58,30 +51,12 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGenerati
         "tokens_per_second": 2,
         "fullatt_block_indexes": [1],  # block 0 sees windows of 112 px, block 1 all; of 7B every eighth sees all
     }
-    named = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
-    named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **{key: ids[token] for key, token in named})
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **of_images)
     model = Qwen2_5_VLForConditionalGeneration(config)
     randomise(model)
     for name, parameter in model.model.language_model.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias")):
             nn.init.normal_(parameter, std=1.0)
-    return model.eval()
-
-
-@torch.no_grad()
-def _transformer(variant: str) -> QwenImageTransformer2DModel:
-    """Qwen-Image's transformer; sharp attention, so that one prompt token or one source shows among all the others."""
-    shape = {"num_attention_heads": 4, "joint_attention_dim": 96}
-    if variant == "learner":  # with the weights that its layers start with, as wide as two cores can train in minutes
-        shape |= {"num_layers": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
-        return QwenImageTransformer2DModel(**shape).eval()
-    shape |= {"num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-    model = QwenImageTransformer2DModel(**shape, zero_cond_t=variant == "2511")
-    randomise(model)
-    for name, parameter in model.named_parameters():
-        if ".attn.norm_" in name:  # of queries and keys
-            parameter *= 3
     return model.eval()
 
 
@@ -114,7 +89,12 @@ def save_tiny(family: Family, folder: Path, *, texts: Iterable[str], variant: st
             "vae": tiny_vae(),
             "text_encoder": _text_encoder(tokenizer),
             "tokenizer": tokenizer,
-            "transformer": _transformer(variant),
+            "transformer": tiny_transformer(
+                QwenImageTransformer2DModel,
+                learner=variant == "learner",
+                joint_attention_dim=96,
+                zero_cond_t=variant == "2511",
+            ),
         }
     if family.max_sources != 0:
         pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * (16 if variant == "learner" else 128 * 128)}

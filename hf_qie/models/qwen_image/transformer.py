@@ -3,34 +3,21 @@
 Letters: B rows, S target tokens, R source tokens, L prompt tokens.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-from hf_qie.models.checkpoint import load_transformer as load
+from hf_qie.models.denoising import denoise as from_noise
+from hf_qie.models.lora_files import presets
 from hf_qie.models.qwen_image.vae import pack_latents
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 MLP = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
 OTHERS = ["img_mod.1", "txt_mod.1", "img_in", "txt_in", "norm_out.linear", "proj_out"]
 OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
-LORA_PRESETS = {
-    "attention": ATTENTION,
-    "attention+mlp": ATTENTION + MLP,
-    "all-linear": ATTENTION + MLP + OTHERS,
-}
-
-
-def load_transformer(
-    model: str, *, revision: str | None, dtype: torch.dtype, empty: bool = False
-) -> QwenImageTransformer2DModel:
-    """See `models.checkpoint.load_transformer`."""
-    return load(QwenImageTransformer2DModel, model, revision=revision, dtype=dtype, empty=empty)
+LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS)
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:
@@ -64,46 +51,29 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
     return output[:, : noised.shape[1]]
 
 
-def shift_mu(num_target_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
-    """The scheduler's own mu at `num_target_tokens`; a scheduler without dynamic shifting has log(shift) everywhere.
-
-    diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py, calculate_shift, and
-    schedulers/scheduling_flow_match_euler_discrete.py, time_shift.
-    """
-    config = scheduler_config
-    if not config["use_dynamic_shifting"]:
-        return math.log(config["shift"])
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    return config["base_shift"] + slope * (num_target_tokens - config["base_image_seq_len"])
-
-
 def denoise(
     model: nn.Module,
     batch: Mapping[str, Any],
     negative: Mapping[str, Any],
     *,
-    scheduler_config: Mapping[str, Any],
-    sigmas: np.ndarray,
     true_cfg_scale: float,
     seed: int,
+    **schedule: Any,
 ) -> Tensor:
     """Latents `[1, S, C]` that the pipelines would make of a batch of one row, from the noise of a CPU's `seed`.
 
     `negative` is `batch` with the negative prompt. The pipelines themselves take no latents of sources, nor a sharded
     model (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:764-858).
     """
-    height, width = batch["grids"][0]
-    device, channels = batch["prompt_embeds"].device, batch["source_latents"].shape[-1] // 4
+    (height, width), channels = batch["grids"][0], batch["source_latents"].shape[-1] // 4
     noise = torch.randn((1, channels, 2 * height, 2 * width), generator=torch.Generator().manual_seed(seed))
-    latents = pack_latents(noise).to(device)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    scheduler.set_timesteps(sigmas=sigmas, mu=shift_mu(height * width, scheduler_config), device=device)
-    for timestep in scheduler.timesteps:
-        sigma = timestep[None] / 1000
-        velocity = predict(model, batch, latents, sigma).float()
-        if true_cfg_scale > 1:
-            without = predict(model, negative, latents, sigma).float()
-            guided = without + true_cfg_scale * (velocity - without)
-            velocity = guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        found = predict(model, batch, latents, sigma).float()
+        if true_cfg_scale <= 1:
+            return found
+        without = predict(model, negative, latents, sigma).float()
+        guided = without + true_cfg_scale * (found - without)
+        return guided * (found.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    return from_noise(velocity, pack_latents(noise).to(batch["prompt_embeds"].device), **schedule)

@@ -13,10 +13,14 @@ from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid, Size
+from hf_qie.models.checkpoint import load_transformer
+from hf_qie.models.denoising import shift_mu
 from hf_qie.models.image_latents import vae_memory
+from hf_qie.models.official import load_pipeline
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
-from hf_qie.models.qwen_image_21.pipeline import Official, generate, load_pipeline
+from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel
+from hf_qie.models.qwen_image_21.pipeline import Official, generate
 from hf_qie.models.qwen_image_21.templates import LATENTS_PER_SLOT, TEMPLATE, as_read, num_dropped, template_of
 from hf_qie.models.qwen_image_21.text_encoder import Encoder
 from hf_qie.models.qwen_image_21.tiny import save_tiny
@@ -24,10 +28,8 @@ from hf_qie.models.qwen_image_21.transformer import (
     LORA_PRESETS,
     attention_pairs,
     denoise,
-    load_transformer,
     predict,
     shares_prefix,
-    shift_mu,
     without_gradient,
 )
 from hf_qie.models.qwen_image_21.vae import LatentEncoder
@@ -75,10 +77,9 @@ class QwenImage21(Family):
 
     load_vae = LatentEncoder
     load_encoder = Encoder
-    load_pipeline = load_pipeline
     generate = generate
     save_tiny = save_tiny
-    load_transformer = staticmethod(load_transformer)
+    load_transformer = staticmethod(partial(load_transformer, QwenImage21Transformer2DModel))
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
@@ -151,6 +152,10 @@ class QwenImage21(Family):
         """See `Family`; a distilled checkpoint names its own, however many steps are asked for."""
         own = pipeline_config.get("sample_sigmas")
         return super().sampling_sigmas(num_inference_steps, pipeline_config) if own is None else np.array(own)
+
+    def load_pipeline(self, model: str, **where: Any) -> Any:
+        """See `Family`; the processor stays, as the pipeline counts tokens when it is made."""
+        return load_pipeline(self, model, without=("text_encoder",), **where)
 
     def load_official(self, model: str, **where: Any) -> Any:
         """See `Family`."""

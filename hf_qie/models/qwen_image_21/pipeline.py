@@ -6,39 +6,18 @@ Letters: L prompt tokens, D width of the encoder, S latent tokens, C width of a 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import cpu_offload
-from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+from diffusers import QwenImage21Pipeline
 from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
 from PIL import Image
 from torch import Tensor
 
 from hf_qie.models.base import Family, Size
+from hf_qie.models.official import OfficialPipeline
 from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.models.qwen_image_21.templates import LATENTS_PER_SLOT
-
-
-def load_pipeline(
-    family: Family, model: str, *, revision: str | None, transformer: Path | None, dtype: torch.dtype
-) -> QwenImage21Pipeline:
-    """The pipeline without its prompt encoder; `transformer`: a folder with another one than the model's.
-
-    The processor stays, as the pipeline counts tokens when it is made.
-    """
-    parts: dict[str, Any] = {"text_encoder": None}
-    if transformer:
-        parts["transformer"] = QwenImage21Transformer2DModel.from_pretrained(
-            transformer, use_safetensors=True, dtype=dtype
-        )
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        model, revision=revision, use_safetensors=True, dtype=dtype, **parts
-    )
-    pipeline.set_progress_bar_config(disable=None)
-    return pipeline
 
 
 def generate(
@@ -93,28 +72,8 @@ def image_slots(pipeline: QwenImage21Pipeline, masks: Sequence[Tensor]) -> Itera
         del pipeline.encode_prompt
 
 
-class Official:
-    """The checkpoint's own pipeline, without its transformer."""
-
-    def __init__(
-        self,
-        family: Family,
-        model: str,
-        *,
-        revision: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        offload: bool = False,
-    ):
-        self.pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-            model, revision=revision, transformer=None, dtype=dtype, use_safetensors=True
-        )
-        self.family, self.device = family, device
-        if offload:
-            cpu_offload(self.pipeline.text_encoder, execution_device=device)
-            self.pipeline.vae.to(device)
-        else:
-            self.pipeline.to(device)
+class Official(OfficialPipeline):
+    """Both without images and with some."""
 
     @torch.no_grad()
     def encode(self, caption: str, sources: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """A tiny checkpoint of Qwen-Image-2.1 for tests and the demo: real classes and layout, random weights."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers import (
 
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image_21.templates import TEMPLATE
-from hf_qie.models.tiny_parts import SCHEDULER, SPECIAL_TOKENS, randomise, tiny_tokenizer
+from hf_qie.models.tiny_parts import SCHEDULER, TEXT, randomise, tiny_tokenizer, tiny_transformer, token_ids
 
 VAE_CONFIG = {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1}
 # of messages with text and images, as Qwen3-VL's own writes them
@@ -43,14 +42,9 @@ def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
 @torch.no_grad()
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
     """Qwen3-VL with DeepStack and interleaved positions, which count for much, as large queries and keys see to."""
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS), strict=True))
-    text = {
-        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
+    of_text, of_images = token_ids(tokenizer)
+    text = TEXT | of_text
+    text |= {
         "head_dim": 16,
         "max_position_embeddings": 262144,
         "rope_parameters": {
@@ -59,8 +53,6 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
             "mrope_section": [4, 2, 2],
             "mrope_interleaved": True,
         },
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
     }
     vision = {
         "depth": 3,
@@ -71,30 +63,12 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
         "num_position_embeddings": 256,
         "deepstack_visual_indexes": [0, 1],
     }
-    named = ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>")
-    named += ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>")
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, **{key: ids[token] for key, token in named})
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, **of_images)
     model = Qwen3VLForConditionalGeneration(config)
     randomise(model)
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter *= 1.5
-    return model.eval()
-
-
-@torch.no_grad()
-def _transformer(variant: str) -> QwenImage21Transformer2DModel:
-    """Qwen-Image-2.1's transformer; sharp attention, so that one prompt token or one source shows among the others."""
-    shape = {"num_attention_heads": 4, "context_in_dim": 96}
-    if variant == "learner":  # with the weights that its layers start with, as wide as two cores can train in minutes
-        shape |= {"num_layers": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
-        return QwenImage21Transformer2DModel(**shape).eval()
-    shape |= {"num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
-    model = QwenImage21Transformer2DModel(**shape, causal_condition=variant != "no_causal_condition")
-    randomise(model)
-    for name, parameter in model.named_parameters():
-        if ".attn.norm_" in name:  # of queries and keys
-            parameter *= 3
     return model.eval()
 
 
@@ -141,6 +115,11 @@ def save_tiny(family: Family, folder: Path, *, texts: Iterable[str], variant: st
             "vae": tiny_vae(),
             "text_encoder": _text_encoder(tokenizer),
             "processor": _processor(tokenizer),
-            "transformer": _transformer(variant),
+            "transformer": tiny_transformer(
+                QwenImage21Transformer2DModel,
+                learner=variant == "learner",
+                context_in_dim=96,
+                causal_condition=variant != "no_causal_condition",
+            ),
         }
     getattr(diffusers, family.pipeline)(**parts).save_pretrained(folder)

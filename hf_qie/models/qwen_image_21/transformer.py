@@ -3,35 +3,22 @@
 Letters: B rows, K noised targets of each, S target tokens, R source tokens, L prompt tokens, C width of a latent.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from hf_qie.models.base import Grid
-from hf_qie.models.checkpoint import load_transformer as load
-from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel, RowLayout
+from hf_qie.models.denoising import denoise as from_noise
+from hf_qie.models.lora_files import presets
+from hf_qie.models.qwen_image_21.packed import RowLayout
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MLP = ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]
 OTHERS = ["modulation.1", "img_in", "txt_in.in_layer", "txt_in.out_layer", "norm_out.linear", "proj_out"]
 OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
-LORA_PRESETS = {
-    "attention": ATTENTION,
-    "attention+mlp": ATTENTION + MLP,
-    "all-linear": ATTENTION + MLP + OTHERS,
-}
-
-
-def load_transformer(
-    model: str, *, revision: str | None, dtype: torch.dtype, empty: bool = False
-) -> QwenImage21Transformer2DModel:
-    """See `models.checkpoint.load_transformer`."""
-    return load(QwenImage21Transformer2DModel, model, revision=revision, dtype=dtype, empty=empty)
+LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS)
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:
@@ -78,44 +65,28 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
     )
 
 
-def shift_mu(num_target_tokens: int, scheduler_config: Mapping[str, Any]) -> float:
-    """The scheduler's own mu at `num_target_tokens`; a scheduler without dynamic shifting has log(shift) everywhere.
-
-    diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py, calculate_shift and its call.
-    """
-    get = scheduler_config.get
-    if not get("use_dynamic_shifting"):
-        return math.log(get("shift", 1.0))
-    fewest, most = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-    least, largest = get("base_shift", 0.5), get("max_shift", 1.15)
-    return least + (largest - least) / (most - fewest) * (num_target_tokens - fewest)
-
-
 def denoise(
     model: nn.Module,
     batch: Mapping[str, Any],
     negative: Mapping[str, Any],
     *,
-    scheduler_config: Mapping[str, Any],
-    sigmas: np.ndarray,
     true_cfg_scale: float,
     seed: int,
+    **schedule: Any,
 ) -> Tensor:
     """Latents `[1, S, C]` that the pipeline would make of a batch of one row, from the noise of a CPU's `seed`.
 
     `negative` is `batch` with the negative prompt. The pipeline itself takes no latents of sources, nor a sharded
     model (diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py:655-715).
     """
-    (height, width), device = batch["grids"][0], batch["prompt_embeds"].device
-    shape = (1, batch["source_latents"].shape[-1], height * width)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).transpose(1, 2).to(device)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    scheduler.set_timesteps(sigmas=sigmas, mu=shift_mu(height * width, scheduler_config), device=device)
-    for timestep in scheduler.timesteps:
-        sigma = timestep[None] / 1000
-        velocity = predict(model, batch, latents, sigma).float()
-        if true_cfg_scale > 1:
-            without = predict(model, negative, latents, sigma).float()
-            velocity = without + true_cfg_scale * (velocity - without)
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-    return latents
+    (height, width), channels = batch["grids"][0], batch["source_latents"].shape[-1]
+    noise = torch.randn((1, channels, height * width), generator=torch.Generator().manual_seed(seed))
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        found = predict(model, batch, latents, sigma).float()
+        if true_cfg_scale <= 1:
+            return found
+        without = predict(model, negative, latents, sigma).float()
+        return without + true_cfg_scale * (found - without)
+
+    return from_noise(velocity, noise.transpose(1, 2).to(batch["prompt_embeds"].device), **schedule)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -274,7 +275,8 @@ def quantized(model: nn.Module, kind: str) -> nn.Module:
             model.set_submodule(name, ours)
     else:
         torchao = pytest.importorskip("torchao.quantization")
-        how = torchao.Int8WeightOnlyConfig(version=2) if kind == "int8" else torchao.Float8WeightOnlyConfig()
+        how = torchao.Float8WeightOnlyConfig if kind == "fp8" else partial(torchao.Int8WeightOnlyConfig, version=2)
+        how = how(set_inductor_config=False)  # else it would change the compiler's options for the tests that follow
         torchao.quantize_(model, how, filter_fn=lambda module, name: name in layers)
     return model
 

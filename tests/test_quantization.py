@@ -356,9 +356,9 @@ def test_float16_is_refused_as_it_overflows(tiny, tmp_path):
 def test_the_compiler_is_left_as_it_was(tiny, tmp_path):
     import torch._inductor.config as options
 
-    before = options.coordinate_descent_tuning
-    trainer_of(write_recipe(tmp_path, tiny()), "memory.quantization=fp8")
-    assert options.coordinate_descent_tuning == before == False  # noqa: E712
+    with options.patch(coordinate_descent_tuning=False):
+        trainer_of(write_recipe(tmp_path, tiny()), "memory.quantization=fp8")
+        assert options.coordinate_descent_tuning is False
 
 
 def test_a_base_that_is_quantised_already_or_of_other_weights_is_refused(tiny, tmp_path):

@@ -118,10 +118,7 @@ def test_a_padded_batch_predicts_what_its_rows_do_alone(tiny):
             alone = {
                 key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in given.items()
             }
-            alone["prompt_embeds"], alone["prompt_mask"] = (
-                alone["prompt_embeds"][:, :length],
-                torch.ones(1, length).bool(),
-            )
+            alone |= {"prompt_embeds": alone["prompt_embeds"][:, :length], "prompt_lengths": [length]}
             single = predict(model, alone, alone["target_latents"], sigma[i : i + 1])
             # float32 attention over another length adds up in another order
             torch.testing.assert_close(together[i : i + 1], single, atol=1e-5, rtol=1e-5)

@@ -35,12 +35,13 @@ class Attention(TorchFunctionMode):
 def transformers(**options) -> list[nn.Module]:
     """diffusers' transformer and one with our attention, of the same weights, which make every input show."""
     torch.manual_seed(0)
-    stock = QwenImageTransformer2DModel(**SHAPE, **options)
+    options = SHAPE | options
+    stock = QwenImageTransformer2DModel(**options)
     with torch.no_grad():
         for name, parameter in stock.named_parameters():
             parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
             parameter += 2 if ".attn.norm_" in name else 0  # sharp attention, so that positions show
-    ours = QwenImageTransformer2DModel(**SHAPE, **options)
+    ours = QwenImageTransformer2DModel(**options)
     ours.load_state_dict(stock.state_dict())
     ours.set_attn_processor(RowAttention())
     return [stock, ours]
@@ -149,17 +150,16 @@ def test_padding_gets_nothing_from_attention():
 
 
 def test_compiled_blocks_have_as_many_graphs_for_any_lengths():
-    _, ours = transformers()
+    _, ours = transformers(num_layers=1)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compile_blocks(ours, backend="eager")
     graphs = []
-    for lengths in ((9, 5), (4, 12), (3, 7), (11, 2), (8, 6), (13, 14), (20, 3)):
+    for lengths in ((9, 5), (4, 12), (3, 7), (11, 2), (8, 6)):
         batch = batch_of(lengths)
         with torch.no_grad(), Attention() as seen:
             by_rows(ours, batch, torch.tensor([0.2, 0.7]))
-        assert seen.calls == {"plain": 6}
+        assert seen.calls == {"plain": 2}
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch.compiler.reset()
-    # two pieces of a block, before and behind attention, for the first shape and then for any
-    assert graphs[1:] == [4] * 6
+    assert 0 < graphs[0] < graphs[1] == graphs[-1]  # for the first shape, and then for any

@@ -61,7 +61,7 @@ def test_forward_and_loss_on_cuda_wait_for_nothing_but_what_is_named(recipes, wa
 def test_a_step_with_backward_and_optimizer_waits_for_nothing(recipes, waits_of):
     """On the stand-in: loss, backward, clipping and AdamW; LoRA and all, with and without checkpointing."""
     cases = [
-        {"recipe": recipes[family, name], "lengths": [4, 4], "checkpointing": name == "all"}
+        {"recipe": recipes[family, name], "lengths": [4, 6], "checkpointing": name == "all"}
         for family in ("edit_plus", "qwen_image_21")
         for name in ("lora", "all")
     ]

@@ -61,7 +61,6 @@ def batch(lengths=(9, 9), grids=((4, 6), (2, 4), (4, 4))) -> Batch:
         target_latents=torch.randn(num_rows, target, 64, generator=random).half(),
         source_latents=torch.randn(num_rows, sum(sources), 64, generator=random).half(),
         prompt_embeds=torch.randn(*mask.shape, 96, generator=random).half() * mask[..., None],
-        prompt_mask=mask,
         prompt_lengths=list(lengths),
         image_slots=[[3 * n + 2 for n in range(len(sources))]] * num_rows,
         grids=list(grids),

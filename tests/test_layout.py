@@ -23,11 +23,11 @@ LAYERS = (
     "hub.publish data.mixture data.collate data.online_latents data.loader data.largest extraction.plan "
     "extraction.preprocess extraction.manifest extraction.reuse extraction.estimate extraction.memory "
     "extraction.batching extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered "
-    "convert training.objective training.fsdp training.offloading training.model training.cost training.stand_ins "
-    "training.forecast training.fit training.metrics training.evaluation training.image_grid training.checkpoints "
-    "training.dcp_reader training.callbacks training.trainer training.sets training.setup train hub.trained_run "
-    "hub.export_formats hub.model_card export hub.sampler sampling extraction.stats extraction.contact_sheet "
-    "extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
+    "convert training.losses training.objective training.fsdp training.offloading training.model training.cost "
+    "training.stand_ins training.forecast training.fit training.metrics training.evaluation training.image_grid "
+    "training.checkpoints training.dcp_reader training.callbacks training.trainer training.sets training.setup train "
+    "hub.trained_run hub.export_formats hub.model_card export hub.sampler sampling extraction.stats "
+    "extraction.contact_sheet extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()
 
 

@@ -68,6 +68,7 @@ def settings(folder: Path, *, edit_weight: float = 0, seed: int = 0) -> list[str
         "training.output_dir": folder / f"run-{edit_weight}-{seed}",
         "training.max_steps": STEPS,
         "training.per_device_train_batch_size": DRAWS,
+        "training.logging_steps": STEPS // 8,
         "training.save_steps": STEPS // 8,
         "training.use_cpu": True,
         "training.disable_tqdm": True,

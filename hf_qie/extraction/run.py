@@ -43,8 +43,8 @@ from hf_qie.runtime.files import move_durably
 from hf_qie.runtime.lock import in_turn
 from hf_qie.runtime.ranks import from_rank_0, rank
 
-# torch reads it at its first attention on a GPU. Without it, it prefers cuDNN's on Hopper, which plans some 35 ms for a
-# new shape, and nearly every batch has one
+# torch reads it at its first attention on a GPU: else it prefers cuDNN's on Hopper, which plans some 35 ms for a new
+# shape, and nearly every batch has one
 CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
 TOO_MANY_BAD = 3  # exit code

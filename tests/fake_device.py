@@ -23,7 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 from embedding_sets import WIDTH
 from PIL import Image
@@ -412,6 +412,7 @@ def waits_of(case: Mapping[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     cases = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
+    PartialState(cpu=True)  # of this process; asked for by logs
     on_cuda, on_stand_in = ([name for name in cases if cases[name]["device"] == one] for one in ("cuda", STAND_IN))
     found = {name: waits_of(cases[name]) for name in on_cuda}
     # behind it, fake tensors of CUDA ask for a driver

@@ -45,7 +45,7 @@ REPEATS = 3
 
 
 def measure(context: Context, *, step: str, cudnn: bool = False) -> Iterator[Result]:
-    """Rows of one source, then of three. `cudnn`: of one, where torch prefers cuDNN's attention, as it does by itself."""
+    """Rows of one source, then of three. `cudnn`: of one, in torch's own order, with cuDNN's attention first."""
     if cudnn:
         os.environ[CUDNN_LAST] = "0"
     model = checkpoint(context.folder / "model", small=context.small)

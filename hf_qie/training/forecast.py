@@ -109,7 +109,7 @@ def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
     streamed_blocks(base_of(model), run.recipe.memory.stream_blocks)  # raises where there are fewer
     owner, name, blocks, alike = blocks_of(model)
     fewest = 4 if run.fsdp else 3  # a first, a last and inner ones: of two that are sharded one is gathered ahead
-    vae = _vae(run)
+    vae = vae_memory(run)
     with _fake_ranks(run) as mesh:
         if not alike or len(blocks) <= fewest + 1:
             return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh, vae))
@@ -255,18 +255,23 @@ def _wrap(run: Run, model: nn.Module, ledger: Ledger) -> None:
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def _vae(run: Run) -> ForwardMemory | None:
+def largest_image(run: Run) -> tuple[int, int]:
+    """Width and height in pixels of the largest image of a row."""
+    height, width = (run.family.pixels_per_token * side for side in max(run.shape.grids, key=math.prod))
+    return width, height
+
+
+def vae_memory(run: Run) -> ForwardMemory | None:
     """What the VAE takes, where training has one: to encode a batch, or to decode an image between two steps."""
     extract, decodes = run.recipe.extract, bool(run.recipe.sampling.every)
     if not (run.encodes or decodes):
         return None
     auto = "bfloat16" if run.device == "cuda" else "float32"  # as compute_dtype has it on a device that is there
-    height, width = (run.family.pixels_per_token * side for side in max(run.shape.grids, key=math.prod))
     return run.family.vae_memory(
         run.recipe.model,
         revision=run.recipe.revision,
         dtype=getattr(torch, auto if extract.dtype == AUTO else extract.dtype),
-        size=(width, height),
+        size=largest_image(run),
         batch_size=min(run.shape.rows, extract.vae_batch_size) if run.encodes else 0,
         decodes=decodes,
     )

@@ -42,7 +42,7 @@ from hf_qie.training.callbacks import PeakMemory, StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
 from hf_qie.training.cost import Footprint
 from hf_qie.training.evaluation import HeldOut, split_sets
-from hf_qie.training.fit import forecast_start
+from hf_qie.training.fit import forecast_start, report_vae, run_of
 from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, in_memory, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, compile_blocks, saved_quantised
@@ -98,7 +98,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
         trainer.add_callback(ImageGrid(trainer))
     if arguments.device.type != "cpu":
         trainer.add_callback(PeakMemory(expected and expected.peak))
-    _log_start(trainer, checkpoint)
+    has_vae = trainer.encoder or recipe.sampling.every
+    _log_start(trainer, checkpoint, vae=report_vae(run_of(recipe, sets, arguments)) if has_vae else "not loaded")
     return trainer, checkpoint
 
 
@@ -284,12 +285,11 @@ def _way_of(arguments: TrainingArguments) -> str:
     return " by FSDP's policy" if arguments.fsdp else " by autocast"
 
 
-def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
-    """In which precision it trains, on how many rows a step, and what else is loaded."""
+def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> None:
+    """In which precision it trains, on how many rows a step, and what else is loaded: of the VAE, `vae`."""
     arguments, every, of_row = trainer.args, trainer.recipe.sampling.every, trainer.recipe.mix.draws_per_row
     if notice := trainer.objective.family.license_notice:
         logger.warning("%s: %s", trainer.recipe.model, notice)
-    vae = "loaded by rank 0, for images" if every else "not loaded"
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
@@ -302,7 +302,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
         f", {of_row} noises each" * (of_row > 1),
         arguments.max_steps,
         f"resuming from {checkpoint}" if checkpoint else "from the first",
-        "loaded, as sets have no latents" if trainer.encoder else vae,
+        vae,
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")

@@ -18,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from memory_table import CARDS_GB, recipe_of, shape_of, table
 from released import write_released
 
-from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.launch import fsdp_settings, num_replicas
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
@@ -43,6 +43,7 @@ OFFERED = [
     ("several_tasks.yaml", "8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_2_nodes.yaml", ("training.gradient_accumulation_steps=2",)),
+    ("full_fsdp.yaml", "hsdp_2_nodes.yaml", ("training.gradient_accumulation_steps=2",)),
 ]
 NAMED = [f"{recipe}, {launch}" for recipe, launch, _ in OFFERED]
 offered = pytest.mark.parametrize(("name", "launch", "overrides"), OFFERED, ids=NAMED)
@@ -71,7 +72,7 @@ def launched(words: list[str]) -> tuple[int, dict[str, str]]:
     arguments, _, _ = _validate_launch_command(arguments)
     if arguments.num_processes == 1:
         return 1, prepare_simple_launcher_cmd_env(arguments)[1]
-    return arguments.num_processes, prepare_multi_gpu_env(arguments)
+    return arguments.num_processes, prepare_multi_gpu_env(arguments) | {"WORLD_SIZE": str(arguments.num_processes)}
 
 
 def words_of(launch: str) -> list[str]:
@@ -102,10 +103,11 @@ def test_training_arguments_take_every_recipe(path):
 def test_launch_file_and_recipe_go_together(name, launch, overrides):
     recipe = load_recipe(RECIPES / name, overrides)
     ranks, environment = launched(words_of(launch))
-    assert ranks == {"one_gpu.yaml": 1, "8_gpus.yaml": 8, "fsdp_8_gpus.yaml": 8, "fsdp_2_nodes.yaml": 16}[launch]
+    assert ranks == {"one_gpu.yaml": 1, "8_gpus.yaml": 8, "fsdp_8_gpus.yaml": 8}.get(launch, 16)
+    assert num_replicas(environment) == 1 + (launch == "hsdp_2_nodes.yaml")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     settings = fsdp_settings(recipe, environment)
-    assert bool(settings) == launch.startswith("fsdp") == ("fsdp" in name)
+    assert bool(settings) == ("sdp" in launch) == ("fsdp" in name)
     if settings:
         assert fsdp_arguments(recipe, settings)["fsdp_config"]["state_dict_type"] == "SHARDED_STATE_DICT"
     rows = recipe.training["per_device_train_batch_size"]
@@ -121,7 +123,7 @@ def test_launch_file_and_recipe_go_together(name, launch, overrides):
         assert math.prod(map(int, written[2].split("x"))) == batch
 
 
-SHARDED = "fsdp_8_gpus.yaml", "fsdp_2_nodes.yaml"  # half a minute each
+SHARDED = "fsdp_8_gpus.yaml", "fsdp_2_nodes.yaml", "hsdp_2_nodes.yaml"  # half a minute each
 FORECASTS = [pytest.param(*one, marks=pytest.mark.soak if one[1] in SHARDED else ()) for one in OFFERED]
 
 
@@ -136,6 +138,7 @@ def test_the_readme_says_what_they_train_and_take(name, launch, overrides, relea
     model = build_model(recipe, mixed_precision="bf16", empty=True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks, environment = launched(words_of(launch))
+    ranks //= num_replicas(environment)  # each shards the model for itself
     run = Run(
         recipe=recipe, shape=shape_of(512, 1, **of_recipe), num_ranks=ranks, fsdp=fsdp_settings(recipe, environment)
     )

@@ -60,7 +60,7 @@ def in_ranks(
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
-    ever}, notes: a file for the steps that rank 0 computes, sums: one for the replicas over which it adds up gradients}.
+    ever}, notes: a file for the steps that rank 0 computes, sums: one for its sums of gradients over replicas}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import node_traffic
 import pytest
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -180,6 +181,27 @@ def test_all_of_the_table_of_cards_is_what_the_forecast_says():
     assert table() in (RECIPES / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_says_what_sharding_sends_between_machines(released):
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for trains in node_traffic.RECIPES:
+        for replicas in node_traffic.WAYS:
+            assert node_traffic.line(released, trains, replicas) in readme
+
+
+@pytest.mark.soak  # three minutes
+def test_a_step_sends_and_takes_what_the_readme_says(released):
+    """What FSDP2 itself calls in a step that is run on tensors without data; shards are padded, by less than 1%."""
+    assert node_traffic.table() in (RECIPES / "README.md").read_text(encoding="utf-8")
+    for trains in node_traffic.RECIPES:
+        for replicas in node_traffic.WAYS:
+            run = node_traffic.run_of(released, trains, replicas)
+            model = build_model(run.recipe, mixed_precision="bf16", empty=True)
+            for micro_batches in (1, 2):
+                sent, peak = node_traffic.by_blocks(run, model, replicas, micro_batches)
+                assert sent == pytest.approx(node_traffic.sent_bytes(model, replicas, micro_batches), rel=0.01)
+            assert peak == pytest.approx(forecast(run, model).peak, rel=0.01)
+
+
 @pytest.mark.parametrize("name", sorted({recipe for recipe, _, _ in OFFERED}))
 def test_recipes_read_data_of_the_kind_they_describe(name, photos, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(photos)
@@ -196,7 +218,8 @@ def test_recipes_read_data_of_the_kind_they_describe(name, photos, tmp_path, mon
         assert counts["faces"].keys() == {0}
 
 
-def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the_first_nodes_address(tmp_path):
+@pytest.mark.parametrize("launch", ["fsdp_2_nodes.yaml", "hsdp_2_nodes.yaml"])
+def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the_first_nodes_address(tmp_path, launch):
     """With stand-ins for Slurm's commands: `srun` is each node in turn, and `accelerate` says how it was called."""
     (tmp_path / "bin").mkdir()
     stands_in = {
@@ -216,7 +239,8 @@ def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "node[17-18]",
-        },
+        }
+        | ({} if launch == "fsdp_2_nodes.yaml" else {"LAUNCH_FILE": f"recipes/accelerate/{launch}"}),
         capture_output=True,
         text=True,
         check=True,
@@ -230,6 +254,7 @@ def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the
         assert (parsed.main_process_ip, parsed.main_process_port) == ("node17", 29500)
         assert [parsed.training_script, *parsed.training_script_args] == ["hf_qie/train.py", *arguments]
         assert (parsed.use_fsdp, parsed.mixed_precision) == (True, "bf16")
+        assert parsed.parallelism_config_dp_replicate_size == 1 + (launch == "hsdp_2_nodes.yaml")
 
 
 def blocks(language: str) -> list[str]:

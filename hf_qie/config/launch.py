@@ -82,10 +82,9 @@ def num_replicas(environment: Mapping[str, str]) -> int:
             )
     (replicas, shards, *_), ranks = sizes.values(), num_started(environment)
     if replicas * shards != ranks:
-        fits = f"set it to {ranks // replicas}" if ranks % replicas == 0 else f"{replicas} does not divide {ranks}"
         raise InputError(
-            f"{at}dp_shard_size: got {shards}, and {replicas} (dp_replicate_size) x {shards} is not the number of "
-            f"ranks, {ranks}; {fits}"
+            f"{at}dp_replicate_size: got {replicas}, which x {shards} (dp_shard_size) is not the number of ranks, "
+            f"{ranks}; set them to the number of machines and of GPUs in each"
         )
     if shards == 1 < ranks:
         raise InputError(
@@ -146,8 +145,8 @@ def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
     if refused := [way.upper() for way in ways if way not in _RESHARD]:
         raise InputError(
             f"accelerate launch: FSDP's sharding strategy {refused[0]!r} is not available; use FULL_SHARD, or "
-            "SHARD_GRAD_OP, which keeps gathered weights from forward to backward; to shard within machines alone, see "
-            "recipes/accelerate/hsdp_2_nodes.yaml"
+            "SHARD_GRAD_OP, which keeps gathered weights from forward to backward; how to shard within machines alone "
+            "is in recipes/accelerate/hsdp_2_nodes.yaml"
         )
     return settings | {"reshard_after_forward": all(_RESHARD[way] for way in ways)}
 

@@ -4,6 +4,7 @@ Two replicas of two ranks, on gloo; see tests/ranks.py. tests/test_fsdp.py holds
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from hf_qie.training.dcp_reader import sharded_tensors
 from hf_qie.training.fsdp import check_sharded
 from hf_qie.training.model import LORA_FILE
 
-KINDS = {"full": {}, "lora": LORA}
+KINDS = {"full": {"trainable": {}}, "lora": {"trainable": LORA}}
 SIZES = "--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2"
 FLAGS = f"--use_fsdp --fsdp_version 2 --use_parallelism_config {SIZES} --fsdp_state_dict_type "
-TASKS = {name: {"data": f"{name}.jsonl", "eval_rows": 2} for name in ("edit", "text_to_image")}
+TASKS = {"tasks": {name: {"data": f"{name}.jsonl", "eval_rows": 2} for name in ("edit", "text_to_image")}}
 SEEN = {"sampling": {"every": 4, "rows": 2, "num_inference_steps": 2}, "extract": {"dtype": "float32"}}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
 STEPS, GROUPS = 4, 3  # of parameters that are gathered at once: two blocks, and the rest
@@ -36,14 +37,13 @@ both_kinds = pytest.mark.parametrize("kind", KINDS)
 class Runs:
     """Runs in `folder`, of eight draws a step."""
 
-    def __init__(self, folder: Path, model: Path, **sections):
+    def __init__(self, folder: Path, model: Path, *, kinds: Mapping[str, Mapping] = KINDS, **training):
         self.folder, self.runs = folder, []
-        for kind, trainable in KINDS.items():
+        for kind, sections in kinds.items():
             (folder / kind).mkdir(parents=True)
             # a large epsilon keeps AdamW from blowing up the rounding of gradients that are nearly 0
-            training = {"use_cpu": None, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-3}
-            training |= sections.get("training", {})
-            write_recipe(folder / kind, model, **sections | {"trainable": trainable, "training": training})
+            settings = {"use_cpu": None, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-3} | training
+            write_recipe(folder / kind, model, training=settings, **sections)
 
     def add(self, kind: str, name: str, ranks: int, *overrides: str, of: str | None = None, **more) -> None:
         """A run, that resumes in the middle of the run `of`, if one is named."""
@@ -70,7 +70,8 @@ def done(built_once, tiny) -> Path:
     """The folder of the runs."""
 
     def build(folder: Path) -> None:
-        runs = Runs(folder, tiny(), tasks=TASKS, training=EVALUATED, **SEEN)
+        kinds = {"full": KINDS["full"] | TASKS, "lora": KINDS["lora"] | TASKS | SEEN}
+        runs = Runs(folder, tiny(), kinds=kinds, **EVALUATED)
         for kind in KINDS:
             runs.add(kind, "one", 1, "training.use_cpu=true")
         runs.do(1)

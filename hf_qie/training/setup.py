@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
+from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_replicas
 from hf_qie.config.memory import FLOAT16
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
@@ -257,7 +257,10 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
-    num_shards = arguments.world_size if arguments.fsdp else 1
+    replicas = num_replicas(os.environ)
+    num_shards = arguments.world_size // replicas if arguments.fsdp else 1
+    if replicas > 1:
+        logger.info("FSDP: %d replicas of the model, each sharded over %d ranks", replicas, num_shards)
     _try_packages(arguments, on_paper)
     footprint = Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)
     # with less on the device than there is of the model, the forecast alone says how much

@@ -53,7 +53,8 @@ class EditTrainer(Trainer):
         get_batch_samples: measures the time spent waiting for data.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         create_scheduler: notes the recipe's settings before a checkpoint's state replaces them.
-        training_step: the device need not wait for a batch; Trainer would copy it tensor by tensor.
+        training_step: the device need not wait for a batch, which Trainer would copy tensor by tensor; replicas add up
+            their gradients once a step.
         compute_loss: flow matching.
         prediction_step: loss and noise level of each row, for `HeldOut.metrics`.
         evaluate: leaves the random generators as they were.
@@ -161,7 +162,10 @@ class EditTrainer(Trainer):
         return schedule
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's."""
+        """Trainer's; with replicas, gradients stay sums of one replica until the last micro-batch of the step."""
+        parallelism = self.accelerator.parallelism_config
+        if parallelism and parallelism.dp_replicate_enabled:
+            model.set_requires_all_reduce(self.accelerator.sync_gradients)
         return super().training_step(model, self.on_device(inputs), *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:

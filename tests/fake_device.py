@@ -4,8 +4,8 @@
 
 Tensors are fake: nothing is computed, but devices and dtypes are those of a run, so that tensors of two devices that
 meet raise. Without a driver torch goes forward on fake tensors of CUDA, not backward; for that there is the stand-in,
-torch's device for backends that are written in Python, which has no autocast. A process of its own: diffusers keeps
-tables of positions, which would be fake ones, and a stand-in is registered for good.
+torch's device for backends that are written in Python. A process of its own: diffusers keeps tables of positions,
+which would be fake ones, and a stand-in is registered for good.
 """
 
 import json
@@ -33,6 +33,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.models.base import read_family
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
+from hf_qie.training.precision import compute_in
 
 STAND_IN = "standin"
 # operations whose result has to be known on the host: a number, or a shape
@@ -183,23 +184,20 @@ def batch_of(case: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
 def step(case: Mapping[str, Any], device: str) -> Counter:
     """Waits of the second of two micro-batches, with the step of the optimizer behind it."""
     recipe, backward = load_recipe(Path(case["recipe"])), device == STAND_IN
-    half = "no" if backward else "bf16"
-    model, objective = build_model(recipe, mixed_precision=half, empty=True), Objective(recipe, global_batch_size=4)
+    model, objective = build_model(recipe, mixed_precision="bf16", empty=True), Objective(recipe, global_batch_size=4)
     batches = [batch_of(case, objective) for _ in range(2)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model.to_empty(device=device)
         if case.get("checkpointing"):
             base_of(model).enable_gradient_checkpointing()
         model.train()
+        compute_in(model, "bf16")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=False, foreach=True)
         fakes = [tree_map(lambda one: mode.from_tensor(one) if isinstance(one, Tensor) else one, b) for b in batches]
         for batch in fakes:
             with Waits(device, mode) as waits:
                 on_device = send_to_device(batch, device, non_blocking=True)
-                if not backward:
-                    torch.set_autocast_enabled("cuda", True)
-                    torch.set_autocast_dtype("cuda", torch.bfloat16)
                 loss = objective.losses(model, on_device).mean()
                 if case.get("mistakes"):
                     bool(loss > 0), loss.item(), loss.cpu(), torch.ones(2).to(device)

@@ -48,7 +48,7 @@ def recipes(tiny, tmp_path) -> dict[tuple[str, str], str]:
 
 
 def test_forward_and_loss_on_cuda_wait_for_nothing_but_what_is_named(recipes, waits_of):
-    """In bfloat16 by autocast, as on one GPU, of a second micro-batch; rows of equal and unequal prompts."""
+    """In bfloat16, of a second micro-batch; rows of equal and unequal prompts."""
     cases, allowed = [], []
     for (family, _), recipe in recipes.items():
         for lengths in ([4, 4], [4, 6]):

@@ -4,8 +4,8 @@
 
 Tensors are fake: nothing is computed, but devices and dtypes are those of a run, so that tensors of two devices that
 meet raise. Without a driver torch goes forward on fake tensors of CUDA, not backward; for that there is the stand-in,
-torch's device for backends that are written in Python, which has no autocast. A process of its own: diffusers keeps
-tables of positions, which would be fake ones, and a stand-in is registered for good.
+torch's device for backends that are written in Python. A process of its own: diffusers keeps tables of positions,
+which would be fake ones, and a stand-in is registered for good.
 """
 
 import copy
@@ -43,6 +43,7 @@ from hf_qie.training.metrics import LossMeter
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
 from hf_qie.training.offloading import checkpoint_on_cpu, stream_blocks
+from hf_qie.training.precision import compute_in
 from hf_qie.training.trainer import EditTrainer
 
 STAND_IN = "standin"
@@ -306,24 +307,23 @@ def vae_on_paper(recipe: Recipe) -> Any:
 def step(case: Mapping[str, Any]) -> Counter:
     """Waits of the second of two micro-batches, with the step of the optimizer behind it.
 
-    On the stand-in the whole step in float32; on CUDA no backward, but autocast, and what EditTrainer does before and
-    behind it: copies of the batch, images that are encoded, losses that are looked at a step later.
+    On the stand-in the whole step; on CUDA no backward, but what EditTrainer does before and behind it: copies of the
+    batch, images that are encoded, losses that are looked at a step later. In bfloat16 on both.
     """
     recipe, device = load_recipe(Path(case["recipe"])), case["device"]
     objective, memory = Objective(recipe, global_batch_size=4), recipe.memory
     batches, mode = [batch_of(case, objective) for _ in range(2)], FakeTensorMode(allow_non_fake_inputs=True)
-    half = "no" if device == STAND_IN else "bf16"
-    model = build_model(recipe, mixed_precision=half, empty=not memory.quantization)
+    model = build_model(recipe, mixed_precision="bf16", empty=not memory.quantization)
     Stream.waits = waits = Waits(device, mode)
     with ExitStack() as stack:
         if case.get("images"):
             stack.enter_context(patch.object(VaeLatents, "load", vae_on_paper(recipe)))
         stack.enter_context(patch.object(torch, "Stream", Stream))
         stack.enter_context(patch.object(torch.accelerator, "current_stream", Stream))
-        stack.callback(torch.set_autocast_enabled, "cuda", False)
         stack.enter_context(mode)
         stack.enter_context(waits)
         place(model, recipe, mode, device)
+        compute_in(model, "bf16")
         if case.get("checkpointing") or memory.offload_activations:
             on_cpu = checkpoint_on_cpu(torch.device(device)) if memory.offload_activations else None
             base_of(model).enable_gradient_checkpointing(on_cpu)
@@ -353,8 +353,6 @@ def two_batches(
             batch = send_to_device(batch, device, non_blocking=True)
         else:
             batch = EditTrainer.on_device(trainer, batch)
-            torch.set_autocast_enabled("cuda", True)
-            torch.set_autocast_dtype("cuda", torch.bfloat16)
         losses = objective.losses(model, batch)
         loss = losses.mean()
         if case.get("mistakes"):

@@ -1,10 +1,9 @@
 """On a device that is not there: no tensor of a step lies on another one, and the host waits where a reason is named.
 
-Steps run on fake tensors, in a process of their own; see fake_device.py. On fake CUDA: copies of a second micro-batch,
-forward and loss in bfloat16 by autocast, as on one GPU, and the check of the losses before. On a stand-in: the same in
-float32 with backward, clipping and AdamW. Weights of torchao are its own tensors over fake ones; of bitsandbytes the
-layers and operations are its own. What kernels themselves do is not seen: these are the devices and shapes that their
-libraries declare.
+Steps run in bfloat16 on fake tensors, in a process of their own; see fake_device.py. On fake CUDA: copies of a second
+micro-batch, forward and loss, and the check of the losses before. On a stand-in: the same with backward, clipping and
+AdamW. Weights of torchao are its own tensors over fake ones; of bitsandbytes the layers and operations are its own.
+What kernels themselves do is not seen: these are the devices and shapes that their libraries declare.
 """
 
 import json
@@ -55,7 +54,7 @@ STEPS = {
     "2511, all": case(EDIT_2511, {}, allowed=ZERO_COND),
     "2.1, padded": case(EDIT_21, lengths=UNEQUAL),
     "2.1, all": case(EDIT_21, {}, checkpointing=False),
-    # extract.latents: false: images are copied with the rest of a batch, and the VAE is called outside autocast
+    # extract.latents: false: images are copied with the rest of a batch, and encoded by the VAE
     "images": case(images=True),
     "2.1, images": case(EDIT_21, images=True),
     "streamed": case(memory="streamed", allowed=ONCE),

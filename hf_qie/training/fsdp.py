@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
-
-# accelerate's own policy would also add up gradients over the ranks in bfloat16
-BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:

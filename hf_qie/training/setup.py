@@ -43,10 +43,11 @@ from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, st
 from hf_qie.training.cost import Footprint
 from hf_qie.training.evaluation import HeldOut, split_sets
 from hf_qie.training.fit import forecast_start, report_vae, run_of
-from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, in_memory, refuse_inactive
+from hf_qie.training.fsdp import fsdp_arguments, in_memory, refuse_inactive
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, compile_blocks, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
+from hf_qie.training.precision import sharded_policy
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
@@ -129,8 +130,8 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
         _try_schedule(arguments)
     if settings and settings.get("version", 2) == 1:
         logger.info("FSDP: version 1 was asked for, version 2 is used; version 1 is not available")
-    if settings and arguments.mixed_precision == "bf16":
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
+    if settings and arguments.mixed_precision != "no":  # accelerate's own would add up gradients in 16 bits as well
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = sharded_policy(arguments.mixed_precision)
     return arguments
 
 
@@ -281,13 +282,6 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     return model
 
 
-def _way_of(arguments: TrainingArguments) -> str:
-    """How arithmetic of 16 bits comes about: where parameters are sharded accelerate uses no autocast."""
-    if arguments.mixed_precision == "no":
-        return ""
-    return " by FSDP's policy" if arguments.fsdp else " by autocast"
-
-
 def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> None:
     """In which precision it trains, on how many rows a step, and what else is loaded: of the VAE, `vae`."""
     arguments, every, of_row = trainer.args, trainer.recipe.sampling.every, trainer.recipe.mix.draws_per_row
@@ -296,7 +290,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> No
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
-        trainer.record["arithmetic"] + _way_of(arguments),
+        trainer.record["arithmetic"] + ", weights rounded where they are used" * (arguments.mixed_precision != "no"),
         "".join(f", memory.{key}: {value}" for key, value in trainer.recipe.memory if value),
         global_batch_size(arguments) // of_row,
         arguments.world_size,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import AutocastKwargs, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -32,6 +32,7 @@ from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
 from hf_qie.training.objective import Objective
 from hf_qie.training.offloading import checkpoint_on_cpu
+from hf_qie.training.precision import compute_in
 
 logger = get_logger(__name__)
 
@@ -90,6 +91,7 @@ class EditTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
             args._n_gpu = 1  # else Trainer would use DataParallel
+        compute_in(model, args.mixed_precision)
         metrics = held_out and held_out.metrics
         super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
@@ -97,6 +99,7 @@ class EditTrainer(Trainer):
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
         self.data_collator = self.objective.collate
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # `compute_in` has done it
         if self.accelerator.ddp_handler:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP has a copy of all gradients
         self.losses = LossMeter(self.accelerator)
@@ -193,8 +196,7 @@ class EditTrainer(Trainer):
         """
         batch = send_to_device(batch, self.args.device, non_blocking=self.args.device.type == "cuda")
         if "images" in batch:
-            with torch.autocast(self.args.device.type, enabled=False):
-                encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
+            encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
         return batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

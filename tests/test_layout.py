@@ -26,7 +26,8 @@ LAYERS = (
     "training.stand_ins training.forecast training.fit training.metrics training.evaluation training.image_grid "
     "training.checkpoints training.dcp_reader training.callbacks training.trainer training.sets training.setup train "
     "hub.trained_run hub.export_formats hub.model_card export hub.sampler sampling extraction.stats "
-    "extraction.contact_sheet extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run"
+    "extraction.contact_sheet extraction.pairs extraction.first_look extraction.verify check demo.shapes demo.tiny "
+    "demo.run"
 ).split()
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from skimage.metrics import structural_similarity
 from skimage.morphology import closing, dilation, footprint_rectangle, opening
 
-from hf_qie.measures.registration import MIN_WINDOWS, register
+from hf_qie.measures.registration import Registration, register
 
 ASPECT = 0.01  # how far the aspect of the last source may be from the target's to be compared with it
 SAME_LEVELS = 8  # a smaller difference of blurred images is noise of JPEG and VAE, or a change of the whole tone
@@ -153,15 +153,22 @@ def compare(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndar
 def are_aligned(source: np.ndarray, target: np.ndarray, kept: np.ndarray) -> bool:
     """Whether what is in both images of one size is in the same place, to 2 px.
 
-    By their registration; where most differs and it knows none, by that of the pixels that are equal, `kept`. Of
-    images without detail in common, aligned are those with equal pixels.
+    By their registration; of images without detail in common, aligned are those with equal pixels, `kept`.
+    """
+    found = register_pair(source, target, kept)
+    return found.farthest_px <= ALIGNED_PX if found.is_known else not found.can_tell and _is_enough(kept)
+
+
+def register_pair(source: np.ndarray, target: np.ndarray, kept: np.ndarray | None = None) -> Registration:
+    """`register` the target against the source; where most differs and no motion is known, on the equal pixels alone.
+
+    These are `kept` of `compare`; pixels with detail that are equal say that nothing moved.
     """
     found = register(target, source)
-    if not found.is_known:
-        if found.num_windows < MIN_WINDOWS:
-            return _is_enough(kept)
-        found = register(target, source, kept)
-    return found.is_known and found.farthest_px <= ALIGNED_PX
+    if found.is_known or not found.can_tell:
+        return found
+    on_kept = register(target, source, compare(source, target)[1] if kept is None else kept)
+    return on_kept if on_kept.is_known else found
 
 
 def psnr(output: np.ndarray, target: np.ndarray) -> float:

@@ -56,6 +56,11 @@ class Registration:
         return not math.isnan(self.dx_px)
 
     @property
+    def can_tell(self) -> bool:
+        """Whether both images have detail enough in common places: if no motion is known then, they disagree."""
+        return self.num_windows >= MIN_WINDOWS
+
+    @property
     def drift_px(self) -> float:
         """Length of the translation."""
         return math.hypot(self.dx_px, self.dy_px)

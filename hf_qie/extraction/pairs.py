@@ -23,7 +23,7 @@ from hf_qie.extraction.stats import Finding, Survey
 from hf_qie.measures.edits import ALIGNED_PX, register_pair
 from hf_qie.measures.registration import MAX_ZOOM, Registration
 
-MAX_ROWS = 512  # of a task; of a longer one so many, spread evenly
+MAX_ROWS = 256  # of a task; of a longer one so many, spread evenly; half a minute on one core at 1024 px
 
 
 class Compared(NamedTuple):

@@ -20,6 +20,7 @@ CELLS = 256  # across the shorter side: what differs is found on cells of so man
 BLUR = 0.01  # of the shorter side, at least one pixel, before differences are taken
 ALIGNED_PX = 2.0  # a pair is aligned if no pixel is farther from its place
 MIN_SHARE = 0.001  # of the pixels, below which a part of an image has no score
+MIN_KEPT = 0.05  # of the pixels, which less than four windows fit into
 KEPT_LEVELS = 16.0  # of kept_error, with which an output counts for 1/e
 MOST_DB = 100.0  # PSNR of equal images
 
@@ -167,7 +168,10 @@ def register_pair(source: np.ndarray, target: np.ndarray, kept: np.ndarray | Non
     found = register(target, source)
     if found.is_known or not found.can_tell:
         return found
-    on_kept = register(target, source, compare(source, target)[1] if kept is None else kept)
+    kept = compare(source, target)[1] if kept is None else kept
+    if kept.mean() < MIN_KEPT:
+        return found
+    on_kept = register(target, source, kept)
     return on_kept if on_kept.is_known else found
 
 

@@ -213,7 +213,7 @@ def _fit(
         middle, mean = at.mean(axis=0), moved.mean(axis=0)
         spread = ((at - middle) ** 2).sum(axis=0)
         zoom = ((at - middle) * moved).sum(axis=0) / np.maximum(spread, 1)
-        error = np.maximum((moved - mean - zoom * (at - middle)).std(axis=0), tolerance / 4)
+        error = np.maximum((moved - mean - zoom * (at - middle)).std(axis=0), tolerance / 2)
         told = half_px * error < MAX_ERROR_PX * np.sqrt(spread)
         zoom = np.where(told, zoom, 0)
         motion = np.stack([mean - zoom * middle, zoom])

@@ -56,7 +56,17 @@ def test_a_module_imports_only_what_comes_before_it(name):
 
 
 # Rooms on one line never import each other; a room imports itself and what stands below it.
-ROOMS = ("scripts", "demo", "hub", "extraction training", "data", "models", "config", "runtime", "errors plots measures")
+ROOMS = (
+    "scripts",
+    "demo",
+    "hub",
+    "extraction training",
+    "data",
+    "models",
+    "config",
+    "runtime",
+    "errors plots measures",
+)
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 

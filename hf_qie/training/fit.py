@@ -181,7 +181,7 @@ def report(run: Run, found: Forecast) -> str:
     pixels = run.family.pixels_per_token
     target, *sources = (f"{pixels * width} x {pixels * height} px" for height, width in run.shape.grids)
     rows = [
-        ("weights", found.weights, ""),
+        ("weights", found.weights, "and averages of what trains" if run.recipe.ema else ""),
         ("gradients", found.gradients, ""),
         ("optimizer", found.optimizer, "" if is_known(run.recipe) else "as AdamW: training.optim is not known here"),
         ("activations", found.activations, "and all that is temporary"),

@@ -258,7 +258,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
     num_shards = arguments.world_size if arguments.fsdp else 1
     _try_packages(arguments, on_paper)
-    footprint = Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)
+    how = {"num_shards": num_shards, "averaged": recipe.ema is not None}
+    footprint = Footprint(on_paper, optimizer=arguments.optim, **how)
     # with less on the device than there is of the model, the forecast alone says how much
     logger.info(footprint.counts if kind or recipe.memory.stream_blocks else str(footprint))
     # rank 0 loads and broadcasts

@@ -219,69 +219,71 @@ def test_another_average_is_another_run(recipe, before, after, message):
 
 # --- on two ranks ----------------------------------------------------------------------------------------------------
 
-SHARDED = "training.fsdp=true", "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT}"
+# after a forward all is left gathered: that must not be the averages that the next step goes on from
+SHARDED = (
+    "training.fsdp=true",
+    "training.fsdp_config={state_dict_type: SHARDED_STATE_DICT, reshard_after_forward: false}",
+)
 WHOLE = "training.fsdp=true", "training.fsdp_config={state_dict_type: FULL_STATE_DICT}"
+
+
+def in_two(tmp_path: Path, recipe: Path, runs: dict[str, dict], *, ranks: int = 2) -> None:
+    """Runs of six draws a step, each in a folder of its name."""
+    size = f"training.per_device_train_batch_size={6 // ranks}"
+    todo = [
+        {"recipe": str(recipe), **more, "overrides": [EMA, size, at(tmp_path / name), *more["overrides"]]}
+        for name, more in runs.items()
+    ]
+    assert in_ranks(todo, ranks=ranks, log=tmp_path / "log") == [0] * ranks, (tmp_path / "log").read_text()
 
 
 def report(folder: Path) -> dict:
     return json.loads((folder / "rank0.json").read_text())
 
 
+def averages(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: read() for name, read in averaged_tensors(folder / "checkpoint-4" / "ema").items()}
+
+
+SOAK = [("full", WHOLE), ("lora", SHARDED), ("lora", WHOLE)]
+
+
 @pytest.mark.two_rank
 @pytest.mark.parametrize(
-    ("kind", "way"),
-    [
-        ("full", SHARDED),
-        pytest.param("full", WHOLE, marks=pytest.mark.soak),
-        pytest.param("lora", SHARDED, marks=pytest.mark.soak),
-        pytest.param("lora", WHOLE, marks=pytest.mark.soak),
-    ],
+    ("kind", "way"), [("full", SHARDED), *(pytest.param(*one, marks=pytest.mark.soak) for one in SOAK)]
 )
-def test_ranks_sharded_or_not_average_alike_and_resume_on_another_number(tiny, tmp_path, kind, way):
-    cut = {"use_cpu": None, "per_device_train_batch_size": 6, "max_steps": 3, "adam_epsilon": 1e-3}
-    recipe = write_recipe(
-        tmp_path, tiny(), tasks=TASKS, trainable=KINDS[kind], training=EVERY_STEP | cut, mix={"same_shape": 6}
+def test_ranks_sharded_or_not_average_alike_and_resume(recipe, tmp_path, kind, way, request):
+    settings = json.loads(recipe.read_text())
+    settings["mix"], settings["training"] = {"same_shape": 6}, settings["training"] | {"adam_epsilon": 1e-3}
+    settings["training"] |= {"save_steps": 3}  # saving after each evaluation would shard what is gathered
+    del settings["training"]["use_cpu"]
+    recipe.write_text(json.dumps(settings))
+    alone = trainer_of(
+        recipe, EMA, "training.per_device_train_batch_size=6", "training.use_cpu=true", at(tmp_path / "alone")
     )
-
-    def ranks(number: int, **runs: list[str]) -> None:
-        overrides = [f"training.per_device_train_batch_size={6 // number}", "ema={decay: 0.25}"]
-        todo = [
-            {"recipe": str(recipe), "overrides": [*overrides, at(tmp_path / name), *more]}
-            for name, more in runs.items()
-        ]
-        assert in_ranks(todo, ranks=number, log=tmp_path / "log") == [0] * number, (tmp_path / "log").read_text()
-
-    alone = trainer_of(recipe, EMA, "training.use_cpu=true", at(tmp_path / "alone"))
     alone.train()
-    ranks(2, ddp=["training.use_cpu=true"], sharded=[*way], plain=[*way, "ema=null"])
-    of_one = part(load_file(tmp_path / "alone" / "checkpoint-3" / STATE), AVERAGE)
-    for name in ("ddp", "sharded"):
-        found = averaged_tensors(tmp_path / name / "checkpoint-3" / "ema")
-        assert found.keys() == of_one.keys()
-        for key, tensor in of_one.items():  # float32 sums in another order
-            torch.testing.assert_close(found[key](), tensor, atol=1e-5, rtol=0)
+    resumed = {"overrides": way, "checkpoint": str(tmp_path / "sharded" / "checkpoint-3")}
+    runs = {"ddp": {"overrides": ["training.use_cpu=true"]}, "sharded": {"overrides": way}, "resumed": resumed}
+    in_two(tmp_path, recipe, runs | {"plain": {"overrides": [*way, "ema=null"]}})
+    once, of_one = averages(tmp_path / "sharded"), averages(tmp_path / "alone")
+    assert of_one.keys() == once.keys()
+    for found in (once, averages(tmp_path / "ddp")):
+        for name, tensor in of_one.items():  # float32 sums in another order
+            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
+    for name in ("sharded", "ddp"):
         ours = [entry["eval_loss"] for entry in report(tmp_path / name)["evaluations"]]
         assert ours == pytest.approx([entry["eval_loss"] for entry in evaluations(alone)], rel=1e-4)
-    # a forward leaves the rest of the model gathered: it must not be the averages that the next step goes on from
     assert report(tmp_path / "sharded")["steps"] == report(tmp_path / "plain")["steps"]
-
-    for number in (2, 3):
-        name = f"on_{number}"
-        shutil.copytree(tmp_path / "sharded" / "checkpoint-2", tmp_path / name / "checkpoint-2")
-        ranks(number, **{name: [*way]})
-        again, once = (averaged_tensors(tmp_path / one / "checkpoint-3" / "ema") for one in (name, "sharded"))
-        for key, tensor in once.items():
-            torch.testing.assert_close(again[key](), tensor(), atol=0 if number == 2 else 1e-5, rtol=0)
-    if kind == "full" and way == SHARDED:
-        exported, last = (
-            sharded_tensors(tmp_path / "sharded" / "checkpoint-3"),
-            load_file(tmp_path / "sharded" / WEIGHTS["full"]),
-        )
-        assert equal({name: read() for name, read in exported.items()}, last)
-        shutil.rmtree(tmp_path / "sharded" / "checkpoint-3" / "ema")
-        assert not equal(
-            {name: read() for name, read in sharded_tensors(tmp_path / "sharded" / "checkpoint-3").items()}, last
-        )
+    assert equal(averages(tmp_path / "resumed"), once)
+    if request.node.get_closest_marker("soak"):
+        in_two(tmp_path, recipe, {"on three": resumed}, ranks=3)
+        for name, tensor in averages(tmp_path / "on three").items():
+            torch.testing.assert_close(tensor, once[name], atol=1e-5, rtol=0)
+    if (kind, way) == ("full", SHARDED):  # whose checkpoints have no whole transformer
+        checkpoint, saved = tmp_path / "sharded" / "checkpoint-4", load_file(tmp_path / "sharded" / WEIGHTS[kind])
+        assert equal({name: read() for name, read in sharded_tensors(checkpoint).items()}, saved)
+        shutil.rmtree(checkpoint / "ema")
+        assert not equal({name: read() for name, read in sharded_tensors(checkpoint).items()}, saved)
 
 
 # --- what people get wrong -------------------------------------------------------------------------------------------

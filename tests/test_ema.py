@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training_runs import run, trainer_of
 from transformers import TrainerCallback
 
+from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.training.dcp_reader import averaged_tensors, sharded_tensors
@@ -108,10 +109,10 @@ def test_it_is_the_average_of_the_weights_after_every_step_at_diffusers_decay(re
 
 @both_kinds
 def test_training_with_it_is_training_without_bit_for_bit(recipe, kind, tmp_path):
-    """With evaluation and images of the averages after every step."""
-    grid = "sampling={every: 1, rows: 1, num_inference_steps: 2}"
-    without = run(recipe, at(tmp_path / "without"))
-    averaged = run(recipe, EMA, grid)
+    """With evaluation of the averages after every step, and images."""
+    grid = "sampling={every: 3, rows: 1, num_inference_steps: 2}"
+    without = run(recipe, "training.save_steps=4", at(tmp_path / "without"))
+    averaged = run(recipe, EMA, grid, "training.save_steps=4")
     ours, theirs = (
         [(entry["loss"], entry["grad_norm"]) for entry in one.state.log_history if "grad_norm" in entry]
         for one in (averaged, without)
@@ -127,7 +128,7 @@ def test_training_with_it_is_training_without_bit_for_bit(recipe, kind, tmp_path
 
 @both_kinds
 def test_what_is_saved_is_what_was_evaluated(recipe, kind, tmp_path):
-    trainer = run(recipe, EMA)
+    trainer = run(recipe, EMA, "training.eval_steps=4", "training.save_steps=4")
     last = {name: one.detach().clone() for name, one in trainer.ema.trained.items()}
     state = load_file(tmp_path / "run" / "checkpoint-4" / STATE)
     assert equal(part(state, LAST), last)
@@ -141,13 +142,18 @@ def test_what_is_saved_is_what_was_evaluated(recipe, kind, tmp_path):
         for name, average in part(state, AVERAGE).items():
             trainer.ema.trained[name].copy_(average)
     trainer.ema = None
-    assert trainer.evaluate()["eval_loss"] == evaluations(trainer)[3]["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == evaluations(trainer)[0]["eval_loss"]
 
 
-def test_diffusers_loads_the_averages_of_a_checkpoint(recipe, tiny, tmp_path):
-    run(recipe, EMA)
+def test_diffusers_loads_the_averages_that_are_exported(recipe, tiny, tmp_path):
+    run(recipe, EMA, "training.eval_strategy=no", "training.save_steps=4")
+    exported = tmp_path / "exported"
+    export.main([str(tmp_path / "run" / "checkpoint-4"), "--output", str(exported), "--dtype", "float32"])
+    assert "\n- moving average of the weights over the steps (EMA), decay 0.25\n- these weights" in (
+        exported / "README.md"
+    ).read_text(encoding="utf-8")
     pipeline = DiffusionPipeline.from_pretrained(tiny())
-    pipeline.load_lora_weights(tmp_path / "run" / "checkpoint-4")
+    pipeline.load_lora_weights(exported)
     loaded = dict(pipeline.transformer.named_parameters())
     averages = part(load_file(tmp_path / "run" / "checkpoint-4" / STATE), AVERAGE)
     assert len(averages) > 50
@@ -156,7 +162,7 @@ def test_diffusers_loads_the_averages_of_a_checkpoint(recipe, tiny, tmp_path):
 
 
 def test_weights_are_back_when_an_evaluation_fails(recipe, monkeypatch):
-    trainer = run(recipe, EMA)
+    trainer = run(recipe, EMA, "training.eval_strategy=no", "training.save_steps=4")
     last = {name: one.detach().clone() for name, one in trainer.ema.trained.items()}
     found = []
 
@@ -192,29 +198,32 @@ def test_the_best_checkpoint_is_saved_with_its_averages(recipe, tmp_path, alone)
 
 @both_kinds
 def test_a_resumed_run_is_one_that_was_never_interrupted(recipe, kind, tmp_path):
+    settings = "training.max_steps=6", "training.eval_steps=3", "training.save_steps=2"
     every = "ema={decay: 0.25, every: 3}"  # one update before, one after
-    straight = run(recipe, every, "training.max_steps=6")
+    straight = run(recipe, every, *settings)
     shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
-    resumed = run(recipe, every, "training.max_steps=6", at(tmp_path / "resumed"))
+    resumed = run(recipe, every, *settings, at(tmp_path / "resumed"))
     assert resumed.ema.average.optimization_step == straight.ema.average.optimization_step == 2
     assert evaluations(resumed) == evaluations(straight)
     for file in (WEIGHTS[kind], f"checkpoint-6/{STATE}", f"checkpoint-6/{WEIGHTS[kind]}"):
         assert equal(load_file(tmp_path / "resumed" / file), load_file(tmp_path / "run" / file))
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        (EMA, "ema.decay=0.5", r"another ema.decay, which .* \(ema.decay was 0.25, is 0.5\); set training.output_dir"),
-        (EMA, "ema.every=2", r"\(ema.every was 1, is 2\)"),
-        (EMA, "ema=null", r"\(ema.decay was 0.25, is None; ema.every was 1, is None\)"),
-        ("ema=null", EMA, r"\(ema.decay was None, is 0.25; ema.every was None, is 1\)"),
-    ],
-)
-def test_another_average_is_another_run(recipe, before, after, message):
-    run(recipe, before, "training.max_steps=1", "training.eval_strategy=no")
-    with pytest.raises(InputError, match=message):
-        run(recipe, *{before: None, after: None})
+def test_another_average_is_another_run(recipe, tmp_path):
+    run(recipe, EMA, "training.max_steps=1", "training.eval_strategy=no")
+    for change, message in (
+        ("ema.decay=0.5", r"another ema.decay, which .* \(ema.decay was 0.25, is 0.5\); set training.output_dir"),
+        ("ema.every=2", r"\(ema.every was 1, is 2\)"),
+        ("ema=null", r"\(ema.decay was 0.25, is None; ema.every was 1, is None\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(recipe, EMA, change)
+    file = tmp_path / "run" / "checkpoint-1" / "complete.json"
+    complete = json.loads(file.read_text())
+    del complete["identity"]["ema.decay"], complete["identity"]["ema.every"]  # as before there were averages
+    file.write_text(json.dumps(complete))
+    with pytest.raises(InputError, match=r"\(ema.decay was None, is 0.25; ema.every was None, is 1\)"):
+        run(recipe, EMA)
 
 
 # --- on two ranks ----------------------------------------------------------------------------------------------------

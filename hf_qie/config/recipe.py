@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
+from hf_qie.config.ema import Ema, check_ema
 from hf_qie.config.memory import Memory, check_memory
 from hf_qie.config.training_args import check_training, training_arguments, training_schema
 from hf_qie.errors import InputError
@@ -187,6 +188,7 @@ class Recipe(Section):
     mix: Mix = Field(default_factory=Mix)
     loss: Loss = Field(default_factory=Loss)
     trainable: Trainable = Field(default_factory=Trainable)
+    ema: Ema | None = Field(None, description="null: the last step's weights are evaluated and saved")
     memory: Memory = Field(default_factory=Memory)
     sampling: Sampling = Field(default_factory=Sampling)
     training: Table[Any, Any] = Field(default_factory=dict, description="transformers.TrainingArguments")
@@ -290,6 +292,7 @@ def _check_together(recipe: Recipe) -> None:
         if inverse > forward:
             message = f"got {inverse} for {forward} captions; the i-th is the inverse of the i-th"
             raise InputError(f"tasks.{name}.columns.inverse_captions", message)
+    check_ema(recipe.ema, training=recipe.training)
     check_memory(recipe.memory, lora=recipe.trainable.lora is not None, training=recipe.training)
     if not any(task.weight for task in recipe.tasks.values()):
         raise InputError("tasks", "expected at least one task with a weight above 0")

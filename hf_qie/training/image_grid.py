@@ -69,7 +69,7 @@ class ImageGrid(TrainerCallback):
         turns = -(-len(self.numbers) // args.world_size)
         places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
         self.trainer.model.eval()  # Trainer sets it to train in each step
-        with generators_kept(args.device):
+        with generators_kept(args.device), self.trainer.averaged():
             found = dict(gather_object([(place, self._latents(self.numbers[place])) for place in places]))
         if self.trainer.is_world_process_zero():
             folder = self.folder / f"step-{step:06d}"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
+from hf_qie.config.evaluation import Evaluation, with_evaluation
 from hf_qie.config.memory import Memory, check_memory
 from hf_qie.config.training_args import check_training, training_arguments, training_schema
 from hf_qie.errors import InputError
@@ -188,7 +189,13 @@ class Recipe(Section):
     trainable: Trainable = Field(default_factory=Trainable)
     memory: Memory = Field(default_factory=Memory)
     sampling: Sampling = Field(default_factory=Sampling)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     training: Table[Any, Any] = Field(default_factory=dict, description="transformers.TrainingArguments")
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether training makes images of held-out rows, for which it has a VAE."""
+        return bool(self.sampling.every or self.evaluation.every)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -210,7 +217,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         override(raw, text)
     try:
         recipe = validate(Recipe, raw)
-        training = MappingProxyType(check_training(recipe.training))
+        training = MappingProxyType(with_evaluation(check_training(recipe.training), recipe.evaluation.every))
         recipe = recipe.model_copy(update={"path": path, "training": training})
         _check_together(recipe)
     except InputError as error:
@@ -294,10 +301,11 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("tasks", "expected at least one task with a weight above 0")
     if not any(task.eval_rows for task in recipe.tasks.values()):
         hint = "no task holds out rows to evaluate on; set tasks.<name>.eval_rows"
+        for section in ("sampling", "evaluation"):
+            if getattr(recipe, section).every:
+                raise InputError(f"{section}.every", hint)
         if recipe.training.get("eval_strategy", "no") != "no":
             raise InputError("training.eval_strategy", hint)
-        if recipe.sampling.every:
-            raise InputError("sampling.every", hint)
     for key in ("source_count_weights", "caption_weights"):
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):

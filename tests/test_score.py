@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from embedding_sets import WIDTH, write_recipe
+from embedding_sets import WIDTH
 from PIL import Image
-from safetensors.torch import load_file
 from small_recipes import extract_edits
 from training_runs import run
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
-from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
 from hf_qie.hub.score_report import best_of, table
 from hf_qie.hub.scoring import Scorer
-from hf_qie.hub.trained_run import find_trained
 from hf_qie.measures.edits import SCORES
 from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.score import main

@@ -37,6 +37,7 @@ setup(
         "pydantic>=2.10",  # the recipe; the first whose default factories see the keys before them
         "pillow>=11.3",  # AVIF in its wheels
         "numpy>=2.0",
+        "scikit-image>=0.25",  # scores of edits; footprint_rectangle
         "tqdm>=4.67",
         "matplotlib>=3.9",  # charts of losses and noise levels; the first that runs on numpy 2
     ],

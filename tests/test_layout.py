@@ -9,25 +9,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
-    "errors plots runtime.rules runtime.yaml_io runtime.files runtime.cli runtime.ranks runtime.device "
-    "runtime.ledger runtime.memory_tracker runtime.lock config.training_args config.memory config.evaluation "
-    "config.recipe config.launch runtime.hub_errors models.checkpoint models.lora_files models.prompts models.base "
-    "models.denoising models.official models.quantization models.templates models.prompt_encoder "
-    "models.image_latents models.tiny_parts models.qwen_image.text_encoder models.qwen_image.vae "
-    "models.qwen_image.transformer models.qwen_image.pipeline models.qwen_image.tiny models.qwen_image.family "
-    "models.qwen_image_21.templates models.qwen_image_21.text_encoder models.qwen_image_21.vae "
-    "models.qwen_image_21.packed models.qwen_image_21.transformer models.qwen_image_21.pipeline "
-    "models.qwen_image_21.tiny models.qwen_image_21.family data.seeding data.schema data.fetch data.tables "
-    "data.readers data.samples data.images data.provenance data.embedding_sets hub.dataset_card hub.redact "
-    "hub.publish data.mixture data.collate data.online_latents data.loader data.largest extraction.plan "
-    "extraction.preprocess extraction.manifest extraction.reuse extraction.estimate extraction.memory "
-    "extraction.batching extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered "
-    "convert training.objective training.fsdp training.offloading training.model training.cost training.stand_ins "
-    "training.forecast training.fit training.metrics training.evaluation training.held_out_edits "
-    "training.image_grid training.edit_evaluation training.checkpoints training.dcp_reader training.callbacks "
-    "training.trainer training.sets training.setup train hub.trained_run hub.export_formats hub.model_card export "
-    "hub.sampler sampling hub.scoring hub.score_report score extraction.stats extraction.contact_sheet "
-    "extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
+    "errors plots measures.registration measures.edits runtime.rules runtime.yaml_io runtime.files runtime.cli "
+    "runtime.ranks runtime.device runtime.ledger runtime.memory_tracker runtime.lock config.training_args "
+    "config.memory config.evaluation config.recipe config.launch runtime.hub_errors models.checkpoint "
+    "models.lora_files models.prompts models.base models.denoising models.official models.quantization "
+    "models.templates models.prompt_encoder models.image_latents models.tiny_parts models.qwen_image.text_encoder "
+    "models.qwen_image.vae models.qwen_image.transformer models.qwen_image.pipeline models.qwen_image.tiny "
+    "models.qwen_image.family models.qwen_image_21.templates models.qwen_image_21.text_encoder "
+    "models.qwen_image_21.vae models.qwen_image_21.packed models.qwen_image_21.transformer "
+    "models.qwen_image_21.pipeline models.qwen_image_21.tiny models.qwen_image_21.family data.seeding data.schema "
+    "data.fetch data.tables data.readers data.samples data.images data.provenance data.embedding_sets "
+    "hub.dataset_card hub.redact hub.publish data.mixture data.collate data.online_latents data.loader "
+    "data.largest extraction.plan extraction.preprocess extraction.manifest extraction.reuse extraction.estimate "
+    "extraction.memory extraction.batching extraction.chunk_writer extraction.set_writer extraction.run extract "
+    "extraction.firered convert training.objective training.fsdp training.offloading training.model training.cost "
+    "training.stand_ins training.forecast training.fit training.metrics training.evaluation "
+    "training.held_out_edits training.image_grid training.edit_evaluation training.checkpoints training.dcp_reader "
+    "training.callbacks training.trainer training.sets training.setup train hub.trained_run hub.export_formats "
+    "hub.model_card export hub.sampler sampling hub.scoring hub.score_report score extraction.stats "
+    "extraction.contact_sheet extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()
 
 
@@ -56,7 +56,17 @@ def test_a_module_imports_only_what_comes_before_it(name):
 
 
 # Rooms on one line never import each other; a room imports itself and what stands below it.
-ROOMS = ("scripts", "demo", "hub", "extraction training", "data", "models", "config", "runtime", "errors plots")
+ROOMS = (
+    "scripts",
+    "demo",
+    "hub",
+    "extraction training",
+    "data",
+    "models",
+    "config",
+    "runtime",
+    "errors plots measures",
+)
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 
 

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
             figures = report(scorer, chosen)
             track(arguments, {one.step: figures[one.name] for one in chosen if one.name in new})
             if given.keep_best:
-                keep_best(scorer, chosen, figures)
+                keep_best(recipe, chosen, figures)
 
 
 def parse_arguments(argv: list[str]) -> Namespace:

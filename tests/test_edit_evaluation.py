@@ -75,12 +75,15 @@ def test_a_figure_is_the_mean_score_of_what_the_model_makes_of_each_row(extracte
         task, index = edits.held_out.places[number]
         row = edits.held_out.tasks[task].rows.data[index]
         height, width = np.array(row["target_grid"]) * 16
-        target = Image.open(row["target_image"]).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-        sources = [np.asarray(Image.open(path).convert("RGB")) for path in row["source_image"]]
-        scores.append(score_edit(np.asarray(made), np.asarray(target), sources))
+        target, *sources = (
+            np.asarray(Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+            for path in (row["target_image"], *row["source_image"])
+        )
+        scores.append(score_edit(np.asarray(made), target, sources))
     found = trainer.compute_metrics.scores()
-    assert found["psnr"] == pytest.approx(np.mean([one["psnr"] for one in scores]))
-    assert found["psnr/combine"] == pytest.approx(scores[0]["psnr"])
+    for name in ("psnr", "edited", "kept_error", "edit_score"):
+        assert found[name] == pytest.approx(np.mean([one[name] for one in scores]))
+        assert found[f"{name}/combine"] == pytest.approx(scores[0][name])
 
 
 def test_rows_whose_files_are_gone_are_compared_with_their_latents(recipe, caplog):
@@ -214,7 +217,7 @@ def test_trainer_knows_of_each_score_whether_higher_is_better(recipe):
         ),
         (
             ["metric_for_best_model=own_instruction"],
-            "'own_instruction' is not defined for any of the 3 rows that are evaluated, which have psnr, ",
+            "'own_instruction' is not defined for any of the 3 rows that are evaluated, which have edit_score, ",
         ),
         (["metric_for_best_model=psnr", "greater_is_better=false"], "a higher psnr is better; leave it out"),
     ],

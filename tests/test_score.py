@@ -12,22 +12,25 @@ import torch
 from accelerate import PartialState
 from embedding_sets import WIDTH
 from PIL import Image
+from ranks import in_ranks
 from small_recipes import extract_edits
 from training_runs import run
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
+from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.hub.score_report import best_of, table
-from hf_qie.hub.scoring import Scorer
+from hf_qie.hub.score_report import best_of, keep_best, table
+from hf_qie.hub.scoring import Scorer, candidates, scoring_arguments, weight_files
+from hf_qie.hub.trained_run import find_trained, find_weights
 from hf_qie.measures.edits import SCORES
 from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.score import main
+from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit
 from hf_qie.training.sets import open_sets
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
-NAMES = ["edit-4", "combine-2", "edit-5"]  # by places of rows within their tasks
-TASKS = "combine", "edit"
+ROWS = "combine-2", "edit-4", "edit-5"
 CHECKPOINTS = "base", "checkpoint-1", "checkpoint-2"
 
 
@@ -37,10 +40,10 @@ def one_process(monkeypatch):
     PartialState(cpu=True)
 
 
-def trained(folder: Path, model: Path, edits: Path, trainable: dict) -> None:
-    """`folder`/recipe.yaml of a run of two steps, evaluated at the start and at each."""
-    extract_edits(folder, model, edits)
-    recipe = json.loads((folder / "recipe.yaml").read_text())
+def trained(folder: Path, extracted: Path, trainable: dict) -> None:
+    """`folder`/recipe.yaml of a run of two steps on extracted edits, evaluated at the start and at each."""
+    folder.mkdir()
+    recipe = json.loads((extracted / "recipe.yaml").read_text())
     for task, rows in (("edit", 2), ("combine", 1)):
         recipe["tasks"][task]["eval_rows"] = rows
     recipe["trainable"], recipe["evaluation"] = trainable, {"every": 1, "rows": 3, "num_inference_steps": 2}
@@ -58,7 +61,9 @@ def runs(built_once, tiny, edits):
 
     def get(kind: str) -> Path:
         model, trainable = kinds[kind]
-        return built_once(f"scored_{kind}", lambda folder: trained(folder, tiny(model), edits, trainable))
+        name = "few_edits" if model == "edit_plus" else f"few_edits_{model}"  # which other files of tests share
+        extracted = built_once(name, lambda folder: extract_edits(folder, tiny(model), edits))
+        return built_once(f"scored_{kind}", lambda folder: trained(folder, extracted, trainable))
 
     return get
 
@@ -111,7 +116,7 @@ def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(copied, t
     assert [*found] == [*CHECKPOINTS]
     for step, name in enumerate(CHECKPOINTS):
         assert found[name]["step"] == step
-        assert len(found[name]["scores"]) >= 6
+        assert found[name]["scores"].keys() >= {"edit_score", "edited", "psnr/edit", "ssim/combine"}
         assert found[name]["scores"] == {
             key.removeprefix("eval_"): value
             for key, value in logged[step].items()
@@ -123,17 +128,16 @@ def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(copied, t
 def test_an_edit_is_what_sampling_makes_of_that_row(copied, tmp_path, kind):
     """In float32; stored source latents are rounded to float16."""
     path = copied(kind)
-    main([str(path), "--base", "--checkpoint", "1"])
+    main([str(path), "--base", "--checkpoint", "1", "evaluation.rows=2"])
     recipe = load_recipe(path)
     sets = open_sets(recipe)
     for name, checkpoint in (("base", "base"), ("checkpoint-1", tmp_path / "run" / "checkpoint-1")):
         sampler = Sampler(recipe, checkpoint=checkpoint)
-        for task in TASKS:
-            row = sets[task][-1]
-            kept = json.loads((tmp_path / f"run/evaluation/{name}/{task}-{row['row']}.json").read_text())
-            caption = next(
-                one for one in ("instruction", "instruction_cn") if row[one] == kept["made_with"]["instruction"]
-            )
+        for task, number in (("combine", -1), ("edit", -2)):
+            row = sets[task][number]
+            file = tmp_path / "run" / "evaluation" / name / f"{task}-{row['row']}.png"
+            kept = json.loads(file.with_suffix(".json").read_text())["made_with"]["instruction"]
+            (caption,) = (one for one in ("instruction", "instruction_cn") if row[one] == kept)
             shared, *slots = sampler.family.prompt_columns
             embeddings = PromptEmbeddings(
                 shared=torch.tensor(row[shared]).reshape(-1, WIDTH),
@@ -143,7 +147,7 @@ def test_an_edit_is_what_sampling_makes_of_that_row(copied, tmp_path, kind):
             images = [read_image(Path(one), sampler.family.image_mode) for one in row["source_image"]]
             size = tuple(16 * side for side in reversed(row["target_grid"]))
             theirs = sampler.generate(embeddings, images, seed=recipe.seed, num_inference_steps=2, size=size)
-            with Image.open(tmp_path / f"run/evaluation/{name}/{task}-{row['row']}.png") as made:
+            with Image.open(file) as made:
                 assert np.abs(np.asarray(made, int) - np.asarray(theirs, int)).mean() < 0.5
 
 
@@ -153,13 +157,13 @@ def test_what_it_leaves(copied, tmp_path, caplog):
     folder, found = tmp_path / "run" / "evaluation", summary(tmp_path)
     assert [*found["checkpoints"]] == ["base", "checkpoint-2"], "what sampling.py would use, and the base"
     lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-    assert [(one["checkpoint"], f"{one['task']}-{one['row']}") for one in lines] == [
-        (name, row) for name in ("base", "checkpoint-2") for row in ("combine-2", "edit-4", "edit-5")
-    ]
+    named = [(one["checkpoint"], f"{one['task']}-{one['row']}") for one in lines]
+    assert named == [(name, ROWS[place]) for name in ("base", "checkpoint-2") for place in (0, 1, 2)]
     mean = np.mean([one["psnr"] for one in lines if one["checkpoint"] == "base"])
     assert found["checkpoints"]["base"]["scores"]["psnr"] == pytest.approx(mean)
     assert table({name: one["scores"] for name, one in found["checkpoints"].items()}) in caplog.text
-    assert found["best"] in ("base", "checkpoint-2") and f"best by edit_score: {found['best']}" in caplog.text
+    assert found["best"] in ("base", "checkpoint-2")
+    assert f"best by edit_score: {found['best']}" in caplog.text
     with Image.open(folder / "checkpoint-2.png") as sheet:
         assert sheet.width > 5 * 256, "two sources, output, target, difference"
     assert not (folder / ".lock").exists()
@@ -168,32 +172,32 @@ def test_what_it_leaves(copied, tmp_path, caplog):
 def test_the_tracker_has_the_figures_at_their_steps(copied, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    path = copied()
-    shutil.rmtree(tmp_path / "run" / "runs")
+    path, runs = copied(), tmp_path / "run" / "runs"
+    shutil.rmtree(runs)
     main([str(path), "--all"])
-    (events,) = (tmp_path / "run" / "runs").rglob("events.out.tfevents.*")
+    (events,) = runs.rglob("events.out.tfevents.*")
     logged = EventAccumulator(str(events)).Reload().Scalars("eval/psnr")
     expected = [one["scores"]["psnr"] for one in summary(tmp_path)["checkpoints"].values()]
     assert [event.step for event in logged] == [0, 1, 2]
     assert [event.value for event in logged] == pytest.approx(expected)
     main([str(path), "--all"])
-    assert len([*(tmp_path / "run" / "runs").rglob("events.out.tfevents.*")]) == 1, "nothing new, nothing logged"
+    assert [*runs.rglob("events.out.tfevents.*")] == [events], "nothing was scored, nothing is logged"
 
 
 def test_the_table_has_a_line_for_each_candidate_and_task():
-    psnr, ssim = (
-        {name: value, f"{name}/a": value + 1, f"{name}/b": value - 1} for name, value in (("psnr", 20), ("ssim", 1))
-    )
-    first, *lines = table({"base": psnr, "checkpoint-1": psnr | ssim}).splitlines()
+    psnr = {"psnr": 20.0, "psnr/a": 21.0, "psnr/b": 19.0}
+    first, *lines = table({"base": psnr, "checkpoint-1": psnr | {"ssim": 0.5, "ssim/b": 0.5}}).splitlines()
     assert first.split() == ["checkpoint", "task", "psnr", "(dB)", "ssim"]
     assert [line.split() for line in lines] == [
         ["base", "all", "20.000"],
         ["base", "a", "21.000"],
         ["base", "b", "19.000"],
-        ["checkpoint-1", "all", "20.000", "1.000"],
-        ["checkpoint-1", "a", "21.000", "2.000"],
-        ["checkpoint-1", "b", "19.000", "0.000"],
+        ["checkpoint-1", "all", "20.000", "0.500"],
+        ["checkpoint-1", "a", "21.000"],
+        ["checkpoint-1", "b", "19.000", "0.500"],
     ]
+    only = table({"base": {"psnr": 20.0, "psnr/a": 20.0}}).splitlines()
+    assert [line.split()[:2] for line in only] == [["checkpoint", "task"], ["base", "all"]]
 
 
 # --- resumed and shared ----------------------------------------------------------------------------------------------
@@ -201,48 +205,42 @@ def test_the_table_has_a_line_for_each_candidate_and_task():
 
 def test_a_killed_launch_costs_a_row_and_changes_nothing(copied, tmp_path, monkeypatch, scored_rows):
     path = copied()
-    main([str(path), "--all"])
+    main([str(path)])
     whole = files(tmp_path)
-    assert len(scored_rows) == 9
+    assert len(scored_rows) == 6
     shutil.rmtree(tmp_path / "run" / "evaluation")
-    score, image_saved = Scorer._score, []
+    score = Scorer._score
 
     def killed(self, candidate, number, made_with):
-        if len(image_saved) == 4:
+        if len(scored_rows) == 6 + 4:
             self.path(candidate, number).parent.mkdir(exist_ok=True)
             self.path(candidate, number).with_suffix(".png").write_bytes(b"half")
             raise KeyboardInterrupt
-        image_saved.append(number)
         score(self, candidate, number, made_with)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Scorer, "_score", killed)
-        main([str(path), "--all"])
-    scored_rows.clear()
-    main([str(path), "--all"])
-    assert len(scored_rows) == 5
+        main([str(path)])
+    main([str(path)])
+    assert len(scored_rows) == 6 + 4 + 2
     assert files(tmp_path) == whole
 
 
 def test_rows_are_scored_again_where_something_that_they_depend_on_has_changed(copied, tmp_path, scored_rows, caplog):
     caplog.set_level(logging.INFO, "hf_qie")
-    path = copied()
-    main([str(path)])
-    scored_rows.clear()
-    main([str(path)])
-    assert scored_rows == []
-    main([str(path), "evaluation.num_inference_steps=3"])
-    assert len(scored_rows) == 6
+    path = [str(copied()), "--base"]
+    for _ in range(2):
+        main(path)
+        assert len(scored_rows) == 3
+    fewer = [*path, "evaluation.num_inference_steps=3", "evaluation.rows=2"]
+    main(fewer)
+    assert len(scored_rows) == 3 + 2
     assert "base: scored again, with another num_inference_steps" in caplog.text
-    scored_rows.clear()
-    shutil.copy(tmp_path / "run/checkpoint-1/pytorch_lora_weights.safetensors", tmp_path / "other")
-    shutil.copytree(tmp_path / "run" / "checkpoint-1", tmp_path / "run" / "checkpoint-3")
-    main([str(path), "evaluation.num_inference_steps=3", "evaluation.rows=2", "--all"])
-    assert {name for name, _ in scored_rows} == {"checkpoint-1"}, "the state of checkpoint-3 says that it is step 1"
-    (tmp_path / "run/evaluation/base/edit-4.json").write_text("{half")
-    scored_rows.clear()
-    main([str(path), "evaluation.num_inference_steps=3", "--base"])
-    assert scored_rows == [("base", 1)]
+    (tmp_path / "run" / "evaluation" / "base" / f"{ROWS[0]}.json").write_text("{half")
+    main(fewer)
+    assert scored_rows[5:] == scored_rows[3:4]
+    main(path)
+    assert len(scored_rows) == 6 + 2, "the third row has the number of steps that is asked for"
 
 
 @pytest.mark.two_rank
@@ -251,15 +249,31 @@ def test_two_ranks_leave_the_same_bytes(copied, tmp_path):
     main([str(path)])
     one = files(tmp_path)
     shutil.rmtree(tmp_path / "run" / "evaluation")
-    log = tmp_path / "log"
-    assert in_ranks(main, [str(path)], ranks=2, log=log) == [0, 0], log.read_text()
+    both = {"main": main, "argv": [str(path)]}
+    assert in_ranks([both], ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     assert files(tmp_path) == one
+
+
+def test_what_was_trained_sharded_is_scored_in_bfloat16_weights(copied, tmp_path):
+    """As FSDP computes: the model in half of the memory, and figures that differ by rounding."""
+    path = copied("full")
+    main([str(path), "--base"])
+    (before,) = summary(tmp_path)["checkpoints"].values()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"sharded": True, "arithmetic": "bfloat16"}))
+    recipe = load_recipe(path)
+    model = Scorer(recipe, scoring_arguments(recipe))._model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    main([str(path), "--base"])
+    (after,) = summary(tmp_path)["checkpoints"].values()
+    assert after["scores"]["psnr"] == pytest.approx(before["scores"]["psnr"], abs=0.5)
+    assert after["scores"]["psnr"] != before["scores"]["psnr"]
 
 
 # --- the best --------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_goes_by_what_is_better_and_the_first_of_equals():
+def test_the_best_goes_by_what_is_better_and_is_the_first_of_equals():
     figures = {"base": {"psnr": 20.0, "kept_error": 3.0}, "a": {"psnr": 21.0, "kept_error": 4.0}, "b": {"psnr": 21.0}}
     assert best_of(figures, "psnr") == "a"
     assert best_of(figures, "kept_error") == "base"
@@ -267,10 +281,64 @@ def test_the_best_goes_by_what_is_better_and_the_first_of_equals():
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_best_is_kept_for_export_and_sampling_and_nothing_is_deleted(copied, tmp_path, kind):
-    path, before = copied(kind), {*os.listdir(tmp_path / "run")}
-    main([str(path), "--keep_best", "training.metric_for_best_model=psnr"])
-    found = summary(tmp_path)
-    scores = {name: one["scores"]["psnr"] for name, one in found["checkpoints"].items()}
-    assert found["metric"] == "psnr" and found["best"] == max(scores, key=scores.get)
-    assert {*os.listdir(tmp_path / "run")} - before == {"evaluation"} | {"best"} * (found["best"] != "base")
+def test_the_best_is_kept_for_export_and_sampling_and_nothing_is_deleted(runs, copied, tmp_path, kind):
+    recipe, folder = load_recipe(copied(kind)), tmp_path / "run"
+    before, kept, was = {*os.listdir(folder)}, folder / "best", runs(kind) / "run" / "checkpoint-1"
+    figures = {name: {"edit_score": score} for name, score in zip(CHECKPOINTS, (0.1, 0.3, 0.2), strict=True)}
+    chosen = candidates(folder, base=False, steps=[], every=True)
+    for _ in range(2):
+        keep_best(recipe, chosen, figures)
+        assert {*os.listdir(folder)} == before | {"best"}
+    shutil.rmtree(folder / "checkpoint-1")  # as save_total_limit does
+    assert (find_trained(kept).step, misfit(kept)) == (1, WEIGHTS_ALONE)
+    assert find_weights(kept).relative_to(kept) == find_weights(was).relative_to(was)
+    assert [path.read_bytes() for path in weight_files(kept)] == [path.read_bytes() for path in weight_files(was)]
+    assert json.loads((kept / "summary.json").read_text()) == figures["checkpoint-1"]
+
+
+def test_where_the_base_is_best_nothing_is_kept(copied, tmp_path, caplog):
+    recipe, folder = load_recipe(copied()), tmp_path / "run"
+    chosen = candidates(folder, base=False, steps=[], every=True)
+    keep_best(recipe, chosen, {name: {"edit_score": 0.1} for name in CHECKPOINTS})
+    assert not (folder / "best").exists()
+    assert "--keep_best: no checkpoint has a better edit_score than the base; nothing is kept" in caplog.text
+
+
+# --- what people get wrong, and are told -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--checkpoint", "7"], "run/checkpoint-7: not found; expected training.output_dir of a run, or a checkpoint"),
+        (["--checkpoint", "1", "--all"], "--checkpoint: --all has every checkpoint; leave one of them out"),
+        (
+            ["tasks.edit.eval_rows=0", "tasks.combine.eval_rows=0", "evaluation.every=0"],
+            "no task holds out rows to score; set tasks.<name>.eval_rows",
+        ),
+        (
+            ["trainable.lora.rank=2", "--checkpoint", "1"],
+            "is not a LoRA of rank 2 on the layers that the recipe names",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_one_line(copied, options, told):
+    with pytest.raises(InputError) as error:
+        main([str(copied()), *options])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_incomplete_checkpoint_is_left_out_of_all_with_a_warning(copied, tmp_path, caplog):
+    path = copied()
+    (tmp_path / "run" / "checkpoint-1" / "complete.json").unlink()
+    found = candidates(tmp_path / "run", base=False, steps=[], every=True)
+    assert [one.name for one in found] == ["base", "checkpoint-2"]
+    assert "checkpoint-1 is skipped: it has no complete.json" in caplog.text
+    with pytest.raises(InputError, match="checkpoint-1: the checkpoint is incomplete"):
+        main([str(path), "--checkpoint", "1"])
+
+
+def test_rows_that_a_run_trained_on_are_named(copied, caplog):
+    main([str(copied()), "tasks.edit.eval_rows=3", "evaluation.rows=1", "--base"])
+    assert "tasks.edit.eval_rows: 3, but the run held out 2: rows that it trained on are among those" in caplog.text

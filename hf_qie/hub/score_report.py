@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageChops
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
 from hf_qie.hub.scoring import Candidate, Scorer, weight_files
 from hf_qie.measures.edits import SCORES
@@ -105,7 +107,7 @@ def _sheet(scorer: Scorer, candidate: Candidate, rows: Sequence[Mapping[str, Any
 def track(arguments: TrainingArguments, figures: Mapping[int, Figures]) -> None:
     """Log figures by step to the trackers of `training.report_to`, under the names that evaluation has there."""
     state, control = TrainerState(), TrainerControl()
-    for make in get_reporting_integration_callbacks(arguments.report_to):
+    for make in figures and get_reporting_integration_callbacks(arguments.report_to):
         tracker = make()
         tracker.on_train_begin(arguments, state, control)
         for step, found in figures.items():
@@ -114,12 +116,12 @@ def track(arguments: TrainingArguments, figures: Mapping[int, Figures]) -> None:
         tracker.on_train_end(arguments, state, control)
 
 
-def keep_best(scorer: Scorer, chosen: Sequence[Candidate], figures: Mapping[str, Figures]) -> None:
+def keep_best(recipe: Recipe, chosen: Sequence[Candidate], figures: Mapping[str, Figures]) -> None:
     """`<output_dir>/best`: the weights of the best checkpoint, as export.py and sampling.py take a checkpoint.
 
     Files of a checkpoint are linked where the disk can. Raises InputError where no candidate has the score.
     """
-    metric, output_dir = score_of_metric(scorer.recipe) or METRIC, scorer.folder.parent
+    metric, output_dir = score_of_metric(recipe) or METRIC, Path(recipe.training["output_dir"])
     best = next((one for one in chosen if one.name == best_of(figures, metric)), None)
     if best is None:
         raise InputError(f"--keep_best: no row that was scored has {metric}; set training.metric_for_best_model")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from hf_qie.config.launch import check_ranks
-from hf_qie.config.recipe import Recipe
+from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.online_latents import load_vae, placed
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import BASE
@@ -96,6 +96,8 @@ class Scorer:
         self.recipe, self.device, self.state = recipe, arguments.device, PartialState()
         output_dir = Path(arguments.output_dir)
         self.folder, self.record = output_dir / EVALUATION, run_record(output_dir)
+        if self.state.is_main_process:
+            _warn_of_trained_rows(recipe, output_dir)
         sets = open_sets(recipe)
         self.held_out = HeldOut(split_sets(sets, recipe.tasks)[1], recipe)
         self.numbers = spread(self.held_out, recipe.evaluation.rows)
@@ -212,6 +214,16 @@ def put_weights(model: nn.Module, folder: Path) -> None:
         raise InputError(f"{folder}: {min(unmatched)} is in it or in the model alone; take another checkpoint")
     for name, parameter in own.items():
         parameter.copy_(tensors[name]())
+
+
+def _warn_of_trained_rows(recipe: Recipe, output_dir: Path) -> None:
+    ran = load_recipe(path).tasks if (path := output_dir / "recipe.yaml").is_file() else {}
+    for name, task in recipe.tasks.items():
+        if name in ran and ran[name].weight and task.eval_rows > ran[name].eval_rows:
+            logger.warning(
+                "tasks.%s.eval_rows: %d, but the run held out %d: rows that it trained on are among those to score",
+                *(name, task.eval_rows, ran[name].eval_rows),
+            )
 
 
 def weight_files(folder: Path) -> list[Path]:

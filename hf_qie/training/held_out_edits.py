@@ -22,12 +22,12 @@ from transformers import Trainer
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import PROMPT, Batch, collate
-from hf_qie.data.images import BadImage, on_white
-from hf_qie.data.online_latents import has_latents, load_vae, made_from, read_pixels, with_files
+from hf_qie.data.images import BadImage, on_white, read_image
+from hf_qie.data.online_latents import has_latents, load_vae, made_from, with_files
 from hf_qie.data.provenance import read_provenance
 from hf_qie.data.schema import SOURCES, TARGET, columns_of
 from hf_qie.errors import InputError
-from hf_qie.measures.edits import aggregate, score_edit
+from hf_qie.measures.edits import aggregate, same_aspect, score_edit
 from hf_qie.models.base import Grid
 from hf_qie.training.evaluation import HeldOut
 from hf_qie.training.objective import Objective
@@ -113,19 +113,26 @@ class HeldOutEdits:
         return [self.vae.decode(*one) for one in zip(latents, batch["grids"], strict=True)]
 
     def images(self, number: int) -> list[Image.Image]:
-        """Target and sources of a row in the sizes that the VAE sees: from their files, else as it decodes them.
+        """Target and sources of a row: from their files, else as the VAE decodes them.
 
-        Raises InputError for a file that cannot be read.
+        The target is as the VAE sees it, and a source of its aspect, by 1 %, has its size: in whole tokens, the sizes
+        that the VAE sees of the two may differ by more. Raises InputError for a file that cannot be read.
         """
         (task, index), family = self.held_out.places[number], self.objective.family
         if (files := self._files[task]) is None:
-            return self.decoded(number)
-        row, grids = files[index], self.held_out.tasks[task].grids_of(index, inverse=False)
-        try:
-            pixels = [read_pixels(*one, family) for one in zip([row[TARGET], *row[SOURCES]], grids, strict=True)]
-        except BadImage as error:
-            raise InputError(f"tasks.{task}: row {row['row']}: {error}; extraction could read it") from error
-        return [Image.fromarray(one) for one in pixels]
+            target, *sources = self.decoded(number)
+            area_px = self.recipe.extract.image_sample_size**2
+            alike = [family.fit(one.size, area_px) == target.size for one in sources]
+        else:
+            row, ((height, width), *_) = files[index], self.held_out.tasks[task].grids_of(index, inverse=False)
+            try:
+                target, *sources = (read_image(Path(path), family.image_mode) for path in [row[TARGET], *row[SOURCES]])
+            except BadImage as error:
+                raise InputError(f"tasks.{task}: row {row['row']}: {error}; extraction could read it") from error
+            alike = [same_aspect(np.asarray(one), np.asarray(target)) for one in sources]
+            target = family.resize(target, (family.pixels_per_token * width, family.pixels_per_token * height))
+        fitted = zip(sources, alike, strict=True)
+        return [target, *(family.resize(one, target.size) if same else one for one, same in fitted)]
 
     def origin(self, number: int) -> str:
         """Where `images` come from: FILES or LATENTS."""

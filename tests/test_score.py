@@ -20,7 +20,7 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.hub.score_report import best_of, keep_best, table
+from hf_qie.hub.score_report import best_of, keep_best, table, track
 from hf_qie.hub.scoring import Scorer, candidates, scoring_arguments, weight_files
 from hf_qie.hub.trained_run import find_trained, find_weights
 from hf_qie.measures.edits import SCORES
@@ -68,6 +68,20 @@ def runs(built_once, tiny, edits):
     return get
 
 
+@pytest.fixture(scope="session")
+def scored(built_once, runs):
+    """`scored(kind)` -> the folder `evaluation` of such a run, all of whose checkpoints were scored; read only."""
+
+    def get(kind: str) -> Path:
+        def build(folder: Path) -> None:
+            shutil.copytree(runs(kind) / "run", folder / "run")
+            main([str(runs(kind) / "recipe.yaml"), "--all", f"training.output_dir={folder / 'run'}"])
+
+        return built_once(f"scores_of_{kind}", build) / "run" / "evaluation"
+
+    return get
+
+
 @pytest.fixture
 def copied(runs, tmp_path):
     """`copied(kind)` -> the recipe of a run that the test may change, with the output folder in `tmp_path`."""
@@ -108,11 +122,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "lora_21"])
-def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(copied, tmp_path, kind):
-    main([str(copied(kind)), "--all"])
-    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(runs, scored, kind):
+    log = json.loads((runs(kind) / "run" / "trainer_state.json").read_text())["log_history"]
     logged = {entry["step"]: entry for entry in log if "eval_psnr" in entry}
-    found = summary(tmp_path)["checkpoints"]
+    found = json.loads((scored(kind) / "summary.json").read_text())["checkpoints"]
     assert [*found] == [*CHECKPOINTS]
     for step, name in enumerate(CHECKPOINTS):
         assert found[name]["step"] == step
@@ -125,17 +138,15 @@ def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(copied, t
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "lora_21"])
-def test_an_edit_is_what_sampling_makes_of_that_row(copied, tmp_path, kind):
+def test_an_edit_is_what_sampling_makes_of_that_row(runs, scored, kind):
     """In float32; stored source latents are rounded to float16."""
-    path = copied(kind)
-    main([str(path), "--base", "--checkpoint", "1", "evaluation.rows=2"])
-    recipe = load_recipe(path)
+    recipe = load_recipe(runs(kind) / "recipe.yaml")
     sets = open_sets(recipe)
-    for name, checkpoint in (("base", "base"), ("checkpoint-1", tmp_path / "run" / "checkpoint-1")):
+    for name, checkpoint in (("base", "base"), ("checkpoint-1", runs(kind) / "run" / "checkpoint-1")):
         sampler = Sampler(recipe, checkpoint=checkpoint)
         for task, number in (("combine", -1), ("edit", -2)):
             row = sets[task][number]
-            file = tmp_path / "run" / "evaluation" / name / f"{task}-{row['row']}.png"
+            file = scored(kind) / name / f"{task}-{row['row']}.png"
             kept = json.loads(file.with_suffix(".json").read_text())["made_with"]["instruction"]
             (caption,) = (one for one in ("instruction", "instruction_cn") if row[one] == kept)
             shared, *slots = sampler.family.prompt_columns
@@ -169,19 +180,19 @@ def test_what_it_leaves(copied, tmp_path, caplog):
     assert not (folder / ".lock").exists()
 
 
-def test_the_tracker_has_the_figures_at_their_steps(copied, tmp_path):
+def test_the_tracker_has_the_figures_at_their_steps(runs, scored, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    path, runs = copied(), tmp_path / "run" / "runs"
-    shutil.rmtree(runs)
-    main([str(path), "--all"])
-    (events,) = runs.rglob("events.out.tfevents.*")
-    logged = EventAccumulator(str(events)).Reload().Scalars("eval/psnr")
-    expected = [one["scores"]["psnr"] for one in summary(tmp_path)["checkpoints"].values()]
+    found = json.loads((scored("lora") / "summary.json").read_text())["checkpoints"]
+    arguments = scoring_arguments(
+        load_recipe(runs("lora") / "recipe.yaml", [f"training.output_dir={tmp_path / 'run'}"])
+    )
+    track(arguments, {one["step"]: one["scores"] for one in found.values()})
+    track(arguments, {})
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events)).Reload().Scalars("eval/psnr/edit")
     assert [event.step for event in logged] == [0, 1, 2]
-    assert [event.value for event in logged] == pytest.approx(expected)
-    main([str(path), "--all"])
-    assert [*runs.rglob("events.out.tfevents.*")] == [events], "nothing was scored, nothing is logged"
+    assert [event.value for event in logged] == pytest.approx([one["scores"]["psnr/edit"] for one in found.values()])
 
 
 def test_the_table_has_a_line_for_each_candidate_and_task():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qie.models.qwen_image.attention import PromptRows
 from hf_qie.models.qwen_image.family import QwenImage
 from hf_qie.models.templates import IMAGE_TOKEN, Template
 
@@ -27,7 +28,7 @@ class Painter(QwenImage):
         (output,) = model(
             hidden_states=torch.cat([batch["source_latents"].float(), noised.float()], dim=1),
             encoder_hidden_states=batch["prompt_embeds"].float(),
-            encoder_hidden_states_mask=batch["prompt_mask"],
+            attention_kwargs={"rows": PromptRows(batch["prompt_lengths"])},
             timestep=sigma.float(),
             img_shapes=[[*sources, target]] * len(noised),
             return_dict=False,

@@ -26,6 +26,7 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.stats import largest_shape
 from hf_qie.models import quantization
 from hf_qie.runtime.ledger import storages
+from hf_qie.training import forecast as forecasting
 from hf_qie.training.callbacks import PeakMemory
 from hf_qie.training.cost import blocks_of
 from hf_qie.training.fit import fewest_changes, forecast_recipe, forecast_start, report
@@ -209,6 +210,16 @@ def test_blocks_that_differ_are_run_one_by_one_and_give_the_same(tmp_path, middl
     next(p for p in blocks_of(model)[2][2].parameters() if p.requires_grad).requires_grad_(False)
     one_by_one = forecast(run, model)
     assert one_by_one.peak == pytest.approx(drawn_out.peak, rel=1e-3)  # but for the tensor that no longer trains
+
+
+@pytest.mark.parametrize("training", [{}, CHECKPOINTED], ids=["plain", "checkpointed"])
+def test_rows_of_unequal_prompts_take_no_more(tmp_path, middle, monkeypatch, training):
+    recipe = load_recipe(write_recipe(tmp_path, middle, trainable=LORA, training=training))
+    run = Run(recipe=recipe, shape=Shape(grids=((12, 12),), num_tokens=99, rows=3))
+    equal, batch_of = forecast(run).peak, forecasting._batch
+    unequal = {"prompt_lengths": [99, 40, 7]}
+    monkeypatch.setattr(forecasting, "_batch", lambda *given, **other: batch_of(*given, **other) | unequal)
+    assert 0.9 * equal < forecast(run).peak < equal
 
 
 # --- what fits -------------------------------------------------------------------------------------------------------

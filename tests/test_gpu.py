@@ -295,8 +295,6 @@ def test_rows_of_released_shape_train_the_released_model_on_paper(tmp_path, pipe
     assert batch["prompt_lengths"] == [case.num_tokens] and len(batch["draw"]) == draws
     assert batch["grids"] == list(case.shape(small=False).grids) == [(32, 32), (64, 64)]
     batch |= {name: value.to(meta) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    if pipeline == "QwenImageEditPlusPipeline":
-        batch["prompt_mask"] = torch.ones(1, case.num_tokens, dtype=torch.bool)  # its values are asked for
     noised, sigma = torch.empty(draws, 1024, 64, device=meta), torch.empty(draws, device=meta)
     family.predict(model, batch, noised, sigma).sum().backward()
     assert any(one.requires_grad for one in model.parameters())

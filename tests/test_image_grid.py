@@ -107,8 +107,7 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     for text in embeddings.texts:
         embeds = torch.cat([embeddings.shared, text])[None]
         sources = torch.cat([torch.zeros(0, 64), *latents])[None]
-        batch = {"prompt_embeds": embeds, "prompt_mask": torch.ones(embeds.shape[:2]).bool()}
-        batch["prompt_lengths"] = [embeds.shape[1]]
+        batch = {"prompt_embeds": embeds, "prompt_lengths": [embeds.shape[1]]}
         batches.append(
             batch | {"source_latents": sources, "grids": [EDIT_PLUS.grid_of(size), *map(EDIT_PLUS.grid_of, sizes)]}
         )

@@ -266,7 +266,7 @@ def test_a_batch_has_each_row_once_and_all_its_draws(sets, monkeypatch, num_work
             num_rows = micro_batch // 4
             assert len(batch["draw"]) == micro_batch
             assert len(batch["row"]) == len(batch["prompt_embeds"]) == len(batch["target_latents"]) == num_rows
-            assert batch["prompt_lengths"] == batch["prompt_mask"].sum(dim=1).tolist()
+            assert batch["prompt_lengths"] == batch["prompt_embeds"].any(dim=2).sum(dim=1).tolist()
             for place, draw in enumerate(batch["draw"]):
                 seen[draw] = batch["task"][place // 4], batch["row"][place // 4]
     if not num_workers:

@@ -61,7 +61,6 @@ def batch(lengths=(9, 9), grids=((4, 6), (2, 4), (4, 4))) -> Batch:
         target_latents=torch.randn(num_rows, target, 64, generator=random).half(),
         source_latents=torch.randn(num_rows, sum(sources), 64, generator=random).half(),
         prompt_embeds=torch.randn(*mask.shape, 96, generator=random).half() * mask[..., None],
-        prompt_mask=mask,
         prompt_lengths=list(lengths),
         image_slots=[[3 * n + 2 for n in range(len(sources))]] * num_rows,
         grids=list(grids),
@@ -118,10 +117,7 @@ def test_a_padded_batch_predicts_what_its_rows_do_alone(tiny):
             alone = {
                 key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in given.items()
             }
-            alone["prompt_embeds"], alone["prompt_mask"] = (
-                alone["prompt_embeds"][:, :length],
-                torch.ones(1, length).bool(),
-            )
+            alone |= {"prompt_embeds": alone["prompt_embeds"][:, :length], "prompt_lengths": [length]}
             single = predict(model, alone, alone["target_latents"], sigma[i : i + 1])
             # float32 attention over another length adds up in another order
             torch.testing.assert_close(together[i : i + 1], single, atol=1e-5, rtol=1e-5)

@@ -28,6 +28,10 @@ def test_extraction_on_paper_is_what_the_flop_counter_counts(roofline, page):
     assert roofline.extraction_table() in page
 
 
+def test_what_a_mask_would_cost_is_what_the_flop_counter_counts(roofline, page):
+    assert roofline.unequal_table() in page
+
+
 def test_what_a_shared_prefix_saves_is_what_the_flop_counter_counts(roofline, page):
     import shared_prefix
 

@@ -99,7 +99,7 @@ def test_the_loss_of_a_batch_is_the_plain_one_of_its_rows(tiny, tmp_path, kind):
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny(kind), subfolder="scheduler")
     transformer = QwenImageTransformer2DModel.from_pretrained(tiny(kind), subfolder="transformer")
     batch = next(iter(trainer.get_train_dataloader()))
-    assert len(set(batch["prompt_mask"].sum(dim=1).tolist())) > 1, "the rows should differ in prompt length"
+    assert len(set(batch["prompt_lengths"])) > 1, "the rows should differ in prompt length"
     num_tokens, losses = batch["target_latents"].shape[1], []
     mu = calculate_shift(num_tokens, 256, 8192, 0.5, 0.9)  # the values of scheduler_config.json
     for i, draw in enumerate(batch["draw"]):
@@ -109,7 +109,7 @@ def test_the_loss_of_a_batch_is_the_plain_one_of_its_rows(tiny, tmp_path, kind):
         noise = noise_for([draw], latents.shape, seed=3)[0]
         prediction = transformer(
             hidden_states=torch.cat([(1 - sigma) * latents + sigma * noise, batch["source_latents"][i].float()])[None],
-            encoder_hidden_states=batch["prompt_embeds"][i][batch["prompt_mask"][i]][None].float(),
+            encoder_hidden_states=batch["prompt_embeds"][i][None, : batch["prompt_lengths"][i]].float(),
             timestep=sigma[None],
             img_shapes=[[(1, *grid) for grid in batch["grids"]]],
         ).sample[0, :num_tokens]

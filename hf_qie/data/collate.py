@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROMPT = ("prompt_embeds", "prompt_mask", "prompt_lengths", "image_slots")  # what a batch has of its captions
+PROMPT = ("prompt_embeds", "prompt_lengths", "image_slots")  # what a batch has of its captions
 
 
 class Batch(TypedDict):
@@ -21,7 +21,6 @@ class Batch(TypedDict):
     source_latents: NotRequired[Tensor]  # [B, R, C] float16, R = 0 for text-to-image
     images: NotRequired[list[Tensor]]  # in place of latents, until these are encoded: [B, H, W, channels] uint8
     prompt_embeds: Tensor  # [B, L, D] float16, zero where padded
-    prompt_mask: Tensor  # [B, L] bool, True on real tokens
     prompt_lengths: list[int]  # real tokens of each row, known without a question to the device
     image_slots: list[list[int]]  # of each row and source, how many of its embeddings stand in front of its latents
     grids: list[tuple[int, int]]  # of every row: the target's, then each source's; packed height, width
@@ -50,7 +49,6 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     return Batch(
         **arrays,
         prompt_embeds=torch.from_numpy(prompts),
-        prompt_mask=torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]),
         prompt_lengths=lengths.tolist(),
         image_slots=[row["image_slots"] for row in rows],
         grids=grids,

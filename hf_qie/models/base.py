@@ -200,7 +200,7 @@ class Family(ABC):
         image_slots: Sequence[Sequence[int]],
         num_targets: int,
     ) -> int:
-        """Pairs of a query and a key that attention takes in a batch with K = `num_targets`, masked ones included.
+        """Pairs of a query and a key that attention takes in a batch with K = `num_targets`; none of padding.
 
         By default each token of a row sees all of it.
         """

@@ -158,11 +158,10 @@ def count(model: nn.Module, family: Family, batch: Mapping[str, Any]) -> int:
     empty, (latent_width, width) = partial(torch.empty, device="meta"), family.widths(model.config)
     target, *sources = map(math.prod, batch["grids"])
     lengths, draws = batch["prompt_lengths"], len(batch["draw"])
-    rows, longest = len(lengths), max(lengths)
+    rows = len(lengths)
     tensors = {
         "source_latents": empty(rows, sum(sources), latent_width),
-        "prompt_embeds": empty(rows, longest, width),
-        "prompt_mask": torch.arange(longest) < torch.tensor(lengths)[:, None],
+        "prompt_embeds": empty(rows, max(lengths), width),
     }
     with FlopCounterMode(display=False) as counter:
         noised, sigma = empty(draws, target, latent_width), empty(draws)

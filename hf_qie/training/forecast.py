@@ -282,8 +282,7 @@ def _batch(run: Run, model: nn.Module, **other: int) -> dict[str, Any]:
         "target_latents": empty(rows, target, latent_width),
         "source_latents": empty(rows, sum(sources), latent_width),
         "prompt_embeds": empty(rows, shape.num_tokens, width),
-        "prompt_mask": torch.tensor([[True]]),  # padding takes next to nothing
-        "prompt_lengths": [shape.num_tokens] * rows,
+        "prompt_lengths": [shape.num_tokens] * rows,  # unequal ones take less
         "image_slots": [[0] * len(sources)] * rows,
         "grids": list(shape.grids),
         "draw": list(range(rows * shape.draws_per_row)),

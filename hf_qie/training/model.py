@@ -174,9 +174,10 @@ def base_of(model: nn.Module) -> nn.Module:
 def compile_blocks(transformer: nn.Module, **how: Any) -> None:
     """Compile the blocks of `transformer`: all are alike, so that it takes a sixtieth of the time of the whole.
 
-    They share their graphs. A graph stands for one kind of pass: with or without gradients, mask and adapters that
-    train, and whether the input of the block needs a gradient; and, torch's default, for the first shape alone and
-    then for any. Behind torch's limit of 8 a block would run as it is, with no more than a warning.
+    They share their graphs. A graph stands for one kind of pass: with or without gradients and adapters that train,
+    prompts of one length or of several, and whether the input of the block needs a gradient; and, torch's default, for
+    the first shape alone and then for any. Attention by row lies between graphs, as lengths would each make new ones.
+    Behind torch's limit of 8 a block would run as it is, with no more than a warning.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     transformer.compile_repeated_blocks(**how)

@@ -2,7 +2,7 @@
 
     python tests/bench/roofline.py
 
-prints the tables of docs/performance.md, which a test holds against this file.
+prints tables of docs/performance.md, which a test holds against this file.
 """
 
 import json
@@ -31,6 +31,8 @@ PROMPT = PICTURE_TOKENS + CAPTION_TOKENS + AFTER_TOKENS
 SOURCE = (64, 64)  # 1024 x 1024 pixels
 TARGETS = {512: (32, 32), 1024: (64, 64)}
 GPUS = (1, 8, 64)
+PROMPTS = (240, 310, 390, 500)  # tokens of a batch of four rows: an image's, and captions of 40 to 300
+SLOWER = (1, 1.25, 1.5, 2)  # what a kernel takes under a mask, to one without: to be measured
 
 
 @cache
@@ -107,14 +109,40 @@ def extraction_table() -> str:
     return "\n".join(lines)
 
 
+def attention_flops(num_tokens: int) -> int:
+    """Operations of attention to train on one row: two products, forward, once more, and twice as many backward."""
+    width = TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
+    return 4 * TRANSFORMER["num_layers"] * 2 * 2 * num_tokens**2 * width
+
+
+def unequal_table() -> str:
+    """What a mask over the padding of four prompts costs, against attention row by row."""
+    columns = ["target", "trains", "attention, of all operations", "padding, of attention under a mask"]
+    columns += [f"step under a mask, kernel {slower:g}" for slower in SLOWER]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows, longest = len(PROMPTS), max(PROMPTS)
+    for target_px in TARGETS:
+        num_latents = sum(height * width for height, width in (TARGETS[target_px], SOURCE))
+        by_row = sum(attention_flops(num_latents + prompt) for prompt in PROMPTS)
+        masked = rows * attention_flops(num_latents + longest)
+        for name, lora in (("LoRA, rank 32", True), ("all", False)):
+            row = row_flops(lora=lora, target_px=target_px, checkpointing=True)
+            linear = row - attention_flops(num_latents + PROMPT)
+            linear *= rows * (num_latents + longest) / (num_latents + PROMPT)  # runs over padding, too
+            steps = " | ".join(f"{(linear + slower * masked) / (linear + by_row):.2f}" for slower in SLOWER)
+            parts = f"{by_row / (linear + by_row):.2f} | {1 - by_row / masked:.2f}"
+            lines.append(f"| {target_px} | {name} | {parts} | {steps} |")
+    return "\n".join(lines)
+
+
 def heads(unit: str) -> str:
     """The last columns."""
     return " | ".join(f"{unit}, {gpus} GPU{'s' if gpus > 1 else ''}" for gpus in GPUS) + " |"
 
 
 def main() -> None:
-    """Both tables."""
-    print(f"{training_table()}\n\n{extraction_table()}")
+    """All tables."""
+    print(f"{training_table()}\n\n{extraction_table()}\n\n{unequal_table()}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2VLProcessor
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, Grid, Size
-from hf_qie.models.checkpoint import load_transformer
 from hf_qie.models.denoising import shift_mu
 from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.official import load_pipeline
@@ -24,6 +22,7 @@ from hf_qie.models.qwen_image.tiny import save_tiny
 from hf_qie.models.qwen_image.transformer import (
     LORA_PRESETS,
     denoise,
+    load_transformer,
     predict,
     without_gradient,
 )
@@ -85,7 +84,7 @@ class QwenImage(Family):
     load_encoder = Encoder
     generate = generate
     save_tiny = save_tiny
-    load_transformer = staticmethod(partial(load_transformer, QwenImageTransformer2DModel))
+    load_transformer = staticmethod(load_transformer)
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)

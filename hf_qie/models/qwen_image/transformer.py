@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from hf_qie.models.checkpoint import load_transformer as load
 from hf_qie.models.denoising import denoise as from_noise
 from hf_qie.models.lora_files import presets
+from hf_qie.models.qwen_image.attention import PromptRows, RowAttention
 from hf_qie.models.qwen_image.vae import pack_latents
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -18,6 +21,13 @@ MLP = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net
 OTHERS = ["img_mod.1", "txt_mod.1", "img_in", "txt_in", "norm_out.linear", "proj_out"]
 OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
 LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS)
+
+
+def load_transformer(model: str, **options: Any) -> nn.Module:
+    """See `Family`: diffusers' own with our attention, which is no part of what is saved."""
+    transformer = load(QwenImageTransformer2DModel, model, **options)
+    transformer.set_attn_processor(RowAttention())
+    return transformer
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:
@@ -35,14 +45,15 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
 
     As the pipeline does (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:800-825): sources follow the
     target, positions come from the grids, no guidance, and of the output only the target's part counts. Inputs are
-    float32, so that autocast and the model alone decide where precision is given up.
+    float32, so that autocast and the model alone decide where precision is given up. A `model` that is given unequal
+    prompts has `RowAttention`.
     """
-    mask = batch["prompt_mask"] if len(set(batch["prompt_lengths"])) > 1 else None  # without, attention is faster
+    lengths = batch["prompt_lengths"]
     shapes = [(1, height, width) for height, width in batch["grids"]]
     (output,) = model(
         hidden_states=torch.cat([noised.float(), batch["source_latents"].float()], dim=1),
         encoder_hidden_states=batch["prompt_embeds"].float(),
-        encoder_hidden_states_mask=mask,
+        attention_kwargs={"rows": PromptRows(lengths)} if len(set(lengths)) > 1 else None,
         timestep=sigma.float(),
         img_shapes=[shapes] * len(noised),
         guidance=None,

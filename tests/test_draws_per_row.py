@@ -38,7 +38,8 @@ def one_process():
 
 
 def recipe_of(folder: Path, model: Path, kind: str = "full", **sections) -> Path:
-    sections = {"trainable": KINDS[kind], "mix": MIX, "training": SGD} | sections
+    """Also with what weighs positions, which belongs to a row and not to a draw."""
+    sections = {"trainable": KINDS[kind], "mix": MIX, "loss": {"edit_weight": 1.0}, "training": SGD} | sections
     return write_recipe(folder, model, **sections)
 
 

@@ -43,7 +43,7 @@ def recipes(tiny, tmp_path) -> dict[tuple[str, str], str]:
         for name, trainable in (("lora", LORA), ("all", {})):
             folder = tmp_path / f"{family}-{name}"
             folder.mkdir()
-            found[family, name] = str(write_recipe(folder, tiny(family), trainable=trainable))
+            found[family, name] = str(write_recipe(folder, tiny(family), trainable=trainable, loss={"edit_weight": 1}))
     return found
 
 

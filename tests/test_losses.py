@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from hf_qie.training.objective import loss_weight, velocity_mse
+from hf_qie.training.losses import loss_weight, velocity_mse
 
 
 def test_the_loss_of_a_row_is_its_weighted_mean_square_distance_to_the_velocity():

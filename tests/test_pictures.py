@@ -47,6 +47,7 @@ def write_recipe(folder: Path, model: Path, edits: Path, *, latents: bool) -> Pa
         "tasks": tasks,
         "extract": {"output_dir": str(folder / "sets"), "dtype": "float32", "latents": latents, **sizes},
         "mix": {"inverse_share": 0.5},
+        "loss": {"edit_weight": 1.0},  # by latents of sources and target, wherever these come from
         "trainable": {"lora": {"rank": 4, "alpha": 8}},
         "training": {
             "output_dir": str(folder / "run"),

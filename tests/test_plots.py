@@ -14,7 +14,8 @@ from small_recipes import BLUE, GREEN, RED, columns_of
 from hf_qie import plots
 from hf_qie.config.recipe import load_recipe
 from hf_qie.plots import Card, labelled_sheet, loss_chart, noise_chart
-from hf_qie.training.objective import loss_weight, noise_levels
+from hf_qie.training.losses import loss_weight
+from hf_qie.training.objective import noise_levels
 
 HISTORY = [
     {"step": 10, "loss": 2.0, "loss/edit": 2.5, "loss/combine": 1.5, "learning_rate": 1e-4},

@@ -418,6 +418,7 @@ def test_samples_of_a_large_file_reach_its_first_and_last_byte(tmp_path, monkeyp
             "mix.same_shape",
         ),
         ("loss.weighting=cosmap", "loss.weighting"),
+        ("loss.edit_weight=1", "loss.edit_weight"),
         ("trainable.lora.rank=8", "trainable.lora.rank"),
         ("training.gradient_accumulation_steps=2", "global batch"),
     ],

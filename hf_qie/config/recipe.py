@@ -141,6 +141,7 @@ class Loss(Section):
     mode_scale: ModeScale = Field(1.29, description="of mode")
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     shift: Literal["auto", "none"] | float = Field("auto", description="auto: mu at the target's tokens; or mu itself")
+    edit_weight: Weight = Field(0.0, description="k: to one even part, k parts of the loss follow what is edited")
 
 
 class Lora(Section):

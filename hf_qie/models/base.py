@@ -130,6 +130,10 @@ class Family(ABC):
     ) -> ForwardMemory:
         """What encoding `batch_size` images of `size`, which may be 0, or decoding one takes, by the VAE's config."""
 
+    @abstractmethod
+    def unpack(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Packed latents `[B, S, C]` as the VAE has them, `[B, channels, height, width]`."""
+
     # --- prompts ---
 
     @abstractmethod

@@ -35,7 +35,8 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 NAMED = 5  # keys of a message
 # Sections of the recipe that must not change, beside the sets and the size of a step.
 SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
-ADDED = {"mix.draws_per_row": 1}  # of the identity: keys that older checkpoints lack, and what they had
+# Of the identity: keys that older checkpoints lack, and what they had.
+ADDED = {"mix.draws_per_row": 1, "loss.edit_weight": 0.0}
 # Of TrainingArguments, what decides the learning rate and how the optimizer works.
 KEYS = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 KEYS += ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps")

@@ -199,7 +199,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
             model.zero_grad()
             ledger.start("evaluation")
             with torch.no_grad():
-                objective.losses(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1))
+                objective.losses(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1), held_out=True)
     return ledger.peaks, block
 
 

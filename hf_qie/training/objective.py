@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
 from hf_qie.config.recipe import Loss, Recipe
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.seeding import draw_rng
-from hf_qie.models.base import read_family
+from hf_qie.models.base import Grid, read_family
 from hf_qie.models.checkpoint import read_config
+from hf_qie.training.losses import edit_weights, latent_change, loss_weight, velocity_mse
 
 SMALLEST_U = 2**-24  # the nearest to 0, and as 1 - 2^-24 to 1, that float32 keeps apart from them
-SMALLEST_SIGMA = 1e-3  # below it the weight 1 / sigma^2 of a single row would exceed that of a step
 
 
 def shifted(u: Tensor, mu: float | None) -> Tensor:
@@ -92,18 +91,13 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
-def velocity_mse(prediction: Tensor, latents: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean squared error against the velocity `noise - latents`: `[B, S, C]` each, `weight[B]` -> `[B]`.
-
-    In float32, whatever comes in.
-    """
-    velocity = noise.float() - latents.float()
-    return weight.float() * (prediction.float() - velocity).square().mean(dim=(1, 2))
-
-
-def loss_weight(weighting: str, sigma: Tensor) -> Tensor:
-    """The weight of a row at `sigma`, by SD3's names."""
-    return compute_loss_weighting_for_sd3(weighting, sigma.float().clamp_min(SMALLEST_SIGMA))
+def may_share_aspect(one: Grid, other: Grid, *, rounding: float) -> bool:
+    """Whether images of one aspect may have these grids, each side rounded by up to `rounding` tokens."""
+    (least, most), (other_least, other_most) = (
+        ((width - rounding) / (height + rounding), (width + rounding) / (height - rounding))
+        for height, width in (one, other)
+    )
+    return least <= other_most and other_least <= most
 
 
 class Objective:
@@ -140,12 +134,38 @@ class Objective:
         """(S, C) of the target, which may not be encoded yet."""
         return math.prod(batch["grids"][0]), self.family.latent_width
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Losses `[B x K]`, those of a row one after the other; `batch` has noise and lies on the model's device."""
+    def losses(self, model: nn.Module, batch: Batch, *, held_out: bool = False) -> Tensor:
+        """Losses `[B x K]`, those of a row one after the other; `batch` has noise and lies on the model's device.
+
+        Those of `held_out` rows are without `loss.edit_weight`, so that runs with and without it can be compared.
+        """
         latents, sigma = batch["target_latents"].float(), batch["sigma"]
         latents = latents.repeat_interleave(len(sigma) // len(latents), dim=0)
         prediction = self.family.predict(model, batch, add_noise(latents, batch["noise"], sigma), sigma)
-        return velocity_mse(prediction, latents, batch["noise"], loss_weight(self.loss.weighting, sigma))
+        weight, of_positions = loss_weight(self.loss.weighting, sigma), None if held_out else self.edit_weights(batch)
+        return velocity_mse(prediction, latents, batch["noise"], weight, of_positions=of_positions)
+
+    def edit_weights(self, batch: Batch) -> Tensor | None:
+        """Weights `[B x K, S]` of positions by `loss.edit_weight`; None where all are 1.
+
+        A source counts if its aspect is the target's, as far as grids tell: no image is cropped, so both then show the
+        same view, whatever their sizes.
+        """
+        if not self.loss.edit_weight:
+            return None
+        family, (grid, *grids) = self.family, batch["grids"]
+        rounding = family.side_multiple_px / family.pixels_per_token / 2
+        target = family.unpack(batch["target_latents"].float(), grid)
+        sources = batch["source_latents"].float().split([math.prod(one) for one in grids], dim=1)
+        changes = [
+            latent_change(target, family.unpack(source, of_source), grid=grid)
+            for source, of_source in zip(sources, grids, strict=True)
+            if may_share_aspect(grid, of_source, rounding=rounding)
+        ]
+        if not changes:
+            return None
+        weights = edit_weights(changes, self.loss.edit_weight)
+        return weights.repeat_interleave(len(batch["sigma"]) // len(weights), dim=0)
 
     def mu(self, num_target_tokens: int) -> float | None:
         """The shift of sigma that `loss.shift` asks for at that size; None for none."""

@@ -176,7 +176,7 @@ class EditTrainer(Trainer):
         """
         inputs = self.on_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            per_row, sigma = self.objective.losses(model, inputs), inputs["sigma"]
+            per_row, sigma = self.objective.losses(model, inputs, held_out=True), inputs["sigma"]
         place = torch.arange(self.args.per_device_eval_batch_size).clamp_max(len(per_row) - 1)
         numbers = torch.tensor(inputs["draw"])[place]
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)

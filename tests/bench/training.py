@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from hf_qie.config.recipe import load_recipe
 from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.models.qwen_image.transformer import predict
-from hf_qie.training.objective import add_noise, velocity_mse
+from hf_qie.training.losses import velocity_mse
+from hf_qie.training.objective import add_noise
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from hf_qie.training.cost import BatchFlops, peak_flops
 from hf_qie.training.forecast import Run, forecast
+from hf_qie.training.losses import velocity_mse
 from hf_qie.training.model import build_model
-from hf_qie.training.objective import add_noise, velocity_mse
+from hf_qie.training.objective import add_noise
 from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
 

@@ -86,6 +86,7 @@ class QwenImage(Family):
     save_tiny = save_tiny
     load_transformer = staticmethod(load_transformer)
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
+    unpack = staticmethod(LatentEncoder.unpack)
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
     predict = staticmethod(predict)

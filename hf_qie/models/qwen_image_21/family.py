@@ -81,6 +81,7 @@ class QwenImage21(Family):
     save_tiny = save_tiny
     load_transformer = staticmethod(partial(load_transformer, QwenImage21Transformer2DModel))
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
+    unpack = staticmethod(LatentEncoder.unpack)
     encoder_memory = staticmethod(partial(encoder_memory, Encoder))
     without_gradient = staticmethod(without_gradient)
     shares_prefix = staticmethod(shares_prefix)

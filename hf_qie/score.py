@@ -41,9 +41,9 @@ def main(argv: list[str]) -> None:
     from hf_qie.runtime.lock import held
 
     arguments = scoring_arguments(recipe)
-    folder = Path(arguments.output_dir, EVALUATION)
-    with held(folder, remedy="give another training.output_dir"):
-        chosen = candidates(folder.parent, base=given.base, steps=given.checkpoint, every=given.all)
+    output_dir = Path(arguments.output_dir)
+    chosen = candidates(output_dir, base=given.base, steps=given.checkpoint, every=given.all)
+    with held(output_dir / EVALUATION, remedy="give another training.output_dir"):
         scorer = Scorer(recipe, arguments)
         new = scorer.run(chosen)
         if PartialState().is_main_process:

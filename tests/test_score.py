@@ -40,7 +40,7 @@ def one_process(monkeypatch):
     PartialState(cpu=True)
 
 
-def trained(folder: Path, extracted: Path, trainable: dict) -> None:
+def trained(folder: Path, extracted: Path, trainable: dict, *, bf16: bool) -> None:
     """`folder`/recipe.yaml of a run of two steps on extracted edits, evaluated at the start and at each."""
     folder.mkdir()
     recipe = json.loads((extracted / "recipe.yaml").read_text())
@@ -49,7 +49,7 @@ def trained(folder: Path, extracted: Path, trainable: dict) -> None:
     recipe["trainable"], recipe["evaluation"] = trainable, {"every": 1, "rows": 3, "num_inference_steps": 2}
     recipe["training"] = {"output_dir": str(folder / "run"), "use_cpu": True, "per_device_train_batch_size": 2}
     recipe["training"] |= {"max_steps": 2, "logging_steps": 1, "save_steps": 1, "learning_rate": 1e-2}
-    recipe["training"] |= {"disable_tqdm": True, "eval_on_start": True, "report_to": "tensorboard"}
+    recipe["training"] |= {"disable_tqdm": True, "eval_on_start": True, "report_to": "tensorboard", "bf16": bf16}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     run(folder / "recipe.yaml")
 
@@ -58,12 +58,15 @@ def trained(folder: Path, extracted: Path, trainable: dict) -> None:
 def runs(built_once, tiny, edits):
     """`runs(kind)` -> a folder with a run of that kind; read only."""
     kinds = {"lora": ("edit_plus", LORA), "full": ("edit_plus", {}), "lora_21": ("qwen_image_21", LORA)}
+    kinds |= {"bfloat16": ("edit_plus", LORA)}
 
     def get(kind: str) -> Path:
         model, trainable = kinds[kind]
         name = "few_edits" if model == "edit_plus" else f"few_edits_{model}"  # which other files of tests share
         extracted = built_once(name, lambda folder: extract_edits(folder, tiny(model), edits))
-        return built_once(f"scored_{kind}", lambda folder: trained(folder, extracted, trainable))
+        return built_once(
+            f"scored_{kind}", lambda folder: trained(folder, extracted, trainable, bf16=kind == "bfloat16")
+        )
 
     return get
 
@@ -121,7 +124,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- what it gives ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "lora_21"])
+@pytest.mark.parametrize("kind", ["lora", "full", "lora_21", "bfloat16"])
 def test_the_scores_of_a_checkpoint_are_those_of_training_at_that_step(runs, scored, kind):
     log = json.loads((runs(kind) / "run" / "trainer_state.json").read_text())["log_history"]
     logged = {entry["step"]: entry for entry in log if "eval_psnr" in entry}
@@ -348,6 +351,7 @@ def test_an_incomplete_checkpoint_is_left_out_of_all_with_a_warning(copied, tmp_
     assert "checkpoint-1 is skipped: it has no complete.json" in caplog.text
     with pytest.raises(InputError, match="checkpoint-1: the checkpoint is incomplete"):
         main([str(path), "--checkpoint", "1"])
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 def test_rows_that_a_run_trained_on_are_named(copied, caplog):

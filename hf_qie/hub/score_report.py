@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_qie.config.recipe import Recipe
+from hf_qie.config.recipe import Recipe, as_dict
 from hf_qie.errors import InputError
 from hf_qie.hub.scoring import Candidate, Scorer, weight_files
 from hf_qie.measures.edits import SCORES
@@ -42,7 +42,7 @@ def report(scorer: Scorer, chosen: Sequence[Candidate]) -> dict[str, Figures]:
     metric = score_of_metric(scorer.recipe) or METRIC
     best = best_of(figures, metric)
     summary = {"metric": metric, "best": best, "rows": len(scorer.numbers)}
-    settings = {"seed": scorer.recipe.seed, "arithmetic": scorer.precision, **dict(scorer.recipe.evaluation)}
+    settings = {"seed": scorer.recipe.seed, "arithmetic": scorer.arithmetic, **as_dict(scorer.recipe.evaluation)}
     steps = {one.name: {"step": one.step, "scores": figures[one.name]} for one in chosen}
     summary |= {"settings": settings, "checkpoints": steps}
     lines = [

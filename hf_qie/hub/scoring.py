@@ -44,7 +44,7 @@ from hf_qie.training.setup import training_arguments
 logger = logging.getLogger("hf_qie.score")
 
 EVALUATION = "evaluation"  # in the output folder
-PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # of the run record, by accelerate's names
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names for those of a run record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ class Scorer:
         self.embeddings = {task: data._fingerprint for task, data in sets.items()}
         # as training computed, for its scores: whatever this launch would choose
         self.precision = PRECISIONS.get(self.record.get("arithmetic"), arguments.mixed_precision)
+        self.arithmetic = next(name for name, precision in PRECISIONS.items() if precision == self.precision)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         vae = load_vae(recipe, self.device)
         self.edits = HeldOutEdits(
@@ -170,7 +171,7 @@ class Scorer:
         settings, scale = self.recipe.evaluation, self.recipe.evaluation.true_cfg_scale
         return {
             "model": self._base,
-            "arithmetic": self.precision,
+            "arithmetic": self.arithmetic,
             "seed": self.recipe.seed,
             "num_inference_steps": settings.num_inference_steps,
             "true_cfg_scale": self.edits.objective.family.true_cfg_scale if scale is None else scale,

@@ -162,14 +162,13 @@ class HeldOutEdits:
         """By task its rows with images named by file, None where these are not all found."""
         found = {}
         for task, rows in self.held_out.tasks.items():
-            data, found[task] = rows.rows.data, None
-            if not has_latents(data):  # they are found already
-                found[task] = data
+            found[task] = rows.rows.data.select_columns(["row", *(image.name for image in columns_of("image"))])
+            if not has_latents(rows.rows.data):  # they are found already
                 continue
-            data = data.select_columns(["row", *(image.name for image in columns_of("image"))])
             try:
-                found[task] = with_files(data, task=task, roots=_roots(self.recipe, task))
+                found[task] = with_files(found[task], task=task, roots=_roots(self.recipe, task))
             except InputError:
+                found[task] = None
                 logger.info(
                     "tasks.%s: edits are compared with what the VAE makes of its stored latents, as not all images "
                     "are found; tasks.%s.image_root names their folder",

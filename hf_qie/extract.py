@@ -20,8 +20,6 @@ def main(argv: list[str]) -> int:
     """Extract every task of the recipe that has data; returns the exit code."""
     recipe = load_recipe(argv[0], argv[1:])
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: it sets the threads that torch starts
-    # else torch prefers cuDNN's attention on Hopper, which plans some 35 ms for a new shape, and most batches have one
-    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     from hf_qie.extraction.run import extract
     from hf_qie.hub.publish import open_repo, push_unless_bad
 

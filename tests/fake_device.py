@@ -1,23 +1,29 @@
-"""A training step, or the prompt encoder, on a device that is not there; what makes the host wait for it, as JSON.
+"""Training steps, and the prompt encoder, on a device that is not there; what makes the host wait for it, as JSON.
 
-    python tests/fake_device.py cuda|stand-in CASE.json
+    python tests/fake_device.py CASES.json
 
 Tensors are fake: nothing is computed, but devices and dtypes are those of a run, so that tensors of two devices that
 meet raise. Without a driver torch goes forward on fake tensors of CUDA, not backward; for that there is the stand-in,
-torch's device for backends that are written in Python, which has no autocast. A process of its own: diffusers keeps
-tables of positions, which would be fake ones, and a stand-in is registered for good.
+torch's device for backends that are written in Python. A process of its own: diffusers keeps tables of positions,
+which would be fake ones, and a stand-in is registered for good.
 """
 
+import copy
 import json
 import os
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 from embedding_sets import WIDTH
 from PIL import Image
@@ -29,10 +35,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_qie.config.recipe import load_recipe
+from hf_qie.config.recipe import Recipe, load_recipe
+from hf_qie.data.online_latents import load_vae
 from hf_qie.models.base import read_family
+from hf_qie.models.image_latents import VaeLatents
+from hf_qie.training.metrics import LossMeter
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
+from hf_qie.training.offloading import checkpoint_on_cpu, stream_blocks
+from hf_qie.training.precision import compute_in
+from hf_qie.training.trainer import EditTrainer
 
 STAND_IN = "standin"
 # operations whose result has to be known on the host: a number, or a shape
@@ -53,6 +65,19 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.device, self.mode, self.fakes_all, self.found = device, mode, fakes_all, Counter()
         self.known = WeakIdKeyDictionary()
+        self.pinned: set[int] = set()  # memory of the CPU from and into which copies need no wait
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Note that its memory is so."""
+        self.pinned.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    def pinned_copy(self, tensor: Tensor) -> Tensor:
+        """A fake tensor for one that the loader has made."""
+        return self.pin(self.mode.from_tensor(tensor))
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.pinned
 
     def _involves(self, given: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
         asked = kwargs.get("device")
@@ -69,10 +94,13 @@ class Waits(TorchDispatchMode):
         if not self.fakes_all and not self._involves(given, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        pin = kwargs.get("pin_memory")
+        if pin:
+            kwargs = kwargs | {"pin_memory": False}  # which asks for a driver
         real = self._real(func, args, kwargs)
         if name in READS:
             if there:
-                self._note(name)
+                self.note(name)
             if not isinstance(real, Tensor):
                 return 1.0 if real is None else real  # what it is does not matter
             with self.mode:
@@ -84,16 +112,29 @@ class Waits(TorchDispatchMode):
             with self.mode:
                 made = func(*args, **kwargs)
         if name.startswith("index") and there and any(one.dim() and not self._is_there(one) for one in given[1:]):
-            self._note(f"{name} with an index of the CPU")
+            self.note(f"{name} with an index of the CPU")
         if name in ("_to_copy", "copy_", "to"):  # the last in inference mode alone
             source = args[1] if name == "copy_" else args[0]
-            waits = not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-            if self._is_there(source) != self._is_there(made) and (waits or self._is_there(source)):
-                self._note("copied from the device" if self._is_there(source) else "copied to the device")
+            at_once = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+            if self._is_there(source) != self._is_there(made):
+                self._note_copy(source, made, at_once=at_once, is_new=name != "copy_")
+        elif pin:
+            self.pin(made)
         for one, value in zip(tree_leaves(made), tree_leaves(real), strict=False):
             if isinstance(one, Tensor) and isinstance(value, Tensor):
                 self.known[one] = value
         return made
+
+    def _note_copy(self, source: Tensor, made: Tensor, *, at_once: bool, is_new: bool) -> None:
+        """A copy between host and device: without a wait from and into pinned memory alone, if it is asked for.
+
+        What is new on the host, and asked for so, torch pins itself.
+        """
+        back = self._is_there(source)
+        if at_once and back and is_new:
+            self.pin(made)
+        if not (at_once and self._is_pinned(made if back else source)):
+            self.note("copied from the device" if back else "copied to the device")
 
     def _fake(self, value: Any) -> Any:
         """Without numbers, with which torch would compute on the device."""
@@ -107,7 +148,7 @@ class Waits(TorchDispatchMode):
         """An index, or in place of a mask, whose number of places is not known to a fake tensor, these places."""
         if not isinstance(index, Tensor) or index.dtype != torch.bool or index not in self.known:
             return [index]
-        self._note("index by a mask")
+        self.note("index by a mask")
         with unset_fake_temporarily():
             places = self.known[index].nonzero().unbind(1)
         with self.mode:
@@ -133,7 +174,8 @@ class Waits(TorchDispatchMode):
             return None
         return None if isinstance(found, Tensor) and found.is_floating_point() else found
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Count it, under the line of a library or of ours that asks for it."""
         for frame in reversed(traceback.extract_stack()):
             parts = Path(frame.filename).parts
             if any(part in KNOWN for part in parts):
@@ -155,6 +197,35 @@ class StandIn(backend_registration._DummyBackendModule):
         pass
 
 
+class Stream:
+    """A stream of a device that is not there: what waits for it, and when."""
+
+    waits: Waits  # of the step
+
+    def __init__(self, device: Any = None):
+        pass
+
+    def __enter__(self) -> "Stream":
+        self.waits.note("copies on a stream of its own")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def wait_event(self, event: "Stream") -> None:
+        self.waits.note("the device waits")
+
+    def wait_stream(self, other: "Stream") -> None:
+        """The copies wait for the device."""
+
+    def synchronize(self) -> None:
+        """Of an event as well."""
+        self.waits.note("waits for an event")
+
+
 def batch_of(case: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
     """A collated batch on the CPU: a row for each of `lengths`, with one source."""
     import numpy as np
@@ -164,13 +235,19 @@ def batch_of(case: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
 
     count, family = case.get("draws_per_row", 1), objective.family
     slots = [2] if len(family.prompt_columns) > 1 else []
+    grids = [(4, 4), (2, 4)]
+    if case.get("images"):
+        pixels, channels = family.pixels_per_token, len(family.image_mode)
+        sizes = [(pixels * height, pixels * width, channels) for height, width in grids]
+        images = {"images": [np.zeros(size, np.uint8) for size in sizes]}
+    else:
+        images = {"target_latents": matrix(16, 64), "source_latents": matrix(8, 64)}
     rows = [
         {
-            "target_latents": matrix(16, 64),
-            "source_latents": matrix(8, 64),
+            **images,
             "prompt_parts": [matrix(3, WIDTH), matrix(length, WIDTH)],
             "image_slots": slots,
-            "grids": [(4, 4), (2, 4)],
+            "grids": grids,
             "task": "edit",
             "row": place,
             "draws": list(range(place * count, (place + 1) * count)),
@@ -180,40 +257,122 @@ def batch_of(case: Mapping[str, Any], objective: Objective) -> dict[str, Any]:
     return objective.collate(rows)
 
 
-def step(case: Mapping[str, Any], device: str) -> Counter:
-    """Waits of the second of two micro-batches, with the step of the optimizer behind it."""
-    recipe, backward = load_recipe(Path(case["recipe"])), device == STAND_IN
-    half = "no" if backward else "bf16"
-    model, objective = build_model(recipe, mixed_precision=half, empty=True), Objective(recipe, global_batch_size=4)
-    batches = [batch_of(case, objective) for _ in range(2)]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model.to_empty(device=device)
-        if case.get("checkpointing"):
-            base_of(model).enable_gradient_checkpointing()
-        model.train()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=False, foreach=True)
-        fakes = [tree_map(lambda one: mode.from_tensor(one) if isinstance(one, Tensor) else one, b) for b in batches]
-        for batch in fakes:
-            with Waits(device, mode) as waits:
-                on_device = send_to_device(batch, device, non_blocking=True)
-                if not backward:
-                    torch.set_autocast_enabled("cuda", True)
-                    torch.set_autocast_dtype("cuda", torch.bfloat16)
-                loss = objective.losses(model, on_device).mean()
-                if case.get("mistakes"):
-                    bool(loss > 0), loss.item(), loss.cpu(), torch.ones(2).to(device)
-                if backward:
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            assert loss.device.type == device and loss.dtype == torch.float32
+def move(model: torch.nn.Module, mode: FakeTensorMode, device: str) -> None:
+    """Put all parameters and buffers on a device that is not there.
+
+    Those that bitsandbytes holds in a class of its own, which cannot be made of fake tensors, become plain ones, with
+    the state that its layers ask for.
+    """
+
+    def away(value: Any) -> Any:
+        return mode.from_tensor(value).to(device) if isinstance(value, Tensor) else value
+
+    def state_away(state: Any) -> Any:
+        moved = copy.copy(state)
+        for name, part in vars(state).items():
+            setattr(moved, name, state_away(part) if type(part) is type(state) else away(part))
+        return moved
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            state = getattr(parameter, "quant_state", None)
+            value = away(parameter.data if state else parameter.detach())
+            module._parameters[name] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+            if state:
+                module._parameters[name].quant_state = module.quant_state = state_away(state)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = away(buffer)
+
+
+def place(model: torch.nn.Module, recipe: Recipe, mode: FakeTensorMode, device: str) -> None:
+    """Put a model on the device as training does; one that is not quantised comes from the meta device."""
+    memory = recipe.memory
+    first = "cpu" if memory.stream_blocks else device
+    move(model, mode, first) if memory.quantization else model.to_empty(device=first)
+    if memory.stream_blocks:
+        with patch.object(torch.nn.Module, "to", partialmethod(move, mode)):  # which fails on fake tensors
+            stream_blocks(model, base_of(model), memory.stream_blocks, torch.device(device))
+
+
+def vae_on_paper(recipe: Recipe) -> Any:
+    """In place of `VaeLatents.load`: the VAE of the checkpoint's config, in bfloat16."""
+    kind, where = read_family(recipe.model).load_vae.vae_class, {"subfolder": "vae", "revision": recipe.revision}
+    with torch.device("meta"):
+        made = torch.nn.Module.to(kind.from_config(kind.load_config(recipe.model, **where)), torch.bfloat16)
+    return lambda *_, device, **__: made.to_empty(device=device).eval().requires_grad_(False)
+
+
+def step(case: Mapping[str, Any]) -> Counter:
+    """Waits of the second of two micro-batches, with the step of the optimizer behind it.
+
+    On the stand-in the whole step; on CUDA no backward, but what EditTrainer does before and behind it: copies of the
+    batch, images that are encoded, losses that are looked at a step later. In bfloat16 on both.
+    """
+    recipe, device = load_recipe(Path(case["recipe"])), case["device"]
+    objective, memory = Objective(recipe, global_batch_size=4), recipe.memory
+    batches, mode = [batch_of(case, objective) for _ in range(2)], FakeTensorMode(allow_non_fake_inputs=True)
+    model = build_model(recipe, mixed_precision="bf16", empty=not memory.quantization)
+    Stream.waits = waits = Waits(device, mode)
+    with ExitStack() as stack:
+        if case.get("images"):
+            stack.enter_context(patch.object(VaeLatents, "load", vae_on_paper(recipe)))
+        stack.enter_context(patch.object(torch, "Stream", Stream))
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", Stream))
+        stack.enter_context(mode)
+        stack.enter_context(waits)
+        place(model, recipe, mode, device)
+        compute_in(model, "bf16")
+        if case.get("checkpointing") or memory.offload_activations:
+            on_cpu = checkpoint_on_cpu(torch.device(device)) if memory.offload_activations else None
+            base_of(model).enable_gradient_checkpointing(on_cpu)
+        if memory.offload_activations:  # torch pins where there is CUDA
+            stack.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
+        vae = load_vae(recipe, torch.device(device)) if case.get("images") else None
+        trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(device)), recipe=recipe, encoder=vae)
+        two_batches(case, model.train(), objective, batches, trainer, waits)
     return waits.found
 
 
-def encode(case: Mapping[str, Any], device: str) -> Counter:
+def two_batches(
+    case: Mapping[str, Any],
+    model: torch.nn.Module,
+    objective: Objective,
+    batches: Sequence[Mapping[str, Any]],
+    trainer: Any,
+    waits: Waits,
+) -> None:
+    """One after the other; at the end `waits` has those of the second. `trainer` is what EditTrainer's methods ask."""
+    device, trained = case["device"], [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, meter = torch.optim.AdamW(trained, fused=False, foreach=True), LossMeter(Accelerator(cpu=True))
+    for number, collated in enumerate(batches):
+        batch = tree_map(lambda one: waits.pinned_copy(one) if isinstance(one, Tensor) else one, dict(collated))
+        waits.found.clear()
+        if device == STAND_IN:
+            batch = send_to_device(batch, device, non_blocking=True)
+        else:
+            batch = EditTrainer.on_device(trainer, batch)
+        losses = objective.losses(model, batch)
+        loss = losses.mean()
+        if case.get("mistakes"):
+            bool(loss > 0), loss.item(), loss.cpu(), torch.ones(2).to(device)
+            torch.ones(2).to(device, non_blocking=True)
+        if device == STAND_IN:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            meter.add(batch, losses)
+            meter.end_step(number)
+            meter.check(last=False)
+        assert loss.device.type == device and loss.dtype == torch.float32
+
+
+def encode(case: Mapping[str, Any]) -> Counter:
     """Waits of a pass of the prompt encoder over two prompts."""
+    device = case["device"]
     family = read_family(case["model"])
     processor = family.load_processor(case["model"], revision=None)
     sources = [Image.new("RGB", (64, 64)), Image.new("RGB", (96, 64))]
@@ -240,12 +399,22 @@ def encode(case: Mapping[str, Any], device: str) -> Counter:
     return waits.found
 
 
+def waits_of(case: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the host wait in a case, how often, or the end of the traceback of what went wrong."""
+    try:
+        return dict(encode(case) if "model" in case else step(case))
+    except Exception:
+        return {"error": traceback.format_exc()[-3000:]}
+
+
 if __name__ == "__main__":
-    which, cases = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    if which != "cuda":
-        backend_registration._setup_privateuseone_for_python_backend(STAND_IN, backend_module=StandIn())
-        which = STAND_IN
+    cases = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    print(json.dumps([dict((encode if "model" in case else step)(case, which)) for case in cases]))
+    PartialState(cpu=True)  # of this process; asked for by logs
+    on_cuda, on_stand_in = ([name for name in cases if cases[name]["device"] == one] for one in ("cuda", STAND_IN))
+    found = {name: waits_of(cases[name]) for name in on_cuda}
+    # behind it, fake tensors of CUDA ask for a driver
+    backend_registration._setup_privateuseone_for_python_backend(STAND_IN, backend_module=StandIn())
+    print(json.dumps(found | {name: waits_of(cases[name]) for name in on_stand_in}))
     sys.stdout.flush()
     os._exit(0)  # threads of a stand-in do not end by themselves

@@ -60,7 +60,7 @@ def in_ranks(
     A run: {recipe, overrides, others: overrides of all ranks but the first, checkpoint: one to put into its folder
     first, environment: what a launcher has set, kill: {rank, point: of KILLS, call: the number of the call there at
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
-    ever}, notes: a file for the steps that rank 0 computes}.
+    ever}, notes: a file for the steps that rank 0 computes, sums: one for its sums of gradients over replicas}.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -132,6 +132,8 @@ def do(run: Mapping[str, Any], rank: int) -> None:
         kill_at(folder, run["kill"]["point"], run["kill"]["call"])
     if "notes" in run and rank == 0:
         note_steps(Path(run["notes"]))
+    if "sums" in run and rank == 0:
+        note_sums(Path(run["sums"]))
     if run.get("stops", {}).get("rank") == rank:
         stop_at(run["stops"]["step"], run["stops"]["sends"], folder / "stopped")
     try:
@@ -191,6 +193,19 @@ def note_steps(notes: Path) -> None:
         return compute_loss(self, *args, **kwargs)
 
     EditTrainer.compute_loss = compute_and_note
+
+
+def note_sums(sums: Path) -> None:
+    """A line with the number of ranks for each sum of gradients over replicas."""
+    all_reduce = torch.distributed.all_reduce
+
+    def sum_and_note(tensor, *args, group=None, **kwargs):
+        if group is not None:  # FSDP2 alone names one
+            with sums.open("a") as file:
+                file.write(f"{group.size()}\n")
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    torch.distributed.all_reduce = sum_and_note
 
 
 def report_of(trainer) -> dict[str, Any]:

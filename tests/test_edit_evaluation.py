@@ -2,7 +2,6 @@
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +107,6 @@ def test_the_other_instructions_of_a_source_are_those_with_another_target(recipe
         objective=Objective(loaded, global_batch_size=1),
         vae=None,
         on_device=dict,
-        autocast=nullcontext,
     )
     (first, *_), *rest = [edits.others(number) for number in range(7)]
     assert pairs[first] == ("a", "c")

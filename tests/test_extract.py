@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -307,6 +308,27 @@ def test_an_edit_checkpoint_shows_one_image_to_encoder_and_vae(tiny, edits, rows
 
 
 # --- what it costs
+
+
+def test_extraction_asks_cudnn_for_attention_last_unless_the_user_says_otherwise(tiny, tmp_path, edits, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path, tiny(), {"edit": read_jsonl(edits / "edit.jsonl")[:1]}, edits))
+    family = family_of_recipe(recipe)
+    monkeypatch.setenv(extraction.CUDNN_LAST, "0")  # is as it was behind the test, set or not
+    for given, left in ((None, "1"), ("0", "0")):
+        if given is None:
+            monkeypatch.delenv(extraction.CUDNN_LAST)
+        else:
+            monkeypatch.setenv(extraction.CUDNN_LAST, given)
+        extraction.load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
+        assert os.environ[extraction.CUDNN_LAST] == left
+
+
+def test_torch_still_knows_the_variable_that_puts_cudnn_last():
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.exists():
+        pytest.skip("torch was built without CUDA")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        assert content.find(extraction.CUDNN_LAST.encode()) > 0
 
 
 @pytest.fixture

@@ -83,7 +83,9 @@ def environment_of(flags: str) -> dict[str, str]:
     arguments = launch_command_parser().parse_args([*flags.split(), "--num_processes", "2", "hf_qie/train.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     variables = prepare_multi_gpu_env(arguments)
-    return {name: value for name, value in variables.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    return {
+        name: value for name, value in variables.items() if name.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_"))
+    }
 
 
 @pytest.fixture

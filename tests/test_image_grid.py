@@ -312,5 +312,5 @@ def test_pictures_without_held_out_rows_are_refused(recipe):
 def test_the_start_says_that_the_vae_is_there(recipe, caplog):
     caplog.set_level(logging.INFO, "hf_qie")
     run(recipe, "training.max_steps=1")
-    assert "VAE: loaded by rank 0, for images" in caplog.text
+    assert "VAE: loaded by rank 0, for images: 0.03 GB of weights on rank 0, and up to" in caplog.text
     assert "never evaluated on" not in caplog.text

@@ -11,7 +11,7 @@ from test_fsdp import BLOCKS, PEOPLES_FLAGS, environment_of
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.launch import fsdp_settings, num_replicas
 from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable, load_recipe
 from hf_qie.config.training_args import check_training
@@ -98,6 +98,14 @@ def test_without_fsdp_nothing_of_it_is_set():
 
 FSDP = {"ACCELERATE_USE_FSDP": "true"}
 CHECKPOINTING = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
+
+
+def split(ranks: int = 16, **sizes: int | str) -> dict[str, str]:
+    """What the launcher sets for so many ranks with these sizes of ParallelismConfig."""
+    variables = {f"PARALLELISM_CONFIG_{name.upper()}_SIZE": str(size) for name, size in sizes.items()}
+    return FSDP | variables | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "WORLD_SIZE": str(ranks)}
+
+
 MISTAKES = [
     (recipe(fsdp=False), FSDP, "training.fsdp: false, but accelerate launch asks for FSDP"),
     (recipe(fsdp_config={"cpu_offload": True}), {}, "training.fsdp_config: without effect; set training.fsdp: true"),
@@ -113,10 +121,35 @@ MISTAKES = [
         FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
         "FSDP's sharding strategy 'HYBRID_SHARD' is not available; use FULL_SHARD",
     ),
+    (
+        recipe(),
+        split(dp_replicate=2),
+        "accelerate launch: parallelism_config_dp_replicate_size: got 2, which x 1 (dp_shard_size) is not the number "
+        "of ranks, 16; set them to the number of machines and of GPUs in each",
+    ),
+    (recipe(), split(dp_replicate=2, dp_shard=8, ranks=32), "got 2, which x 8 (dp_shard_size) is not the number of"),
+    (recipe(), split(dp_replicate=16), "dp_shard_size: got 1, with which each rank holds the whole model; for that"),
+    (recipe(), split(dp_replicate="two"), "dp_replicate_size: got 'two', expected a whole number of at least 1"),
+    (recipe(), split(dp_shard=0), "dp_shard_size: got '0', expected a whole number of at least 1"),
+    (recipe(), split(tp=2, dp_shard=8), "parallelism_config_tp_size: tensor parallelism is not available"),
+    (recipe(), split(cp=2, dp_shard=8), "parallelism_config_cp_size: context parallelism is not available"),
+    (recipe(), split(sp=2, dp_shard=8), "parallelism_config_sp_size: sequence parallelism is not available"),
+    (
+        recipe(),
+        split(dp_replicate=2, dp_shard=8) | {"ACCELERATE_USE_FSDP": "false"},
+        "parallelism_config_dp_replicate_size: without effect, as without FSDP each rank holds the whole model",
+    ),
     (recipe(optim="adamw_bnb_8bit"), FSDP, "training.optim: adamw_bnb_8bit takes no sharded parameters"),
     (recipe(memory={"quantization": "nf4"}), FSDP, "memory.quantization: nf4 cannot be combined with FSDP"),
     (recipe(fsdp=True, memory={"stream_blocks": 40}), {}, "memory.stream_blocks: 40 cannot be combined with FSDP"),
 ]
+
+
+def test_sizes_of_data_that_fit_the_ranks_are_taken():
+    for ranks, sizes, replicas in ((16, {"dp_replicate": 2, "dp_shard": 8}, 2), (16, {"dp_shard": 16}, 1), (1, {}, 1)):
+        environment = split(ranks=ranks, **sizes)
+        assert num_replicas(environment) == replicas
+        assert fsdp_settings(recipe(), environment) == fsdp_settings(recipe(), FSDP)
 
 
 @pytest.mark.parametrize(("given", "environment", "message"), MISTAKES)

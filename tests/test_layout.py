@@ -24,7 +24,7 @@ LAYERS = (
     "extraction.manifest extraction.reuse extraction.estimate extraction.memory extraction.batching "
     "extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered convert "
     "training.losses training.objective training.fsdp training.offloading training.model training.cost "
-    "training.stand_ins training.forecast training.fit training.metrics training.evaluation "
+    "training.precision training.stand_ins training.forecast training.fit training.metrics training.evaluation "
     "training.held_out_edits training.image_grid training.edit_evaluation training.checkpoints training.dcp_reader "
     "training.callbacks training.trainer training.sets training.setup train hub.trained_run hub.export_formats "
     "hub.model_card export hub.sampler sampling hub.scoring hub.score_report score extraction.stats "

@@ -25,6 +25,7 @@ from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel, Ro
 from hf_qie.training import offloading
 from hf_qie.training.model import LORA_FILE, lora_targets
 from hf_qie.training.offloading import BlockStream, checkpoint_on_cpu, stream_blocks
+from hf_qie.training.precision import compute_in
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import build_trainer
 from hf_qie.training.trainer import EditTrainer
@@ -67,6 +68,7 @@ def model_of(
         if f"transformer_blocks.{NUM_BLOCKS - 1}.txt_mlp" in name:
             parameter.requires_grad_(False)  # as in training, where no gradient reaches it
     transformer.enable_gradient_checkpointing()
+    compute_in(model, "bf16" if dtype == torch.bfloat16 else "no")
     return model
 
 
@@ -83,9 +85,7 @@ def loss_of(model: nn.Module, seed: int, *, grid: tuple[int, int] = (4, 4), rows
         inputs |= {"source_latents": torch.randn(rows, 2, 16), "rows": [layout] * rows}
     else:
         inputs |= {"img_shapes": [[(1, *grid)]] * rows, "return_dict": False}
-    half = model.get_base_model().dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        output = model(**inputs)
+    output = model(**inputs)
     return (output[0] if isinstance(output, tuple) else output).float().square().mean()
 
 

@@ -153,8 +153,7 @@ def gradients(trainer: EditTrainer) -> dict[str, torch.Tensor]:
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(parameter)))
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train().zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.args.bf16):
-        trainer.compute_loss(trainer.model, batch).backward()
+    trainer.compute_loss(trainer.model, batch).backward()
     return {name: one.grad.clone() for name, one in adapters(trainer.model).items() if one.grad is not None}
 
 

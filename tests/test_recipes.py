@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import node_traffic
 import pytest
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -18,7 +19,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from memory_table import CARDS_GB, recipe_of, shape_of, table
 from released import write_released
 
-from hf_qie.config.launch import fsdp_settings
+from hf_qie.config.launch import fsdp_settings, num_replicas
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.mixture import resolve_same_shape
 from hf_qie.data.samples import read_rows
@@ -43,6 +44,7 @@ OFFERED = [
     ("several_tasks.yaml", "8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_8_gpus.yaml", ()),
     ("full_fsdp.yaml", "fsdp_2_nodes.yaml", ("training.gradient_accumulation_steps=2",)),
+    ("full_fsdp.yaml", "hsdp_2_nodes.yaml", ("training.gradient_accumulation_steps=2",)),
 ]
 NAMED = [f"{recipe}, {launch}" for recipe, launch, _ in OFFERED]
 offered = pytest.mark.parametrize(("name", "launch", "overrides"), OFFERED, ids=NAMED)
@@ -71,7 +73,7 @@ def launched(words: list[str]) -> tuple[int, dict[str, str]]:
     arguments, _, _ = _validate_launch_command(arguments)
     if arguments.num_processes == 1:
         return 1, prepare_simple_launcher_cmd_env(arguments)[1]
-    return arguments.num_processes, prepare_multi_gpu_env(arguments)
+    return arguments.num_processes, prepare_multi_gpu_env(arguments) | {"WORLD_SIZE": str(arguments.num_processes)}
 
 
 def words_of(launch: str) -> list[str]:
@@ -102,10 +104,11 @@ def test_training_arguments_take_every_recipe(path):
 def test_launch_file_and_recipe_go_together(name, launch, overrides):
     recipe = load_recipe(RECIPES / name, overrides)
     ranks, environment = launched(words_of(launch))
-    assert ranks == {"one_gpu.yaml": 1, "8_gpus.yaml": 8, "fsdp_8_gpus.yaml": 8, "fsdp_2_nodes.yaml": 16}[launch]
+    assert ranks == {"one_gpu.yaml": 1, "8_gpus.yaml": 8, "fsdp_8_gpus.yaml": 8}.get(launch, 16)
+    assert num_replicas(environment) == 1 + (launch == "hsdp_2_nodes.yaml")
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     settings = fsdp_settings(recipe, environment)
-    assert bool(settings) == launch.startswith("fsdp") == ("fsdp" in name)
+    assert bool(settings) == ("sdp" in launch) == ("fsdp" in name)
     if settings:
         assert fsdp_arguments(recipe, settings)["fsdp_config"]["state_dict_type"] == "SHARDED_STATE_DICT"
     rows = recipe.training["per_device_train_batch_size"]
@@ -121,7 +124,7 @@ def test_launch_file_and_recipe_go_together(name, launch, overrides):
         assert math.prod(map(int, written[2].split("x"))) == batch
 
 
-SHARDED = "fsdp_8_gpus.yaml", "fsdp_2_nodes.yaml"  # half a minute each
+SHARDED = "fsdp_8_gpus.yaml", "fsdp_2_nodes.yaml", "hsdp_2_nodes.yaml"  # half a minute each
 FORECASTS = [pytest.param(*one, marks=pytest.mark.soak if one[1] in SHARDED else ()) for one in OFFERED]
 
 
@@ -136,6 +139,7 @@ def test_the_readme_says_what_they_train_and_take(name, launch, overrides, relea
     model = build_model(recipe, mixed_precision="bf16", empty=True)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ranks, environment = launched(words_of(launch))
+    ranks //= num_replicas(environment)  # each shards the model for itself
     run = Run(
         recipe=recipe, shape=shape_of(512, 1, **of_recipe), num_ranks=ranks, fsdp=fsdp_settings(recipe, environment)
     )
@@ -177,6 +181,27 @@ def test_all_of_the_table_of_cards_is_what_the_forecast_says():
     assert table() in (RECIPES / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_says_what_sharding_sends_between_machines(released):
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for trains in node_traffic.RECIPES:
+        for replicas in node_traffic.WAYS:
+            assert node_traffic.line(released, trains, replicas) in readme
+
+
+@pytest.mark.soak  # three minutes
+def test_a_step_sends_and_takes_what_the_readme_says(released):
+    """What FSDP2 itself calls in a step that is run on tensors without data; shards are padded, by less than 1%."""
+    assert node_traffic.table() in (RECIPES / "README.md").read_text(encoding="utf-8")
+    for trains in node_traffic.RECIPES:
+        for replicas in node_traffic.WAYS:
+            run = node_traffic.run_of(released, trains, replicas)
+            model = build_model(run.recipe, mixed_precision="bf16", empty=True)
+            for micro_batches in (1, 2):
+                sent, peak = node_traffic.by_blocks(run, model, replicas, micro_batches)
+                assert sent == pytest.approx(node_traffic.sent_bytes(model, replicas, micro_batches), rel=0.01)
+            assert peak == pytest.approx(forecast(run, model).peak, rel=0.01)
+
+
 @pytest.mark.parametrize("name", sorted({recipe for recipe, _, _ in OFFERED}))
 def test_recipes_read_data_of_the_kind_they_describe(name, photos, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(photos)
@@ -193,7 +218,8 @@ def test_recipes_read_data_of_the_kind_they_describe(name, photos, tmp_path, mon
         assert counts["faces"].keys() == {0}
 
 
-def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the_first_nodes_address(tmp_path):
+@pytest.mark.parametrize("launch", ["fsdp_2_nodes.yaml", "hsdp_2_nodes.yaml"])
+def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the_first_nodes_address(tmp_path, launch):
     """With stand-ins for Slurm's commands: `srun` is each node in turn, and `accelerate` says how it was called."""
     (tmp_path / "bin").mkdir()
     stands_in = {
@@ -213,7 +239,8 @@ def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
             "SLURM_NNODES": "2",
             "SLURM_JOB_NODELIST": "node[17-18]",
-        },
+        }
+        | ({} if launch == "fsdp_2_nodes.yaml" else {"LAUNCH_FILE": f"recipes/accelerate/{launch}"}),
         capture_output=True,
         text=True,
         check=True,
@@ -227,6 +254,7 @@ def test_the_slurm_script_starts_one_launcher_a_node_that_knows_its_rank_and_the
         assert (parsed.main_process_ip, parsed.main_process_port) == ("node17", 29500)
         assert [parsed.training_script, *parsed.training_script_args] == ["hf_qie/train.py", *arguments]
         assert (parsed.use_fsdp, parsed.mixed_precision) == (True, "bf16")
+        assert parsed.parallelism_config_dp_replicate_size == 1 + (launch == "hsdp_2_nodes.yaml")
 
 
 def blocks(language: str) -> list[str]:

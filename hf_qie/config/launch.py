@@ -14,9 +14,10 @@ from hf_qie.errors import InputError
 _REFUSED = {  # by the flag that asks for it
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism other than of data",
     "ACCELERATE_DYNAMO_BACKEND": "compiling the whole model",  # training.torch_compile compiles its blocks
 }
+# accelerate's sizes other than of data, by their names
+_OTHER_SIZES = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
 # optimizers of bitsandbytes, by TrainingArguments' names
 _BITSANDBYTES = re.compile(r".*bnb.*|paged_.*|(adamw|lion|ademamix|rmsprop)_(8|32)bit").fullmatch
 # FSDP1's names for what FSDP2 calls reshard_after_forward; the other strategies are refused.
@@ -60,6 +61,39 @@ def check_ranks(environment: Mapping[str, str]) -> None:
         )
 
 
+def num_replicas(environment: Mapping[str, str]) -> int:
+    """Into how many groups the ranks fall, each of which shards the model for itself: accelerate's dp_replicate_size.
+
+    Raises InputError where the launcher's sizes are not those of data, or do not fit the number of ranks.
+    """
+    if not _is_on(environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "no")):
+        return 1
+    sizes, at = {}, "accelerate launch: parallelism_config_"
+    for name in ("dp_replicate_size", "dp_shard_size", *_OTHER_SIZES):
+        given = environment.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")
+        if not given.isdecimal() or given == "0":
+            raise InputError(f"{at}{name}: got {given!r}, expected a whole number of at least 1")
+        sizes[name] = int(given)
+    for name, kind in _OTHER_SIZES.items():
+        if sizes[name] > 1:
+            raise InputError(
+                f"{at}{name}: {kind} parallelism is not available; of ParallelismConfig only dp_replicate_size and "
+                "dp_shard_size can be set, as only data is split over ranks"
+            )
+    (replicas, shards, *_), ranks = sizes.values(), num_started(environment)
+    if replicas * shards != ranks:
+        raise InputError(
+            f"{at}dp_replicate_size: got {replicas}, which x {shards} (dp_shard_size) is not the number of ranks, "
+            f"{ranks}; set them to the number of machines and of GPUs in each"
+        )
+    if shards == 1 < ranks:
+        raise InputError(
+            f"{at}dp_shard_size: got 1, with which each rank holds the whole model; for that launch with --multi_gpu, "
+            "without --use_fsdp and --use_parallelism_config"
+        )
+    return replicas
+
+
 def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, Any] | None:
     """`training.fsdp_config` in full: the recipe's keys, then the launcher's, then ours; None without FSDP.
 
@@ -72,7 +106,13 @@ def fsdp_settings(recipe: Recipe, environment: Mapping[str, str]) -> dict[str, A
     named = {key.removeprefix("fsdp_"): value for key, value in training.get("fsdp_config", {}).items()}
     if launched and training.get("fsdp") is False:
         raise InputError("training.fsdp: false, but accelerate launch asks for FSDP; leave one of them out")
+    replicas = num_replicas(environment)
     if not launched and not training.get("fsdp"):
+        if replicas > 1:
+            raise InputError(
+                "accelerate launch: parallelism_config_dp_replicate_size: without effect, as without FSDP each rank "
+                "holds the whole model; set training.fsdp: true, or launch with --use_fsdp --fsdp_version 2"
+            )
         if named:
             raise InputError("training.fsdp_config: without effect; set training.fsdp: true, or launch --use_fsdp")
         return None
@@ -105,7 +145,8 @@ def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
     if refused := [way.upper() for way in ways if way not in _RESHARD]:
         raise InputError(
             f"accelerate launch: FSDP's sharding strategy {refused[0]!r} is not available; use FULL_SHARD, or "
-            "SHARD_GRAD_OP, which keeps gathered weights from forward to backward"
+            "SHARD_GRAD_OP, which keeps gathered weights from forward to backward; how to shard within machines alone "
+            "is in recipes/accelerate/hsdp_2_nodes.yaml"
         )
     return settings | {"reshard_after_forward": all(_RESHARD[way] for way in ways)}
 

@@ -52,7 +52,7 @@ _REFUSED = {
     "evaluation uses the precision of training": "bf16_full_eval fp16_full_eval",
     "a loss that is not finite must show": "logging_nan_inf_filter=false",
     "DeepSpeed is not available here; training.fsdp shards": "deepspeed",
-    "only data is shared out over ranks": "parallelism_config",
+    "accelerate's launch file has it, as recipes/accelerate/hsdp_2_nodes.yaml": "parallelism_config",
     "nothing is pushed while training; afterwards hf_qie/export.py --push_to_hub does it": "push_to_hub hub_model_id "
     "hub_strategy hub_private_repo hub_always_push hub_revision",
     "the loss has no labels and counts no tokens": "average_tokens_across_devices label_smoothing_factor label_names",

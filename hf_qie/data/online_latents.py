@@ -94,8 +94,7 @@ def placed(batch: Batch, device: torch.device, encoder: Any, *, batch_size: int)
     """
     batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
     if "images" in batch:
-        with torch.autocast(device.type, enabled=False):
-            encode_images(batch, encoder, batch_size=batch_size)
+        encode_images(batch, encoder, batch_size=batch_size)
     return batch
 
 

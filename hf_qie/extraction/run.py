@@ -6,6 +6,7 @@ finishes the set.
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,9 @@ from hf_qie.runtime.files import move_durably
 from hf_qie.runtime.lock import in_turn
 from hf_qie.runtime.ranks import from_rank_0, rank
 
+# torch reads it at its first attention on a GPU: else it prefers cuDNN's on Hopper, which plans some 35 ms for a new
+# shape, and nearly every batch has one
+CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 THREADS = 1  # per rank, whatever the launch: another number changes the last bit of some latents
 TOO_MANY_BAD = 3  # exit code
 ROWS = "rows.arrow"  # in the staging folder of a set: the rows of its task, for every rank
@@ -141,6 +145,7 @@ def load_models(
 
     By the forecast `memory` as much of the encoder lies there as fits; raises InputError where too little would.
     """
+    os.environ.setdefault(CUDNN_LAST, "1")
     where = {"revision": recipe.revision, "dtype": dtype, "device": device}
     free = free_bytes(device)
     room = memory.room(free, device) if memory and free is not None else math.inf

@@ -38,6 +38,7 @@ from hf_qie.training.held_out_edits import HeldOutEdits
 from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, load_weights, parameters
 from hf_qie.training.objective import Objective
 from hf_qie.training.offloading import stream_blocks
+from hf_qie.training.precision import DTYPES, compute_in
 from hf_qie.training.sets import open_sets
 from hf_qie.training.setup import training_arguments
 
@@ -105,7 +106,6 @@ class Scorer:
         # as training computed, for its scores: whatever this launch would choose
         self.precision = PRECISIONS.get(self.record.get("arithmetic"), arguments.mixed_precision)
         self.arithmetic = next(name for name, precision in PRECISIONS.items() if precision == self.precision)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         vae = load_vae(recipe, self.device)
         self.edits = HeldOutEdits(
             self.held_out,
@@ -113,7 +113,6 @@ class Scorer:
             objective=Objective(recipe, global_batch_size=1),
             vae=vae,
             on_device=lambda batch: placed(batch, self.device, vae, batch_size=recipe.extract.vae_batch_size),
-            autocast=lambda: torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         )
         self.loaded = BASE
 
@@ -193,11 +192,11 @@ class Scorer:
         if lora := recipe.trainable.lora:
             fresh = {"lora": lora.model_copy(update={"init_from": None})}
             recipe = recipe.model_copy(update={"trainable": recipe.trainable.model_copy(update=fresh)})
-        if self.record.get("sharded") and self.precision == "bf16" and not lora:
-            # FSDP computes in bfloat16 weights; those of float32 are for training, and fit no single device
-            model = self.edits.objective.family.load_transformer(recipe.model, dtype=torch.bfloat16, **where)
+        if not lora and self.precision in DTYPES:  # half of the memory: training rounds its float32 weights for use
+            model = self.edits.objective.family.load_transformer(recipe.model, dtype=DTYPES[self.precision], **where)
         else:
             model = build_model(recipe, mixed_precision=self.precision, device=self.device)
+        compute_in(model, self.precision)
         if recipe.memory.stream_blocks:
             stream_blocks(model, base_of(model), recipe.memory.stream_blocks, self.device)
         return model.to(self.device).requires_grad_(False).eval()

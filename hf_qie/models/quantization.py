@@ -73,15 +73,7 @@ def quantized(layer: nn.Linear, kind: str) -> nn.Linear:
         how = Float8WeightOnlyConfig if kind == "fp8" else partial(Int8WeightOnlyConfig, version=2)
         quantize_(layer, how(set_inductor_config=False))  # else it would change the compiler's options for good
         layer.weight.requires_grad_(False)
-    layer.register_forward_pre_hook(_cast_input)
     return layer
-
-
-def _cast_input(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """As autocast does for a layer that is not quantised; these would give float32, in twice the memory."""
-    (value,) = inputs
-    kind = value.device.type
-    return (value.to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
 
 
 def load_quantized(

@@ -1,6 +1,7 @@
 """What is done at Trainer's public events: checks of a step, complete checkpoints, stack traces on a hang."""
 
 import faulthandler
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from accelerate.logging import get_logger
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from hf_qie.config.launch import num_replicas
 from hf_qie.training.checkpoints import apply_settings, mark_complete, read_complete
 from hf_qie.training.fsdp import check_sharded
 from hf_qie.training.metrics import peak_memory_bytes, reserved_memory_bytes
@@ -29,7 +31,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, *, model, optimizer, lr_scheduler, **kwargs) -> None:
         """Check FSDP; in a resumed run, replace the checkpoint's settings by the recipe's."""
         if args.fsdp:
-            check_sharded(model, optimizer)
+            check_sharded(model, optimizer, num_replicas=num_replicas(os.environ))
         if state.global_step > 0:
             state.compute_steps(args, state.max_steps)
             was = read_complete(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))

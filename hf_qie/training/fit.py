@@ -23,7 +23,7 @@ from hf_qie.errors import InputError
 from hf_qie.models.quantization import check_packages
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 from hf_qie.training.cost import blocks_of
-from hf_qie.training.forecast import Forecast, Run, forecast, is_known, streamed
+from hf_qie.training.forecast import Forecast, Run, forecast, is_known, largest_image, streamed, vae_memory
 from hf_qie.training.model import build_model, saved_quantised
 
 logger = logging.getLogger(__name__)
@@ -160,14 +160,31 @@ def forecast_start(recipe: Recipe, sets: Mapping[str, Dataset], arguments: Train
     is_first = PartialState().is_main_process
     if arguments.device.type == "cpu" or arguments.fsdp or not is_first or saved_quantised(recipe):
         return None
+    run = run_of(recipe, sets, arguments)
+    found = forecast(run)
+    logger.info(report(run, found))
+    return found
+
+
+def run_of(recipe: Recipe, sets: Mapping[str, Dataset], arguments: TrainingArguments) -> Run:
+    """What decides the memory of training on whole `sets`, in this launch."""
     weights = {name: recipe.tasks[name].weight for name in sets}
     rows = arguments.per_device_train_batch_size // recipe.mix.draws_per_row
     shape = replace(largest_in(sets, weights, recipe.mix), rows=rows)
     run = Run(recipe=recipe, shape=shape, precision=arguments.mixed_precision, num_ranks=arguments.world_size)
-    run = replace(run, encodes=not all(map(has_latents, sets.values())), eval_rows=_eval_rows(recipe))
-    found = forecast(run)
-    logger.info(report(run, found))
-    return found
+    device = "cpu" if arguments.device.type == "cpu" else "cuda"
+    encodes = not all(map(has_latents, sets.values()))
+    return replace(run, device=device, encodes=encodes, eval_rows=_eval_rows(recipe))
+
+
+def report_vae(run: Run) -> str:
+    """Where the VAE is that training loads, and what it takes there; that is beyond the footprint of the model."""
+    vae, (width, height) = vae_memory(run), largest_image(run)
+    where = "loaded, as sets have no latents" if run.encodes else "loaded by rank 0, for images"
+    return (
+        f"{where}: {_gb(vae.weights)} GB of weights on {'each rank' if run.encodes else 'rank 0'}, and up to "
+        f"{_gb(vae.activations)} GB more for images of {width} x {height} px"
+    )
 
 
 def _eval_rows(recipe: Recipe) -> int:
@@ -178,10 +195,11 @@ def _eval_rows(recipe: Recipe) -> int:
 
 def report(run: Run, found: Forecast) -> str:
     """The forecast as a table."""
+    vae, alone = vae_memory(run), ", on rank 0 alone" * (run.num_ranks > 1 and not run.encodes)
     pixels = run.family.pixels_per_token
     target, *sources = (f"{pixels * width} x {pixels * height} px" for height, width in run.shape.grids)
     rows = [
-        ("weights", found.weights, ""),
+        ("weights", found.weights, f"with {_gb(vae.weights)} GB of the VAE{alone}" if vae else ""),
         ("gradients", found.gradients, ""),
         ("optimizer", found.optimizer, "" if is_known(run.recipe) else "as AdamW: training.optim is not known here"),
         ("activations", found.activations, "and all that is temporary"),

@@ -1,8 +1,8 @@
 """Peak memory of training before a weight is read: the recipe's own step, on tensors without data.
 
-The tensors are fake ones of the CPU, where what CUDA's autocast does beyond the CPU's is imitated: without a GPU torch
-does not go backward through fake tensors of one. Of blocks that are alike a few are run, and what one more takes
-stands for each of the rest. Workspaces of kernels, fragmentation, the CUDA context and NCCL are not seen.
+The tensors are fake ones of the CPU: without a GPU torch does not go backward through fake tensors of one. Of blocks
+that are alike a few are run, and what one more takes stands for each of the rest. Workspaces of kernels,
+fragmentation, the CUDA context and NCCL are not seen.
 """
 
 import copy
@@ -20,7 +20,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 from transformers.optimization import Adafactor
 
@@ -32,11 +32,11 @@ from hf_qie.runtime.device import AUTO
 from hf_qie.runtime.ledger import ACTIVATIONS, GRADIENTS, HOST, OPTIMIZER, WEIGHTS, Ledger, on_device
 from hf_qie.runtime.memory_tracker import UNSEEN_BYTES, UNSEEN_SHARE
 from hf_qie.training.cost import STATE_BYTES, blocks_of
-from hf_qie.training.fsdp import BF16_POLICY
 from hf_qie.training.model import base_of, build_model
 from hf_qie.training.objective import Objective
 from hf_qie.training.offloading import streamed_blocks
-from hf_qie.training.stand_ins import checkpointed_elsewhere, num_bytes, quantize_fake
+from hf_qie.training.precision import DTYPES, FusedRMSNorm, compute_in, sharded_policy
+from hf_qie.training.stand_ins import FusedNorm, checkpointed_elsewhere, num_bytes, quantize_fake
 
 CATEGORIES = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, HOST)
 # Optimizers of torch's operations, whose temporary tensors count too. Without a choice CUDA takes the foreach form.
@@ -48,7 +48,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 FOREACH = ("adamw_torch", "sgd")
 AS_ADAMW = 8  # bytes of state for a parameter, of an optimizer that is not known here: as much as most take
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ def forecast(run: Run, model: nn.Module | None = None) -> Forecast:
     streamed_blocks(base_of(model), run.recipe.memory.stream_blocks)  # raises where there are fewer
     owner, name, blocks, alike = blocks_of(model)
     fewest = 4 if run.fsdp else 3  # a first, a last and inner ones: of two that are sharded one is gathered ahead
-    vae = _vae(run)
+    vae = vae_memory(run)
     with _fake_ranks(run) as mesh:
         if not alike or len(blocks) <= fewest + 1:
             return _elsewhere(run, *_step(run, copy.deepcopy(model), mesh, vae))
@@ -205,7 +204,7 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
 
 def _shard(run: Run, model: nn.Module, mesh: Any) -> None:
     """FSDP2 as accelerate sets it up: each block, and the rest."""
-    policy = BF16_POLICY if run.precision == "bf16" else MixedPrecisionPolicy()
+    policy = sharded_policy(run.precision)
     for block in blocks_of(model)[2]:
         again = run.fsdp.get("reshard_after_forward", True)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
@@ -242,31 +241,36 @@ def _optimizer(run: Run, model: nn.Module, ledger: Ledger) -> torch.optim.Optimi
 
 
 def _wrap(run: Run, model: nn.Module, ledger: Ledger) -> None:
-    """What Trainer and accelerate do to the model: activation checkpointing, and autocast where nothing is sharded."""
+    """What trainer and accelerate do to the model: activation checkpointing and precision."""
     if run.checkpointed:
         offloaded = partial(checkpointed_elsewhere, ledger, HOST if run.device == "cuda" else ACTIVATIONS)
         base_of(model).enable_gradient_checkpointing(offloaded if run.recipe.memory.offload_activations else None)
     model.train()
-    if run.fsdp or run.precision not in DTYPES:
-        return
-    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", DTYPES[run.precision])(model.forward))
+    compute_in(model, run.precision)
     for module in model.modules() if run.device == "cuda" else ():
-        if isinstance(module, nn.LayerNorm):  # autocast normalises in float32 on CUDA, and not on the CPU
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        if isinstance(module, FusedRMSNorm):
+            module.__class__ = FusedNorm
+    if not run.fsdp and run.precision in DTYPES:
+        model.forward = convert_outputs_to_fp32(model.forward)
 
 
-def _vae(run: Run) -> ForwardMemory | None:
+def largest_image(run: Run) -> tuple[int, int]:
+    """Width and height in pixels of the largest image of a row."""
+    height, width = (run.family.pixels_per_token * side for side in max(run.shape.grids, key=math.prod))
+    return width, height
+
+
+def vae_memory(run: Run) -> ForwardMemory | None:
     """What the VAE takes, where training has one: to encode a batch, or to decode an image between two steps."""
     extract, decodes = run.recipe.extract, run.recipe.makes_images
     if not (run.encodes or decodes):
         return None
     auto = "bfloat16" if run.device == "cuda" else "float32"  # as compute_dtype has it on a device that is there
-    height, width = (run.family.pixels_per_token * side for side in max(run.shape.grids, key=math.prod))
     return run.family.vae_memory(
         run.recipe.model,
         revision=run.recipe.revision,
         dtype=getattr(torch, auto if extract.dtype == AUTO else extract.dtype),
-        size=(width, height),
+        size=largest_image(run),
         batch_size=min(run.shape.rows, extract.vae_batch_size) if run.encodes else 0,
         decodes=decodes,
     )

@@ -1,20 +1,17 @@
 """FSDP2: its arguments, checks that it is active and complete, and full tensors from shards."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.errors import InputError
-
-# accelerate's own policy would also add up gradients over the ranks in bfloat16
-BF16_POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def fsdp_arguments(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,8 +32,8 @@ def refuse_inactive(arguments: TrainingArguments) -> None:
         )
 
 
-def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless every parameter is sharded, and the optimizer holds each one that trains.
+def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, *, num_replicas: int = 1) -> None:
+    """Raise unless every parameter is sharded in each of the replicas, and the optimizer holds each one that trains.
 
     accelerate maps the optimizer's parameters by their addresses; where these are all the same, as on the meta device,
     one tensor trains and the others do not, without an error.
@@ -44,6 +41,9 @@ def check_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     parameters = list(model.parameters())
     if not all(isinstance(parameter, DTensor) for parameter in parameters):
         raise InputError("training.fsdp: asked for, but not active: no parameter is sharded")
+    found = {math.prod(parameter.device_mesh.shape[:-1]) for parameter in parameters}
+    if found != {num_replicas}:
+        raise RuntimeError(f"{num_replicas} replicas were asked for, but parameters have {sorted(found)}")
     trained = {id(parameter) for parameter in parameters if parameter.requires_grad}
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held != trained:

@@ -5,7 +5,6 @@ Letters: S target tokens, C width of a packed latent.
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,10 @@ class HeldOutEdits:
         objective: Objective,
         vae: Any,
         on_device: Callable[[Batch], Batch],
-        autocast: Callable[[], AbstractContextManager],
     ):
-        """`vae` decodes; ranks that only make latents need none. The model computes within `autocast()`."""
+        """`vae` decodes; ranks that only make latents need none."""
         self.held_out, self.recipe, self.objective, self.vae = held_out, recipe, objective, vae
-        self.on_device, self.autocast = on_device, autocast
+        self.on_device = on_device
 
     def name(self, number: int) -> str:
         """The name of a row's files."""
@@ -82,16 +80,15 @@ class HeldOutEdits:
         scale, family = settings.true_cfg_scale, objective.family
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
         prompt = {key: collate([without])[key] for key in PROMPT}
-        with self.autocast():
-            latents = family.denoise(
-                model,
-                batch,
-                batch | self.on_device(prompt),
-                scheduler_config=objective.scheduler_config,
-                sigmas=objective.sampling_sigmas(settings.num_inference_steps),
-                true_cfg_scale=family.true_cfg_scale if scale is None else scale,
-                seed=self.recipe.seed,
-            )
+        latents = family.denoise(
+            model,
+            batch,
+            batch | self.on_device(prompt),
+            scheduler_config=objective.scheduler_config,
+            sigmas=objective.sampling_sigmas(settings.num_inference_steps),
+            true_cfg_scale=family.true_cfg_scale if scale is None else scale,
+            seed=self.recipe.seed,
+        )
         return latents[0].cpu(), batch["grids"][0]
 
     def shared(self, model: nn.Module, numbers: Sequence[int], settings: Any) -> list[tuple[Tensor, Grid]]:
@@ -208,7 +205,6 @@ def edits_of(trainer: Trainer) -> HeldOutEdits:
         objective=trainer.objective,
         vae=vae,
         on_device=trainer.on_device,
-        autocast=trainer.compute_loss_context_manager,
     )
 
 

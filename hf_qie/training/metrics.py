@@ -20,6 +20,24 @@ class NotFinite(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 
+class Arriving:
+    """Numbers on their way from the device: to read them waits for what made them, and for nothing launched since.
+
+    A copy that starts when they are read would wait for all of it, as the device works in order.
+    """
+
+    def __init__(self, numbers: Tensor):
+        is_cuda = numbers.device.type == "cuda"
+        self.numbers = numbers.to("cpu", non_blocking=is_cuda)  # pinned
+        self.copied = torch.accelerator.current_stream().record_event() if is_cuda else None
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self.copied:
+            self.copied.synchronize()
+        return self.numbers.tolist()
+
+
 class LossMeter:
     """The losses and groups of this rank's rows since the last log, and whether the latest losses are finite."""
 
@@ -29,30 +47,35 @@ class LossMeter:
         self.drawn: Counter[tuple[str, int]] = Counter()  # rows since the last log, by group of the mixture
         self.drawn_in_all: Counter[tuple[str, int]] = Counter()
         self.counts: Counter[str] = Counter()  # of the losses in `sums`
-        self.of_step: list[tuple[list[str], list[int], Tensor]] = []  # tasks, rows and losses [B x K] of micro-batches
+        self.of_step: list[tuple[list[tuple[str, int]], Tensor]] = []  # task and row of each draw, losses [B x K]
         self.checked: list[tuple[str, int, float]] = []  # task, row and loss, of the latest step that was checked
-        self.unchecked: list[tuple[int, list, Tensor]] = []  # step, its micro-batches, whether a loss is not finite
+        # step, task and row of each draw, their losses and the share of ranks where all are finite
+        self.unchecked: list[tuple[int, list[tuple[str, int]], Arriving]] = []
 
     def add(self, batch: Batch, losses: Tensor) -> None:
         """Add the losses `[B x K]` of a micro-batch, K of each row."""
         count = len(losses) // len(batch["row"])
-        tasks, rows = ([one for one in batch[key] for _ in range(count)] for key in ("task", "row"))
-        self.of_step.append((tasks, rows, losses.detach()))
+        rows = [row for row in zip(batch["task"], batch["row"], strict=True) for _ in range(count)]
+        self.of_step.append((rows, losses.detach()))
         self.drawn.update((task, len(batch["grids"]) - 1) for task in batch["task"])
 
     def end_step(self, step: int) -> None:
         """End a step, without waiting for the device: `check` asks for the result."""
-        broken = ~torch.isfinite(torch.cat([losses for _, _, losses in self.of_step])).all()
+        rows = [row for rows, _ in self.of_step for row in rows]
+        losses = torch.cat([losses for _, losses in self.of_step])
+        finite = torch.isfinite(losses).all(dim=0, keepdim=True).float()
         # reduced, so that all ranks end at the same step
-        self.unchecked.append((step, self.of_step, self.accelerator.reduce(broken.float())))
+        numbers = torch.cat([losses, self.accelerator.reduce(finite, reduction="mean")])
+        self.unchecked.append((step, rows, Arriving(numbers)))
         self.of_step = []
 
     def check(self, *, last: bool) -> None:
         """Raise NotFinite for a step with a loss that is not finite; unless `last`, the latest step waits."""
         while len(self.unchecked) > (0 if last else 1):
-            step, parts, broken = self.unchecked.pop(0)
-            self.checked = [row for tasks, rows, loss in parts for row in zip(tasks, rows, loss.tolist(), strict=True)]
-            if broken:
+            step, rows, numbers = self.unchecked.pop(0)
+            *losses, finite = numbers.read()
+            self.checked = [(*row, loss) for row, loss in zip(rows, losses, strict=True)]
+            if finite < 1:
                 bad = [row for row in gather_object(self.checked) if not abs(row[2]) < float("inf")]
                 raise NotFinite(_message(f"step {step}: the loss of {named(bad)}"))
             for task, _, loss in self.checked:

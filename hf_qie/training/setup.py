@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings
+from hf_qie.config.launch import check_ranks, fsdp_environment, fsdp_settings, num_replicas
 from hf_qie.config.memory import FLOAT16
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.loader import Draws
@@ -43,12 +43,13 @@ from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, st
 from hf_qie.training.cost import Footprint
 from hf_qie.training.edit_evaluation import EditEvaluation
 from hf_qie.training.evaluation import HeldOut, check_metric, higher_is_better, split_sets
-from hf_qie.training.fit import forecast_start
-from hf_qie.training.fsdp import BF16_POLICY, fsdp_arguments, in_memory, refuse_inactive
+from hf_qie.training.fit import forecast_start, report_vae, run_of
+from hf_qie.training.fsdp import fsdp_arguments, in_memory, refuse_inactive
 from hf_qie.training.held_out_edits import edits_of
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, compile_blocks, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
+from hf_qie.training.precision import sharded_policy
 from hf_qie.training.trainer import EditTrainer
 
 logger = get_logger(__name__)
@@ -105,7 +106,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
             trainer.compute_metrics = EditEvaluation(trainer, edits)
     if arguments.device.type != "cpu":
         trainer.add_callback(PeakMemory(expected and expected.peak))
-    _log_start(trainer, checkpoint)
+    has_vae = trainer.encoder or recipe.makes_images
+    _log_start(trainer, checkpoint, vae=report_vae(run_of(recipe, sets, arguments)) if has_vae else "not loaded")
     return trainer, checkpoint
 
 
@@ -135,8 +137,8 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
         _try_schedule(arguments)
     if settings and settings.get("version", 2) == 1:
         logger.info("FSDP: version 1 was asked for, version 2 is used; version 1 is not available")
-    if settings and arguments.mixed_precision == "bf16":
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = BF16_POLICY
+    if settings and arguments.mixed_precision != "no":  # accelerate's own would add up gradients in 16 bits as well
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = sharded_policy(arguments.mixed_precision)
     return arguments
 
 
@@ -263,7 +265,10 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
         raise InputError(f"training.fsdp: the transformer of {recipe.model!r} is quantised and cannot be sharded")
     on_paper = build_model(recipe, mixed_precision=precision, empty=True)
     streamed_blocks(base_of(on_paper), recipe.memory.stream_blocks)  # raises where there are fewer
-    num_shards = arguments.world_size if arguments.fsdp else 1
+    replicas = num_replicas(os.environ)
+    num_shards = arguments.world_size // replicas if arguments.fsdp else 1
+    if replicas > 1:
+        logger.info("FSDP: %d replicas of the model, each sharded over %d ranks", replicas, num_shards)
     _try_packages(arguments, on_paper)
     footprint = Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)
     # with less on the device than there is of the model, the forecast alone says how much
@@ -284,23 +289,15 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     return model
 
 
-def _way_of(arguments: TrainingArguments) -> str:
-    """How arithmetic of 16 bits comes about: where parameters are sharded accelerate uses no autocast."""
-    if arguments.mixed_precision == "no":
-        return ""
-    return " by FSDP's policy" if arguments.fsdp else " by autocast"
-
-
-def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
-    """In which precision it trains, on how many rows a step, and what else is loaded."""
+def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> None:
+    """In which precision it trains, on how many rows a step, and what else is loaded: of the VAE, `vae`."""
     arguments, images, of_row = trainer.args, trainer.recipe.makes_images, trainer.recipe.mix.draws_per_row
     if notice := trainer.objective.family.license_notice:
         logger.warning("%s: %s", trainer.recipe.model, notice)
-    vae = "loaded by rank 0, for images" if images else "not loaded"
     logger.info(
         "training in float32, computing in %s%s; %d rows a step: %d ranks x %d rows x %d accumulated%s; %d steps, %s; "
         "encoder: not loaded, VAE: %s",
-        trainer.record["arithmetic"] + _way_of(arguments),
+        trainer.record["arithmetic"] + ", weights rounded where they are used" * (arguments.mixed_precision != "no"),
         "".join(f", memory.{key}: {value}" for key, value in trainer.recipe.memory if value),
         global_batch_size(arguments) // of_row,
         arguments.world_size,
@@ -309,7 +306,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None) -> None:
         f", {of_row} noises each" * (of_row > 1),
         arguments.max_steps,
         f"resuming from {checkpoint}" if checkpoint else "from the first",
-        "loaded, as sets have no latents" if trainer.encoder else vae,
+        vae,
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not images:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_qie.models.base import Family
 from hf_qie.models.quantization import check_packages, kind_of, quantized
 from hf_qie.runtime.ledger import HOST, Ledger, storages
+from hf_qie.training.precision import FusedRMSNorm
 
 
 def checkpointed_elsewhere(ledger: Ledger, category: str, block: nn.Module, *inputs: Any) -> Any:
@@ -41,6 +42,14 @@ def quantize_fake(model: nn.Module, kind: str, family: Family) -> None:
             model.set_submodule(name, Nf4(layer) if stored == "nf4" else quantized(layer, stored))
 
 
+class FusedNorm(FusedRMSNorm):
+    """With a kernel of the CPU that keeps as much for backward as CUDA's: the CPU has none for this norm."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Another norm, of the same shape."""
+        return nn.functional.layer_norm(hidden_states, self.dim, self.weight.to(hidden_states.dtype))
+
+
 class Nf4(nn.Module):
     """A layer as large as bitsandbytes' `Linear4bit`, whose parameters cannot be made of fake tensors."""
 
@@ -55,8 +64,6 @@ class Nf4(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The output of a linear layer."""
-        if torch.is_autocast_enabled("cpu"):
-            inputs = inputs.to(torch.get_autocast_dtype("cpu"))
         return _Expanded.apply(inputs, self.bias, self.of)
 
 

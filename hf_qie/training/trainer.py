@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,7 @@ from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
 from hf_qie.training.objective import Objective
 from hf_qie.training.offloading import checkpoint_on_cpu
+from hf_qie.training.precision import compute_in
 
 logger = get_logger(__name__)
 
@@ -52,7 +54,8 @@ class EditTrainer(Trainer):
         get_batch_samples: measures the time spent waiting for data.
         create_optimizer: `trainable.low_lr_modules` train at half the rate.
         create_scheduler: notes the recipe's settings before a checkpoint's state replaces them.
-        training_step: the device need not wait for a batch; Trainer would copy it tensor by tensor.
+        training_step: the device need not wait for a batch, which Trainer would copy tensor by tensor; replicas add up
+            their gradients once a step.
         compute_loss: flow matching.
         prediction_step: loss and noise level of each row, for `HeldOut.metrics`.
         evaluate: leaves the random generators as they were.
@@ -88,6 +91,7 @@ class EditTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("one process uses one of %d devices; accelerate launch --multi_gpu uses all", args.n_gpu)
             args._n_gpu = 1  # else Trainer would use DataParallel
+        compute_in(model, args.mixed_precision)
         metrics = held_out and held_out.metrics
         super().__init__(model, args, collate, train_dataset=draws, eval_dataset=held_out, compute_metrics=metrics)
         self.model_accepts_loss_kwargs = False  # a batch has no labels to count and to scale by
@@ -95,6 +99,7 @@ class EditTrainer(Trainer):
         self.global_batch_size = self.get_total_train_batch_size(args)
         self.objective = Objective(recipe, global_batch_size=self.global_batch_size)
         self.data_collator = self.objective.collate
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)  # `compute_in` has done it
         if self.accelerator.ddp_handler:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else DDP has a copy of all gradients
         self.losses = LossMeter(self.accelerator)
@@ -160,7 +165,10 @@ class EditTrainer(Trainer):
         return schedule
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's."""
+        """Trainer's; with replicas, gradients stay sums of one replica until the last micro-batch of the step."""
+        parallelism = self.accelerator.parallelism_config
+        if parallelism and parallelism.dp_replicate_enabled:
+            model.set_requires_all_reduce(self.accelerator.sync_gradients)
         return super().training_step(model, self.on_device(inputs), *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, **_: Any) -> Tensor:

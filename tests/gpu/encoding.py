@@ -6,6 +6,7 @@ pipeline's `encode_prompt` does: one pass of the whole model, logits included, f
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLQwenImage
 from gpu.cases import Context
 from gpu.devices import peak_bytes, reset_peak, shortened, synchronise, traced
-from gpu.results import Result
+from gpu.results import Result, find
 from gpu.weights import random_encoders
 from PIL import Image
 from released import ENCODER
@@ -30,10 +31,11 @@ from hf_qie.data.images import to_pixels
 from hf_qie.demo.tiny import tiny_checkpoint
 from hf_qie.extraction.memory import forecast
 from hf_qie.extraction.plan import family_of_recipe, make_plan
-from hf_qie.extraction.run import load_models, write_chunks
+from hf_qie.extraction.run import CUDNN_LAST, load_models, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
 from hf_qie.models.prompts import Prompt
 
+PLAIN = "encode"  # the step with extraction's own order of kernels
 ROWS = {1: 48, 3: 24}  # by the number of sources
 SIDE_PX, SMALL_PX = 1024, 96
 CAPTION = " ".join(["Make", *["red"] * 49])  # words that are one token each in the tiny checkpoint's vocabulary
@@ -42,10 +44,12 @@ KINDS = 4  # of images; files are many
 REPEATS = 3
 
 
-def measure(context: Context, *, step: str) -> Iterator[Result]:
-    """Rows of one source, then of three."""
+def measure(context: Context, *, step: str, cudnn: bool = False) -> Iterator[Result]:
+    """Rows of one source, then of three. `cudnn`: of one, in torch's own order, with cuDNN's attention first."""
+    if cudnn:
+        os.environ[CUDNN_LAST] = "0"
     model = checkpoint(context.folder / "model", small=context.small)
-    for num_sources in [1] if context.small else ROWS:
+    for num_sources in [1] if context.small or cudnn else ROWS:
         folder = context.folder / f"sources-{num_sources}"
         recipe = recipe_of(folder, model, num_sources, context)
         with random_encoders(context.device) as made:
@@ -113,7 +117,9 @@ def of_recipe(
         write_chunks(writer, lambda: models)
     # from the first kernel to the last, without the first window, which nothing hides
     span = (trace.span_s if device.type == "cuda" else 0) or time.perf_counter() - started
-    yield Result(step=step, what=f"{named}: rows/s of extraction", value=len(plan.rows.table) / span)
+    what = f"{named}: rows/s of extraction"
+    beside = {"beside": f"step {PLAIN}", "other": find(context.earlier, PLAIN, what)} if step != PLAIN else {}
+    yield Result(step=step, what=what, value=len(plan.rows.table) / span, **beside)
     if device.type == "cuda":
         yield Result(step=step, what=f"{named}: of that time a kernel runs", value=trace.busy_share, least=0.9)
     expected = forecast({"edit": plan}, models.processor, dtype=dtype)

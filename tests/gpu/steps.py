@@ -21,6 +21,7 @@ class Step:
 
 
 PLAIN, PROFILING, TINY = "train-512", "gpu.profiling:measure", "gpu.tiny_flow:measure"
+ENCODING = "gpu.encoding:measure"
 
 
 def _memory(name: str, **section: Any) -> Step:
@@ -41,7 +42,7 @@ STEPS = (
         case={"target_px": 1024},
         settings={"bare": True},
     ),
-    Step(name="encode", limit_s=80, what="the 7B encoder and the VAE", function="gpu.encoding:measure"),
+    Step(name="encode", limit_s=80, what="the 7B encoder and the VAE", function=ENCODING),
     Step(name="profile", limit_s=60, what="five steps at 512", function=PROFILING, case={}),
     Step(
         name="train21-512-x1",
@@ -57,18 +58,18 @@ STEPS = (
         case={"pipeline": EDIT_21, "draws_per_row": 4},
         settings={"bare": True},
     ),
+    Step(
+        name="sharded",
+        limit_s=90,
+        what="FSDP2 on NCCL: full steps, save, resume; a killed rank",
+        function="gpu.sharding:measure",
+        least_gpus=2,
+    ),
     _memory("nf4", quantization="nf4"),
     _memory("stream", stream_blocks=30),
     _memory("offload", offload_activations=True),
     _memory("int8", quantization="int8"),
     _memory("fp8", quantization="fp8"),
-    Step(
-        name="train-compile",
-        limit_s=120,
-        what="the 20B transformer, compiled blocks",
-        case={"training": {"torch_compile": True}},
-        settings={"plain": PLAIN},
-    ),
     Step(
         name="train21-1024-x1",
         limit_s=60,
@@ -81,13 +82,19 @@ STEPS = (
         limit_s=60,
         what="Qwen-Image-2.1 at 1024, four noises a row",
         case={"pipeline": EDIT_21, "target_px": 1024, "draws_per_row": 4},
-        settings={"bare": True},
     ),
     Step(
-        name="sharded",
-        limit_s=90,
-        what="FSDP2 on NCCL: full steps, save, resume; a killed rank",
-        function="gpu.sharding:measure",
-        least_gpus=2,
+        name="train-compile",
+        limit_s=120,
+        what="the 20B transformer, compiled blocks",
+        case={"training": {"torch_compile": True}},
+        settings={"plain": PLAIN},
+    ),
+    Step(
+        name="encode-cudnn",
+        limit_s=60,
+        what="extraction with one source, where torch may take cuDNN's attention",
+        function=ENCODING,
+        settings={"cudnn": True},
     ),
 )

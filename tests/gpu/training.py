@@ -110,8 +110,7 @@ def bare_loop(trainer: EditTrainer, warm_up: int, steps: int) -> float:
         count = len(batch["draw"]) // len(batch["row"])
         latents = batch["target_latents"].float().repeat_interleave(count, dim=0)
         noise, sigma = torch.randn_like(latents), torch.rand(len(latents), device=device)
-        with torch.autocast(device.type, torch.bfloat16):
-            prediction = family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
+        prediction = family.predict(model, batch, add_noise(latents, noise, sigma), sigma)
         velocity_mse(prediction, latents, noise, torch.ones_like(sigma)).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -45,8 +45,8 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
 
     As the pipeline does (diffusers/pipelines/qwenimage/pipeline_qwenimage_edit_plus.py:800-825): sources follow the
     target, positions come from the grids, no guidance, and of the output only the target's part counts. Inputs are
-    float32, so that autocast and the model alone decide where precision is given up. A `model` that is given unequal
-    prompts has `RowAttention`.
+    float32: where precision is given up is for the model to decide. A `model` that is given unequal prompts has
+    `RowAttention`.
     """
     lengths = batch["prompt_lengths"]
     shapes = [(1, height, width) for height, width in batch["grids"]]

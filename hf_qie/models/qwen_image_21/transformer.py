@@ -53,8 +53,7 @@ def predict(model: nn.Module, batch: Mapping[str, Any], noised: Tensor, sigma: T
     """The velocity `[B x K, S, C]` that the model sees in `noised[B x K, S, C]` at `sigma[B x K]`, 0 (clean) to 1.
 
     As the pipeline does (diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py:660): text and sources in the order
-    of the prompt, then the target. Inputs are float32, so that autocast and the model alone decide where precision is
-    given up.
+    of the prompt, then the target. Inputs are float32: where precision is given up is for the model to decide.
     """
     return model(
         hidden_states=noised.float(),

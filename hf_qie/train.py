@@ -3,9 +3,9 @@
     accelerate launch [-q] hf_qie/train.py recipe.yaml [key.of.the.recipe=value ...]
 
 Trains on the sets that hf_qie/extract.py wrote, without the prompt encoder in memory, and without the VAE unless a set
-has no latents (extract.latents: false) or images are made while training (sampling.every). The weights are saved to
-training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the checkpoints and the
-recipe. Started again, a run resumes from its last complete checkpoint.
+has no latents (extract.latents: false) or images are made while training (sampling.every, evaluation.every). The
+weights are saved to training.output_dir as pytorch_lora_weights.safetensors, or as the folder transformer/, beside the
+checkpoints and the recipe. Started again, a run resumes from its last complete checkpoint.
 """
 
 import json

@@ -117,7 +117,13 @@ def on_the_cpu(self):
 
 
 def do(run: Mapping[str, Any], rank: int) -> None:
-    """One run; beside what it leaves, each rank leaves a report, with the message of an InputError that ended it."""
+    """One run; beside what it leaves, each rank leaves a report, with the message of an InputError that ended it.
+
+    {main, argv}: that of another script, with no report.
+    """
+    if "main" in run:
+        run["main"](run["argv"])
+        return
     recipe = load_recipe(run["recipe"], run["overrides"] + (run.get("others", []) if rank else []))
     folder = Path(recipe.training["output_dir"])
     if "checkpoint" in run and rank == 0:  # the rank that looks for it

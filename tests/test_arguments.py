@@ -128,6 +128,7 @@ save_steps: 200
 save_total_limit: 2
 load_best_model_at_end: true
 metric_for_best_model: eval_loss_edit
+greater_is_better: false
 full_determinism: true
 use_cpu: true
 accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}

@@ -25,6 +25,7 @@ from hf_qie import export
 from hf_qie.config.recipe import load_recipe
 from hf_qie.errors import InputError
 from hf_qie.hub import export_formats as formats
+from hf_qie.hub.scoring import put_weights, weight_files
 from hf_qie.hub.trained_run import find_trained
 from hf_qie.models.checkpoint import saved_tensors
 from hf_qie.training.checkpoints import COMPLETE, mark_complete
@@ -100,6 +101,14 @@ def as_trained(run: Path) -> torch.nn.Module:
 
 def same(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # float32 sums in another order
+
+
+def test_a_sharded_checkpoint_is_scored_as_the_model_that_was_trained(done):
+    run = done / "full" / "sharded"
+    model = build_model(load_recipe(run / "recipe.yaml")).requires_grad_(False)
+    put_weights(model, find_trained(run / "checkpoint-4").folder)
+    assert torch.equal(velocity(model), velocity(as_trained(run)))  # whose last weights are those of step 4
+    assert {path.suffix for path in weight_files(run / "checkpoint-4")} == {".distcp", ""}  # and .metadata
 
 
 # --- a LoRA ----------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from hf_qie.models.qwen_image.pipeline import text_to_image
 from hf_qie.models.qwen_image.transformer import denoise
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX, Card
-from hf_qie.training.evaluation import HeldOut, split_sets
-from hf_qie.training.image_grid import BOX_PX, draw_grid, spread
+from hf_qie.training.evaluation import HeldOut, split_sets, spread
+from hf_qie.training.image_grid import BOX_PX, draw_grid
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 

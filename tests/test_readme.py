@@ -14,10 +14,12 @@ from datasets import Dataset, Features, Value
 from test_layout import LAYERS, PACKAGE
 from transformers import TrainingArguments
 
+from hf_qie.config.evaluation import Evaluation
 from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
 from hf_qie.data.schema import GRID, GRIDS
 from hf_qie.demo.run import STAGES
+from hf_qie.measures.edits import SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,6 +132,11 @@ def test_the_mix_of_the_demo_is_what_the_recipe_draws():
     assert mix_table(groups, group_shares(groups, recipe.mix), num_draws=num_draws) in README
 
 
+def test_the_scores_explained_are_those_that_there_are():
+    (found,) = (table for table in tables(README) if table[0][0] == "`edit_score`")
+    assert [row[0].strip("`") for row in found] == [*SCORES]
+
+
 def messages() -> str:
     """Every text of the package as it is shown, with … for what is put in."""
     found = []
@@ -171,6 +178,7 @@ KEYS = {
     "mix": Mix,
     "loss": Loss,
     "sampling": Sampling,
+    "evaluation": Evaluation,
     "trainable": Trainable,
     "tasks.<name>": Task,
 }
@@ -180,7 +188,8 @@ KEYS = {
 def test_every_key_of_the_recipe_that_is_named_is_one(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     named = re.findall(
-        r"`(extract|mix|loss|sampling|trainable|training|tasks\.<name>)\.(?!py\b|png\b)(\w+)(?:\.(\w+))?", text
+        r"`(extract|mix|loss|sampling|evaluation|trainable|training|tasks\.<name>)\.(?!py\b|png\b)(\w+)(?:\.(\w+))?",
+        text,
     )
     assert named
     for section, key, inner in named:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from hf_qie.config.ema import Ema, check_ema
+from hf_qie.config.evaluation import Evaluation, Sampling, with_evaluation
 from hf_qie.config.memory import Memory, check_memory
 from hf_qie.config.training_args import check_training, training_arguments, training_schema
 from hf_qie.errors import InputError
@@ -30,7 +31,6 @@ from hf_qie.runtime.rules import (
     Seed,
     Share,
     Side,
-    Steps,
     Table,
     Weight,
     Whole,
@@ -162,15 +162,6 @@ class Trainable(Section):
     low_lr_modules: Annotated[tuple[Name, ...], Listed, One] = Field((), description="train at half the rate")
 
 
-class Sampling(Section):
-    """The image grid while training."""
-
-    every: Whole = Field(0, description="steps; 0: none")
-    rows: Count = Field(4, description="held-out rows at fixed seeds")
-    num_inference_steps: Steps = 20
-    true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
-
-
 def _named(tasks: Mapping[str, Task]) -> Mapping[str, Task]:
     """Give each task its name."""
     return MappingProxyType({name: task.model_copy(update={"name": name}) for name, task in tasks.items()})
@@ -191,7 +182,13 @@ class Recipe(Section):
     ema: Ema | None = Field(None, description="null: the last step's weights are evaluated and saved")
     memory: Memory = Field(default_factory=Memory)
     sampling: Sampling = Field(default_factory=Sampling)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
     training: Table[Any, Any] = Field(default_factory=dict, description="transformers.TrainingArguments")
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether training makes images of held-out rows, for which it has a VAE."""
+        return bool(self.sampling.every or self.evaluation.every)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -213,7 +210,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         override(raw, text)
     try:
         recipe = validate(Recipe, raw)
-        training = MappingProxyType(check_training(recipe.training))
+        training = MappingProxyType(with_evaluation(check_training(recipe.training), recipe.evaluation.every))
         recipe = recipe.model_copy(update={"path": path, "training": training})
         _check_together(recipe)
     except InputError as error:
@@ -298,10 +295,11 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError("tasks", "expected at least one task with a weight above 0")
     if not any(task.eval_rows for task in recipe.tasks.values()):
         hint = "no task holds out rows to evaluate on; set tasks.<name>.eval_rows"
+        for section in ("sampling", "evaluation"):
+            if getattr(recipe, section).every:
+                raise InputError(f"{section}.every", hint)
         if recipe.training.get("eval_strategy", "no") != "no":
             raise InputError("training.eval_strategy", hint)
-        if recipe.sampling.every:
-            raise InputError("sampling.every", hint)
     for key in ("source_count_weights", "caption_weights"):
         weights = getattr(recipe.mix, key)
         if weights is not None and not any(weights.values()):

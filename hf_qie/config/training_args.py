@@ -45,7 +45,6 @@ _REFUSED = {
     "all machines share training.output_dir": "save_on_each_node",
     "the collator needs every column": "remove_unused_columns=false",
     "every parameter that trains gets a gradient": "ddp_find_unused_parameters=false",
-    "every metric is a loss": "greater_is_better=false",
     "evaluation keeps the loss of each row, and averages at the end": "batch_eval_metrics eval_do_concat_batches "
     "prediction_loss_only include_for_metrics eval_use_gather_object",
     "every block is checkpointed, as torch recommends": 'activation_checkpointing_kwargs={}|{"use_reentrant":false} '

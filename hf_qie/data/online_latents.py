@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from hf_qie.config.recipe import Recipe
@@ -84,6 +85,17 @@ def encode_images(batch: Batch, encoder: Any, *, batch_size: int) -> None:
     for column in columns_of("latents"):
         count = len(batch["grids"]) - 1 if column.of == SOURCES else 1
         batch[column.name] = torch.cat([none, *(next(rest) for _ in range(count))], dim=1)
+
+
+def placed(batch: Batch, device: torch.device, encoder: Any, *, batch_size: int) -> Batch:
+    """A collated batch on `device`; images, if it has any, are encoded in the dtype of extraction.
+
+    From pinned memory it is copied while the device computes and the host goes on.
+    """
+    batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
+    if "images" in batch:
+        encode_images(batch, encoder, batch_size=batch_size)
+    return batch
 
 
 def load_vae(recipe: Recipe, device: torch.device) -> Any:

@@ -4,6 +4,7 @@ Letters: r rank, I width of a layer's input, O of its output.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,8 @@ from hf_qie.models.lora_files import LORA_FILE, PREFIX, read_lora
 from hf_qie.training.checkpoints import RECORD, STATE, WEIGHTS_ALONE, last_checkpoint, misfit, step_of
 from hf_qie.training.dcp_reader import sharded_tensors
 from hf_qie.training.model import TRANSFORMER_FOLDER
+
+logger = logging.getLogger(__name__)
 
 WANTED = "expected training.output_dir of a run, or a checkpoint-N in it"
 
@@ -120,7 +123,7 @@ def find_trained(path: Path) -> Trained:
             f"{folder}: the checkpoint is incomplete, {reason}; export {output_dir}, or another one of it"
         )
     recipe, update = load_recipe(output_dir / "recipe.yaml"), {}
-    record = _read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
+    record = run_record(output_dir)
     base = Path(record.get("started_in", ""), recipe.model)
     if base.is_dir() and base.resolve() != Path(recipe.model).resolve():  # else it is found from here as it stands
         update["model"] = str(base)
@@ -128,6 +131,25 @@ def find_trained(path: Path) -> Trained:
         update["revision"] = record["commit"]
     state = _read_json(folder / STATE)
     return Trained(output_dir, folder, recipe.model_copy(update=update), state, record)
+
+
+def find_checkpoints(output_dir: Path) -> list[Trained]:
+    """Every step of a run whose weights are complete: those that it ended with, and its checkpoints.
+
+    Raises InputError where there is none; a warning names checkpoints that are incomplete.
+    """
+    found = [find_trained(output_dir)]
+    for folder in output_dir.glob("checkpoint-*[0-9]"):
+        if (reason := misfit(folder)) in (None, WEIGHTS_ALONE):
+            found.append(find_trained(folder))
+        else:
+            logger.warning("%s is skipped: %s", folder, reason)
+    return found
+
+
+def run_record(output_dir: Path) -> dict[str, Any]:
+    """What train.py recorded of a run when it began; {} if it left nothing."""
+    return _read_json(output_dir / RECORD) if (output_dir / RECORD).exists() else {}
 
 
 def find_weights(checkpoint: Path) -> Path:

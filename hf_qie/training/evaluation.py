@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
+from hf_qie.measures.edits import SCORES
 from hf_qie.models.base import read_family
 from hf_qie.training.metrics import NotFinite, named
 from hf_qie.training.objective import eval_fractions
@@ -42,16 +43,43 @@ def split_sets(
     return trained, held_out
 
 
+def score_of_metric(recipe: Recipe) -> str | None:
+    """`training.metric_for_best_model`, as `<score>` or `<score>/<task>`; None where it is a loss."""
+    metric = recipe.training.get("metric_for_best_model", "loss").removeprefix("eval_")
+    return metric if metric.partition("/")[0] in SCORES else None
+
+
+def higher_is_better(recipe: Recipe) -> bool:
+    """Whether it is for `training.metric_for_best_model`."""
+    metric = score_of_metric(recipe)
+    return metric is not None and SCORES[metric.partition("/")[0]].higher_is_better
+
+
+def check_metric(recipe: Recipe, tasks: Collection[str]) -> None:
+    """Raise InputError where evaluation on held-out rows of `tasks` has no `training.metric_for_best_model`."""
+    at, training = "training.metric_for_best_model", recipe.training
+    metric, better = training.get("metric_for_best_model", "loss"), higher_is_better(recipe)
+    name, _, task = metric.removeprefix("eval_").partition("/")
+    if name not in ("loss", *SCORES) or (task and task not in tasks):
+        known = ["loss", *(f"loss/{task}" for task in tasks)]
+        raise InputError(f"{at}: {metric!r}; there are {', '.join(known)}, and likewise {', '.join(SCORES)}")
+    if name in SCORES and (every := recipe.evaluation.every) != training.get("eval_steps"):
+        raise InputError(
+            f"{at}: {metric!r} is a score of edits, which every evaluation needs, and evaluation.every is {every}; "
+            "set it to training.eval_steps"
+        )
+    if training.get("greater_is_better", better) != better:
+        than = "higher" if better else "lower"
+        raise InputError(f"training.greater_is_better: a {than} {metric} is better; leave it out")
+
+
 class HeldOut(Dataset):
     """Number -> held-out row, tasks in order; a caption and a noise level belong to each row for the whole run.
 
-    Raises InputError as `TaskRows` does, and where `metrics` has no `training.metric_for_best_model`.
+    Raises InputError as `TaskRows` does.
     """
 
     def __init__(self, sets: Mapping[str, datasets.Dataset], recipe: Recipe):
-        metric = recipe.training.get("metric_for_best_model", "loss")
-        if metric.removeprefix("eval_") not in (known := ["loss", *(f"loss/{task}" for task in sets)]):
-            raise InputError(f"training.metric_for_best_model: {metric!r}; there are {', '.join(known)}")
         family = read_family(recipe.model, revision=recipe.revision)
         self.tasks = {task: TaskRows(task, data, mix=recipe.mix, family=family) for task, data in sets.items()}
         self.places = [(task, index) for task, data in sets.items() for index in range(len(data))]
@@ -105,6 +133,11 @@ class HeldOut(Dataset):
         parts |= {f"loss/{task}": tasks == task for task in self.tasks}
         parts |= {f"loss/sigma {name}": quarter == place for place, name in enumerate(QUARTERS)}
         return {name: float(losses[part].mean()) for name, part in parts.items() if part.any()}
+
+
+def spread(held_out: HeldOut, count: int) -> list[int]:
+    """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
+    return sorted(range(len(held_out)), key=lambda number: held_out.places[number][1])[:count]
 
 
 @contextmanager

@@ -268,7 +268,7 @@ def largest_image(run: Run) -> tuple[int, int]:
 
 def vae_memory(run: Run) -> ForwardMemory | None:
     """What the VAE takes, where training has one: to encode a batch, or to decode an image between two steps."""
-    extract, decodes = run.recipe.extract, bool(run.recipe.sampling.every)
+    extract, decodes = run.recipe.extract, run.recipe.makes_images
     if not (run.encodes or decodes):
         return None
     auto = "bfloat16" if run.device == "cuda" else "float32"  # as compute_dtype has it on a device that is there

@@ -1,7 +1,4 @@
-"""Images while training: held-out rows at a fixed seed, every so many steps, as a growing grid.
-
-Letters: B rows, S target tokens.
-"""
+"""Images while training: held-out rows at a fixed seed, every so many steps, as a growing grid."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,17 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hf_qie.data.collate import PROMPT, collate
-from hf_qie.data.online_latents import load_vae
 from hf_qie.plots import Card, fit, labelled_sheet
-from hf_qie.training.evaluation import HeldOut, generators_kept
+from hf_qie.training.evaluation import generators_kept, spread
+from hf_qie.training.held_out_edits import HeldOutEdits
 
 logger = get_logger(__name__)
 
@@ -36,14 +29,10 @@ class ImageGrid(TrainerCallback):
     `pictures/step-000100/<task>-<row>.png` are the single images.
     """
 
-    def __init__(self, trainer: Trainer):
-        """`trainer` is an EditTrainer with held-out rows; where it has no VAE, rank 0 loads one to decode."""
-        self.trainer, self.vae, recipe = trainer, trainer.encoder, trainer.recipe
-        if self.vae is None and trainer.is_world_process_zero():
-            self.vae = load_vae(recipe, trainer.args.device)
-        self.held_out: HeldOut = trainer.eval_dataset
-        self.settings, self.seed = recipe.sampling, recipe.seed
-        self.numbers = spread(self.held_out, self.settings.rows)
+    def __init__(self, trainer: Trainer, edits: HeldOutEdits):
+        """`trainer` is an EditTrainer with held-out rows; of its ranks the first decodes, and has `edits.vae`."""
+        self.trainer, self.edits, self.settings = trainer, edits, trainer.recipe.sampling
+        self.numbers = spread(edits.held_out, self.settings.rows)
         self.folder = Path(trainer.args.output_dir, FOLDER)
         self.cards: list[Card] = []
 
@@ -64,58 +53,26 @@ class ImageGrid(TrainerCallback):
             self._sample(state.global_step)
 
     def _sample(self, step: int) -> None:
-        """Each rank samples its part of the rows, as sharded ranks need each other; rank 0 decodes and writes all."""
-        args = self.trainer.args
-        turns = -(-len(self.numbers) // args.world_size)
-        places = [(turn * args.world_size + args.process_index) % len(self.numbers) for turn in range(turns)]
-        self.trainer.model.eval()  # Trainer sets it to train in each step
-        with generators_kept(args.device), self.trainer.averaged():
-            found = dict(gather_object([(place, self._latents(self.numbers[place])) for place in places]))
+        """Ranks share the rows; rank 0 decodes and writes all."""
+        with generators_kept(self.trainer.args.device), self.trainer.averaged():
+            found = self.edits.shared(self.trainer.model, self.numbers, self.settings)
         if self.trainer.is_world_process_zero():
             folder = self.folder / f"step-{step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
-            for place, card in enumerate(self.cards):
-                self.vae.decode(*found[place]).save(folder / f"{card.heading}.png")
+            for card, latents in zip(self.cards, found, strict=True):
+                self.edits.vae.decode(*latents).save(folder / f"{card.heading}.png")
             steps = self._steps()
             shown = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round().astype(int)
             draw_grid(self.cards, [steps[place] for place in shown], self.folder).save(self.folder.with_name(GRID))
             self._track(draw_grid(self.cards, [step], self.folder), step)
             logger.info("%d images of step %d: %s", len(found), step, self.folder.with_name(GRID))
 
-    @torch.no_grad()
-    def _latents(self, number: int) -> tuple[Tensor, tuple[int, int]]:
-        """What the model makes of a held-out row: latents `[S, 64]` on the CPU, and their grid."""
-        held_out, trainer = self.held_out, self.trainer
-        batch = trainer.on_device(collate([held_out[number]]))
-        task, index = held_out.places[number]
-        scale, family = self.settings.true_cfg_scale, trainer.objective.family
-        without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
-        prompt = {key: collate([without])[key] for key in PROMPT}
-        with trainer.compute_loss_context_manager():
-            latents = family.denoise(
-                trainer.model,
-                batch,
-                batch | trainer.on_device(prompt),
-                scheduler_config=trainer.objective.scheduler_config,
-                sigmas=trainer.objective.sampling_sigmas(self.settings.num_inference_steps),
-                true_cfg_scale=family.true_cfg_scale if scale is None else scale,
-                seed=self.seed,
-            )
-        return latents[0].cpu(), batch["grids"][0]
-
     def _card(self, number: int) -> Card:
         """Sources and target as the VAE decodes them, and the caption that the row is evaluated with."""
-        (task, index), row = self.held_out.places[number], self.held_out[number]
-        batch = self.trainer.on_device(collate([row]))
-        lengths = [height * width for height, width in batch["grids"]]
-        latents = torch.cat([batch["target_latents"], batch["source_latents"]], dim=1)[0].split(lengths)
-        target, *sources = (fit(self.vae.decode(*one), BOX_PX) for one in zip(latents, batch["grids"], strict=True))
+        target, *sources = (fit(image, BOX_PX) for image in self.edits.decoded(number))
         boxes = [*((f"source {place}", source) for place, source in enumerate(sources, 1)), ("target", target)]
-        instruction = self.trainer.recipe.extract.drop_caption
-        if row["caption"] != "drop":
-            instruction = self.held_out.tasks[task].rows.value(index, row["caption"]).as_py()
-        heading = f"{task}-{self.held_out.rows[number]}"
-        return Card(heading=heading, boxes=boxes, texts={"instruction": instruction})
+        texts = {"instruction": self.edits.instruction(number)}
+        return Card(heading=self.edits.name(number), boxes=boxes, texts=texts)
 
     def _steps(self) -> list[int]:
         return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))
@@ -128,11 +85,6 @@ class ImageGrid(TrainerCallback):
             for name in ("_wandb", "_trackio"):
                 if (tracker := getattr(callback, name, None)) is not None:
                     tracker.log({"pictures": tracker.Image(image), "train/global_step": step})
-
-
-def spread(held_out: HeldOut, count: int) -> list[int]:
-    """The numbers of `count` held-out rows, of each task in turn; all of them where there are fewer."""
-    return sorted(range(len(held_out)), key=lambda number: held_out.places[number][1])[:count]
 
 
 def draw_grid(cards: Sequence[Card], steps: Sequence[int], folder: Path) -> Image.Image:

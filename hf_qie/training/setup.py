@@ -41,9 +41,11 @@ from hf_qie.runtime.device import computes_bfloat16, log_once, warn_if_emulated
 from hf_qie.training.callbacks import PeakMemory, StackTraces
 from hf_qie.training.checkpoints import changes, checkpoint_of, run_identity, step_of
 from hf_qie.training.cost import Footprint
-from hf_qie.training.evaluation import HeldOut, split_sets
+from hf_qie.training.edit_evaluation import EditEvaluation
+from hf_qie.training.evaluation import HeldOut, check_metric, higher_is_better, split_sets
 from hf_qie.training.fit import forecast_start, report_vae, run_of
 from hf_qie.training.fsdp import fsdp_arguments, in_memory, refuse_inactive
+from hf_qie.training.held_out_edits import edits_of
 from hf_qie.training.image_grid import ImageGrid
 from hf_qie.training.model import TRANSFORMER_FOLDER, base_of, build_model, compile_blocks, saved_quantised
 from hf_qie.training.offloading import stream_blocks, streamed_blocks
@@ -78,7 +80,8 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
     trained, held_out = split_sets(sets, recipe.tasks)
     arguments = training_arguments(recipe, num_rows=sum(map(len, trained.values())))
     refuse_inactive(arguments)
-    evaluated = HeldOut(held_out, recipe) if held_out else None
+    if evaluated := HeldOut(held_out, recipe) if held_out else None:
+        check_metric(recipe, held_out)
     draws, record = _plan_mixture(recipe, trained, arguments)
     identity = run_identity(recipe, sets, arguments)
     identity |= {"mix.same_shape": draws.same_shape, "global batch": global_batch_size(arguments)}
@@ -95,11 +98,15 @@ def build_trainer(recipe: Recipe, sets: Mapping[str, Dataset]) -> tuple[EditTrai
         identity=identity,
         record=record,
     )
-    if recipe.sampling.every:
-        trainer.add_callback(ImageGrid(trainer))
+    if recipe.makes_images:
+        edits = edits_of(trainer)
+        if recipe.sampling.every:
+            trainer.add_callback(ImageGrid(trainer, edits))
+        if recipe.evaluation.every:
+            trainer.compute_metrics = EditEvaluation(trainer, edits)
     if arguments.device.type != "cpu":
         trainer.add_callback(PeakMemory(expected and expected.peak))
-    has_vae = trainer.encoder or recipe.sampling.every
+    has_vae = trainer.encoder or recipe.makes_images
     _log_start(trainer, checkpoint, vae=report_vae(run_of(recipe, sets, arguments)) if has_vae else "not loaded")
     return trainer, checkpoint
 
@@ -114,7 +121,7 @@ def training_arguments(recipe: Recipe, *, num_rows: int) -> TrainingArguments:
     section = {key: value for key, value in recipe.training.items() if key not in ours}
     # every parameter that trains gets a gradient, so DDP need not look for those that do not
     forced = {"seed": recipe.seed, "data_seed": recipe.seed, "ddp_find_unused_parameters": False}
-    forced["greater_is_better"] = False  # every metric is a loss; Trainer goes by the name
+    forced["greater_is_better"] = higher_is_better(recipe)  # Trainer goes by the name
     if settings := fsdp_settings(recipe, os.environ):
         forced |= fsdp_arguments(recipe, settings)
         os.environ.update(fsdp_environment(settings))
@@ -285,7 +292,7 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
 
 def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> None:
     """In which precision it trains, on how many rows a step, and what else is loaded: of the VAE, `vae`."""
-    arguments, every, of_row = trainer.args, trainer.recipe.sampling.every, trainer.recipe.mix.draws_per_row
+    arguments, images, of_row = trainer.args, trainer.recipe.makes_images, trainer.recipe.mix.draws_per_row
     if notice := trainer.objective.family.license_notice:
         logger.warning("%s: %s", trainer.recipe.model, notice)
     logger.info(
@@ -302,7 +309,7 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> No
         f"resuming from {checkpoint}" if checkpoint else "from the first",
         vae,
     )
-    if trainer.eval_dataset and arguments.eval_strategy == "no" and not every:
+    if trainer.eval_dataset and arguments.eval_strategy == "no" and not images:
         logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
     if checkpoint and step_of(checkpoint) == arguments.max_steps:
         logger.warning("%s is the end of this run; raise training.max_steps to train further", checkpoint)

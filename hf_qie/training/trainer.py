@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import AutocastKwargs, send_to_device
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +23,7 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.collate import Batch, collate
 from hf_qie.data.loader import Draws, RankBatches, open_loader
 from hf_qie.data.mixture import realised_shares
-from hf_qie.data.online_latents import encode_images
+from hf_qie.data.online_latents import placed
 from hf_qie.errors import InputError
 from hf_qie.training.callbacks import RunCallback, StackTraces
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit, settings_of
@@ -195,14 +195,8 @@ class EditTrainer(Trainer):
         return None, torch.stack([per_row, sigma], dim=1)[place], numbers.to(per_row.device)
 
     def on_device(self, batch: Batch) -> Batch:
-        """A collated batch on this rank's device; images, if it has any, are encoded in the dtype of extraction.
-
-        From pinned memory it is copied while the device computes and the host goes on.
-        """
-        batch = send_to_device(batch, self.args.device, non_blocking=self.args.device.type == "cuda")
-        if "images" in batch:
-            encode_images(batch, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
-        return batch
+        """A collated batch on this rank's device."""
+        return placed(batch, self.args.device, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model has its averages meanwhile, where the recipe asks for `ema`; every rank enters."""

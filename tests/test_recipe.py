@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from hf_qie import check
+from hf_qie.config.evaluation import Sampling
 from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import (
     Columns,
@@ -18,7 +19,6 @@ from hf_qie.config.recipe import (
     Loss,
     Mix,
     Recipe,
-    Sampling,
     Task,
     Trainable,
     as_dict,

@@ -15,6 +15,9 @@ whose scores at a step are the same. In <output_dir>/evaluation: scores.jsonl, a
 summary.json, their means; <checkpoint>.png, a sheet with source, output, target and difference;
 <checkpoint>/<task>-<row>.png, the edits. Started again, it resumes: a row is scored again only if something that it
 depends on has changed. Ranks share the rows; each has the whole model.
+
+With evaluation.judge, a vision-language model judges the edits too, once all are made and the transformer has given
+its memory back: <checkpoint>/<task>-<row>.judge.json. Training never loads it.
 """
 
 import os
@@ -36,16 +39,22 @@ def main(argv: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: on a CPU the number of threads is in the last bit
     from accelerate import PartialState
 
+    from hf_qie.hub.judging import judge_edits
     from hf_qie.hub.score_report import keep_best, report, track
     from hf_qie.hub.scoring import EVALUATION, Scorer, candidates, scoring_arguments
+    from hf_qie.models.judge import EditJudge
     from hf_qie.runtime.lock import held
 
     arguments = scoring_arguments(recipe)
     output_dir = Path(arguments.output_dir)
     chosen = candidates(output_dir, base=given.base, steps=given.checkpoint, every=given.all)
     with held(output_dir / EVALUATION, remedy="give another training.output_dir"):
-        scorer = Scorer(recipe, arguments)
+        scorer, judge = Scorer(recipe, arguments), None
+        if (settings := recipe.evaluation.judge) is not None:
+            judge = EditJudge(settings, checkpoint=recipe.model, revision=recipe.revision, device=arguments.device)
         new = scorer.run(chosen)
+        if judge is not None:
+            new |= judge_edits(scorer, chosen, judge)
         if PartialState().is_main_process:
             figures = report(scorer, chosen)
             track(arguments, {one.step: figures[one.name] for one in chosen if one.name in new})

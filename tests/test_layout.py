@@ -17,8 +17,8 @@ LAYERS = (
     "models.qwen_image.vae models.qwen_image.attention models.qwen_image.transformer models.qwen_image.pipeline "
     "models.qwen_image.tiny models.qwen_image.family models.qwen_image_21.templates models.qwen_image_21.text_encoder "
     "models.qwen_image_21.vae models.qwen_image_21.packed models.qwen_image_21.transformer "
-    "models.qwen_image_21.pipeline models.qwen_image_21.tiny models.qwen_image_21.family data.seeding data.schema "
-    "data.fetch data.tables data.readers data.samples data.images data.provenance data.embedding_sets "
+    "models.qwen_image_21.pipeline models.qwen_image_21.tiny models.qwen_image_21.family models.judge data.seeding "
+    "data.schema data.fetch data.tables data.readers data.samples data.images data.provenance data.embedding_sets "
     "hub.dataset_card hub.redact hub.publish data.mixture data.collate data.online_latents data.loader data.largest "
     "extraction.plan extraction.preprocess extraction.manifest extraction.reuse extraction.estimate extraction.memory "
     "extraction.batching extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered "
@@ -26,7 +26,7 @@ LAYERS = (
     "training.precision training.stand_ins training.forecast training.fit training.metrics training.evaluation "
     "training.held_out_edits training.image_grid training.edit_evaluation training.checkpoints training.ema "
     "training.dcp_reader training.callbacks training.trainer training.sets training.setup train hub.trained_run "
-    "hub.export_formats hub.model_card export hub.sampler sampling hub.scoring hub.score_report score "
+    "hub.export_formats hub.model_card export hub.sampler sampling hub.scoring hub.judging hub.score_report score "
     "extraction.stats extraction.contact_sheet extraction.pairs extraction.first_look extraction.verify check "
     "demo.shapes demo.tiny demo.run "
 ).split()
@@ -93,7 +93,7 @@ def test_files_and_functions_stay_readable(name):
 
 LOADS_WEIGHTS = (
     *("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", "vae_class", "full_class"),
-    *("QwenImage21Transformer2DModel", "AutoencoderKLQwenImage21"),
+    *("QwenImage21Transformer2DModel", "AutoencoderKLQwenImage21", "AutoModelForImageTextToText"),
 )
 
 

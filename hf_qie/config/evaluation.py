@@ -1,12 +1,26 @@
 """The sections `sampling` and `evaluation`: images of held-out rows while training, and scores of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hf_qie.errors import InputError
-from hf_qie.runtime.rules import Count, Section, Steps, Weight, Whole
+from hf_qie.runtime.rules import Count, Name, PathName, Section, Steps, Weight, Whole
+
+
+class Judge(Section):
+    """A vision-language model that scores edits; score.py alone loads it, after the edits are made."""
+
+    model: PathName | None = Field(None, description="Hub id or folder; null: the prompt encoder of the checkpoint")
+    revision: Name | None = Field(None, description="of that model")
+    adapter: PathName | None = Field(None, description="of that model, made with peft: Hub id or folder")
+
+    @model_validator(mode="after")
+    def _check_revision(self) -> Self:
+        if self.revision and self.model is None:
+            raise ValueError("revision is that of judge.model, which is null; the checkpoint has the recipe's own")
+        return self
 
 
 class Sampling(Section):
@@ -25,6 +39,7 @@ class Evaluation(Section):
     rows: Count = Field(16, description="held-out rows, of each task in turn")
     num_inference_steps: Steps = 20
     true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
+    judge: Judge | None = Field(None, description="also scores by a vision-language model, in score.py; null: none")
 
 
 def with_evaluation(training: Mapping[str, Any], every: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from hf_qie.config.recipe import Recipe, as_dict
 from hf_qie.errors import InputError
 from hf_qie.hub.scoring import Candidate, Scorer, weight_files
-from hf_qie.measures.edits import SCORES
+from hf_qie.measures.edits import KNOWN
 from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.runtime.files import write_durably
 from hf_qie.training.checkpoints import COMPLETE, STATE, mark_complete, read_complete
@@ -61,7 +61,7 @@ def report(scorer: Scorer, chosen: Sequence[Candidate]) -> dict[str, Figures]:
 
 def best_of(figures: Mapping[str, Figures], metric: str) -> str | None:
     """The candidate with the best figure, of equal ones the first; None where none has it."""
-    sign = 1 if SCORES[metric.partition("/")[0]].higher_is_better else -1
+    sign = 1 if KNOWN[metric.partition("/")[0]].higher_is_better else -1
     named = {name: sign * found[metric] for name, found in figures.items() if metric in found}
     return max(named, key=named.get, default=None)
 
@@ -70,8 +70,8 @@ def table(figures: Mapping[str, Figures]) -> str:
     """A line for each candidate and, where there are several, each task; a column for each score that any has."""
     tasks = dict.fromkeys(name.partition("/")[2] for found in figures.values() for name in found)
     tasks = [task for task in tasks if not task or len(tasks) > 2]
-    scores = [score for score in SCORES if any(score in found for found in figures.values())]
-    units = (f" ({SCORES[score].unit})" if SCORES[score].unit else "" for score in scores)
+    scores = [score for score in KNOWN if any(score in found for found in figures.values())]
+    units = (f" ({KNOWN[score].unit})" if KNOWN[score].unit else "" for score in scores)
     lines = [("checkpoint", "task", *map("".join, zip(scores, units, strict=True)))]
     for name, found in figures.items():
         for task in tasks:

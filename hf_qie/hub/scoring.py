@@ -1,6 +1,7 @@
 """Base and checkpoints of a run on held-out rows: edited, scored, and kept row by row, so that a launch resumes.
 
-A row has two files in `<output_dir>/evaluation/<name>/`: its image, and then its scores with all that they depend on.
+A row has two files in `<output_dir>/evaluation/<name>/`: its image, and then its scores with all that they depend on;
+a third where it is judged (judging.py).
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from uuid import uuid4
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments
@@ -127,22 +129,35 @@ class Scorer:
         self.state.wait_for_everyone()
         return {name for name, *_ in jobs}
 
-    def rows(self, candidate: Candidate) -> list[dict[str, Any]]:
-        """What is kept of each row of a candidate that was run: task, row, scores and made_with."""
-        return [json.loads(self.path(candidate, number).read_text(encoding="utf-8")) for number in self.numbers]
+    def rows(self, candidate: Candidate, *, judged: bool | None = None) -> list[dict[str, Any]]:
+        """What is kept of each row of a candidate that was run: task, row, scores and made_with.
 
-    def path(self, candidate: Candidate, number: int) -> Path:
-        """The file with the scores of a row; its image has the same name, with .png."""
-        return self.folder / candidate.name / f"{self.edits.name(number)}.json"
+        `judged`: with the scores of the judge; None: if the recipe has one.
+        """
+        rows = [_read(self.path(candidate, number)) for number in self.numbers]
+        if self.recipe.evaluation.judge is not None if judged is None else judged:
+            for number, row in zip(self.numbers, rows, strict=True):
+                row["scores"] |= _read(self.path(candidate, number, judged=True))["scores"]
+        return rows
+
+    def release(self) -> None:
+        """Give the memory of the transformer back."""
+        self.__dict__.pop("_model", None)
+        self.loaded = BASE
+        clear_device_cache(garbage_collection=True)
+
+    def path(self, candidate: Candidate, number: int, *, judged: bool = False) -> Path:
+        """The file with the scores of a row, or with those of its judge; its image has the first's name, with .png."""
+        return self.folder / candidate.name / f"{self.edits.name(number)}{'.judge' if judged else ''}.json"
 
     def _jobs(self, chosen: Sequence[Candidate]) -> list[tuple[str, int, dict[str, Any]]]:
         """(candidate, number, made_with) of the rows to score: those without files, or made with other values."""
         jobs = []
         for candidate in chosen:
-            changed, weights = set(), _digest(weight_files(candidate.folder)) if candidate.folder else BASE
+            changed, weights = set(), digest(weight_files(candidate.folder)) if candidate.folder else BASE
             for number in self.numbers:
                 path, made_with = self.path(candidate, number), {"weights": weights} | self._made_with(number)
-                was = _read_made_with(path)
+                was = read_made_with(path)
                 if was != made_with or not path.with_suffix(".png").is_file():
                     jobs.append((candidate.name, number, made_with))
                     changed |= {key for key in was if was[key] != made_with.get(key)}
@@ -183,7 +198,7 @@ class Scorer:
     @cached_property
     def _base(self) -> str:
         folder = checkpoint_folder(self.recipe.model, [TRANSFORMER_FOLDER], revision=self.recipe.revision)
-        return _digest(_files_in(folder / TRANSFORMER_FOLDER))
+        return digest(files_in(folder / TRANSFORMER_FOLDER))
 
     @cached_property
     def _model(self) -> nn.Module:
@@ -230,21 +245,26 @@ def weight_files(folder: Path) -> list[Path]:
     """The files with the weights in a folder of a run: of a LoRA, a transformer, or a sharded checkpoint."""
     if (path := folder / LORA_FILE).is_file():
         return [path]
-    return _files_in(whole if (whole := folder / TRANSFORMER_FOLDER).is_dir() else folder / MODEL_FOLDER)
+    return files_in(whole if (whole := folder / TRANSFORMER_FOLDER).is_dir() else folder / MODEL_FOLDER)
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
+    """In the order of their names."""
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _digest(files: Sequence[Path]) -> str:
+def digest(files: Sequence[Path]) -> str:
     """Of all of small files, and of samples of large ones."""
     return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
 
 
-def _read_made_with(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_made_with(path: Path) -> dict[str, Any]:
     """What a row was scored with; {} where it is not, or the file is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["made_with"])
+        return dict(_read(path)["made_with"])
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -55,6 +55,17 @@ SCORES: dict[str, Score] = dict(
         _score("ssim", "", "structural similarity of output and target, 1 where they are equal"),
     ]
 )
+# Of a vision-language model, which score.py alone has: models/judge.py.
+JUDGED: dict[str, Score] = dict(
+    [
+        _score("judge", "", "judge_followed, judge_preserved and judge_quality in one number, 0 to 10"),
+        _score("judge_followed", "", "the instruction was carried out, 0 to 10"),
+        _score("judge_preserved", "", "what it does not name is as in the sources, 0 to 10"),
+        _score("judge_quality", "", "the output looks natural and has no faults, 0 to 10"),
+        _score("judge_mass", "", "share of the judge's probability that is on the answers it may give"),
+    ]
+)
+KNOWN = SCORES | JUDGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +122,9 @@ def score_edit(
 
 
 def aggregate(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the rows that have it, in the order of `SCORES`."""
+    """The mean of each score over the rows that have it, in the order of `KNOWN`."""
     rows = list(rows)
-    values = {name: [row[name] for row in rows if name in row] for name in SCORES}
+    values = {name: [row[name] for row in rows if name in row] for name in KNOWN}
     return {name: math.fsum(some) / len(some) for name, some in values.items() if some}
 
 

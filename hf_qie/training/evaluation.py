@@ -16,7 +16,7 @@ from hf_qie.config.recipe import Recipe, Task
 from hf_qie.data.loader import TaskRows
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
-from hf_qie.measures.edits import SCORES
+from hf_qie.measures.edits import JUDGED, KNOWN, SCORES
 from hf_qie.models.base import read_family
 from hf_qie.training.metrics import NotFinite, named
 from hf_qie.training.objective import eval_fractions
@@ -46,13 +46,13 @@ def split_sets(
 def score_of_metric(recipe: Recipe) -> str | None:
     """`training.metric_for_best_model`, as `<score>` or `<score>/<task>`; None where it is a loss."""
     metric = recipe.training.get("metric_for_best_model", "loss").removeprefix("eval_")
-    return metric if metric.partition("/")[0] in SCORES else None
+    return metric if metric.partition("/")[0] in KNOWN else None
 
 
 def higher_is_better(recipe: Recipe) -> bool:
     """Whether it is for `training.metric_for_best_model`."""
     metric = score_of_metric(recipe)
-    return metric is not None and SCORES[metric.partition("/")[0]].higher_is_better
+    return metric is not None and KNOWN[metric.partition("/")[0]].higher_is_better
 
 
 def check_metric(recipe: Recipe, tasks: Collection[str]) -> None:
@@ -60,6 +60,10 @@ def check_metric(recipe: Recipe, tasks: Collection[str]) -> None:
     at, training = "training.metric_for_best_model", recipe.training
     metric, better = training.get("metric_for_best_model", "loss"), higher_is_better(recipe)
     name, _, task = metric.removeprefix("eval_").partition("/")
+    if name in JUDGED:
+        raise InputError(
+            f"{at}: {metric!r} is a score of a judge, which score.py has, and no run; give it to that alone"
+        )
     if name not in ("loss", *SCORES) or (task and task not in tasks):
         known = ["loss", *(f"loss/{task}" for task in tasks)]
         raise InputError(f"{at}: {metric!r}; there are {', '.join(known)}, and likewise {', '.join(SCORES)}")

@@ -20,7 +20,15 @@ from transformers import (
 )
 
 from hf_qie.models.base import Family
-from hf_qie.models.tiny_parts import SCHEDULER, TEXT, randomise, tiny_tokenizer, tiny_transformer, token_ids
+from hf_qie.models.tiny_parts import (
+    CHAT_TEMPLATE,
+    SCHEDULER,
+    TEXT,
+    randomise,
+    tiny_tokenizer,
+    tiny_transformer,
+    token_ids,
+)
 
 TEMPLATES = (
     prompt_templates.QWENIMAGE_PROMPT_TEMPLATE,
@@ -99,5 +107,5 @@ def save_tiny(family: Family, folder: Path, *, texts: Iterable[str], variant: st
     if family.max_sources != 0:
         pixels = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * (16 if variant == "learner" else 128 * 128)}
         images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
-        parts["processor"] = Qwen2VLProcessor(images, tokenizer, videos)
+        parts["processor"] = Qwen2VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
     getattr(diffusers, family.pipeline)(**parts).save_pretrained(folder)

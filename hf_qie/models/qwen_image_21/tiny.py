@@ -18,17 +18,17 @@ from transformers import (
 
 from hf_qie.models.base import Family
 from hf_qie.models.qwen_image_21.templates import TEMPLATE
-from hf_qie.models.tiny_parts import SCHEDULER, TEXT, randomise, tiny_tokenizer, tiny_transformer, token_ids
+from hf_qie.models.tiny_parts import (
+    CHAT_TEMPLATE,
+    SCHEDULER,
+    TEXT,
+    randomise,
+    tiny_tokenizer,
+    tiny_transformer,
+    token_ids,
+)
 
 VAE_CONFIG = {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1}
-# of messages with text and images, as Qwen3-VL's own writes them
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:

@@ -217,6 +217,10 @@ def test_trainer_knows_of_each_score_whether_higher_is_better(recipe):
             ["metric_for_best_model=own_instruction"],
             "'own_instruction' is not defined for any of the 3 rows that are evaluated, which have edit_score, ",
         ),
+        (
+            ["metric_for_best_model=judge_followed"],
+            "'judge_followed' needs a judge, which score.py alone loads; give it",
+        ),
         (["metric_for_best_model=psnr", "greater_is_better=false"], "a higher psnr is better; leave it out"),
     ],
 )

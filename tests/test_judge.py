@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from real_vocabulary import save_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from hf_qie.config.evaluation import Judge
@@ -174,6 +175,17 @@ def test_an_adapter_changes_what_the_judge_says_as_its_merged_weights_do(judges,
             module.merge()
     assert with_adapter(INSTRUCTION, [SOURCE], OUTPUT) == pytest.approx(scores, rel=1e-3)
     assert len(with_adapter.files) == len(judges["edit_plus"].files) + 2
+
+
+def test_an_adapter_of_an_earlier_release_of_transformers_is_the_same(tiny, tmp_path):
+    """EditScore's are of one that called the layers of Qwen2.5-VL model.layers."""
+    folder = adapter(tiny("edit_plus"), tmp_path / "adapter", r=4)
+    now = judge_of(tiny("edit_plus"), adapter=str(folder))(INSTRUCTION, [SOURCE], OUTPUT)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    earlier = {name.replace(".model.language_model.layers.", ".model.layers."): one for name, one in tensors.items()}
+    assert earlier.keys() != tensors.keys()
+    save_file(earlier, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert judge_of(tiny("edit_plus"), adapter=str(folder))(INSTRUCTION, [SOURCE], OUTPUT) == now
 
 
 # --- what cannot judge -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from hf_qie.hub.sampler import Sampler
 from hf_qie.hub.score_report import best_of, keep_best, table, track
 from hf_qie.hub.scoring import Scorer, candidates, scoring_arguments, weight_files
 from hf_qie.hub.trained_run import find_trained, find_weights
-from hf_qie.measures.edits import SCORES
+from hf_qie.measures.edits import JUDGED, SCORES
+from hf_qie.models.judge import EditJudge
 from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.score import main
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit
@@ -260,10 +262,11 @@ def test_rows_are_scored_again_where_something_that_they_depend_on_has_changed(c
 @pytest.mark.two_rank
 def test_two_ranks_leave_the_same_bytes(copied, tmp_path):
     path = copied()
-    main([str(path)])
+    main([str(path), "evaluation.judge={}"])
     one = files(tmp_path)
+    assert sum(name.endswith(".judge.json") for name in one) == 6
     shutil.rmtree(tmp_path / "run" / "evaluation")
-    both = {"main": main, "argv": [str(path)]}
+    both = {"main": main, "argv": [str(path), "evaluation.judge={}"]}
     assert in_ranks([both], ranks=2, log=tmp_path / "log") == [0, 0], (tmp_path / "log").read_text()
     assert files(tmp_path) == one
 
@@ -274,6 +277,80 @@ def test_a_transformer_that_trained_in_bfloat16_is_scored_in_half_of_the_memory(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+# --- judged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged_rows(monkeypatch) -> list[str]:
+    """The instructions of the edits that are judged while a test runs."""
+    instructions, judge = [], EditJudge.__call__
+
+    def noted(self, instruction, sources, output):
+        instructions.append(instruction)
+        return judge(self, instruction, sources, output)
+
+    monkeypatch.setattr(EditJudge, "__call__", noted)
+    return instructions
+
+
+def test_edits_are_judged_once_they_are_made_and_again_where_the_edit_or_the_judge_is_another(
+    copied, tmp_path, scored_rows, judged_rows, caplog
+):
+    caplog.set_level(logging.INFO, "hf_qie")
+    path = [str(copied()), "--base", "evaluation.rows=2"]
+    own, folder = [*path, "evaluation.judge={}"], tmp_path / "run" / "evaluation"
+    main(own)
+    assert summary(tmp_path)["checkpoints"]["base"]["scores"].keys() >= {*JUDGED, "judge_followed/edit", "edit_score"}
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(0 < line["judge"] < 10 for line in lines)
+    assert "puts 0.0" in caplog.text and "of its probability on the digits that it is asked for" in caplog.text
+    (folder / "base" / f"{ROWS[0]}.png").unlink()
+    main(own)
+    assert (len(scored_rows), len(judged_rows)) == (2 + 1, 2), "the same edit again"
+    main([*own, "evaluation.num_inference_steps=3", "evaluation.rows=1"])
+    assert (len(scored_rows), len(judged_rows)) == (3 + 1, 2 + 1)
+    assert "base: judged again, with another edit" in caplog.text
+    other = tmp_path / "judge"
+    for part in ("text_encoder", "processor"):
+        shutil.copytree(Path(load_recipe(path[0]).model) / part, other, dirs_exist_ok=True)
+    (other / "generation_config.json").write_text("{}")
+    main([*path, f"evaluation.judge.model={other}", "evaluation.num_inference_steps=3", "evaluation.rows=1"])
+    assert (len(scored_rows), len(judged_rows)) == (4, 3 + 1)
+    assert "base: judged again, with another judge" in caplog.text
+    main([*path, "evaluation.num_inference_steps=3", "evaluation.rows=1"])
+    assert not summary(tmp_path)["checkpoints"]["base"]["scores"].keys() & {*JUDGED}
+
+
+def test_the_judge_sees_the_edit_last_and_what_it_is_compared_with_before(copied, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(EditJudge, "__call__", lambda _, *row: seen.append(row) or dict.fromkeys(JUDGED, 1.0))
+    recipe = load_recipe(path := copied(), overrides := ["evaluation.judge={}"])
+    main([str(path), *overrides, "--base"])
+    scorer = Scorer(recipe, scoring_arguments(recipe))
+    for number, (instruction, sources, output) in zip(scorer.numbers, seen, strict=True):
+        _, *expected = scorer.edits.images(number)
+        with Image.open(tmp_path / "run" / "evaluation" / "base" / f"{scorer.edits.name(number)}.png") as made:
+            assert np.array_equal(made.convert("RGB"), output)
+        assert instruction == scorer.edits.instruction(number)
+        assert len(sources) == len(expected) == (2 if scorer.edits.name(number) == "combine-2" else 1)
+        assert all(np.array_equal(one, other) for one, other in zip(sources, expected, strict=True))
+
+
+def test_the_transformer_is_gone_before_the_judge_comes(copied):
+    recipe = load_recipe(copied())
+    scorer = Scorer(recipe, scoring_arguments(recipe))
+    scorer.run(candidates(scorer.folder.parent, base=True, steps=[1], every=False))
+    model = weakref.ref(scorer._model)
+    scorer.release()
+    assert model() is None
+
+
+def test_what_cannot_judge_is_told_before_a_row_is_edited(copied, scored_rows):
+    with pytest.raises(InputError, match="'org/judge' is not a folder here"):
+        main([str(copied()), "evaluation.judge.model=org/judge"])
+    assert not scored_rows
+
+
 # --- the best --------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +359,7 @@ def test_the_best_goes_by_what_is_better_and_is_the_first_of_equals():
     assert best_of(figures, "psnr") == "a"
     assert best_of(figures, "kept_error") == "base"
     assert best_of(figures, "ssim") is None
+    assert best_of({"base": {"judge/edit": 5.0}, "a": {"judge/edit": 6.0}}, "judge/edit") == "a"
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

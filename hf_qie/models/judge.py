@@ -232,7 +232,8 @@ def _put_adapter(model: Any, folder: Path) -> None:
         found = model.load_adapter(str(folder), ignore_mismatched_sizes=True)
     except UNREADABLE as error:
         raise InputError(f"{AT}.adapter: cannot load {folder}: {_first_line(error)}") from error
-    if bad := sorted(map(str, [*found.missing_keys, *found.unexpected_keys, *found.mismatched_keys])):
+    mismatched = [name for name, *_ in found.mismatched_keys]
+    if bad := sorted([*found.missing_keys, *found.unexpected_keys, *mismatched]):
         raise InputError(f"{AT}.adapter: {folder} is not of this model: {bad[0]} is in one of them alone, or differs")
 
 

@@ -62,7 +62,7 @@ def check_metric(recipe: Recipe, tasks: Collection[str]) -> None:
     name, _, task = metric.removeprefix("eval_").partition("/")
     if name in JUDGED:
         raise InputError(
-            f"{at}: {metric!r} is a score of a judge, which score.py has, and no run; give it to that alone"
+            f"{at}: {metric!r} needs a judge, which score.py alone loads; give it to that, as an override"
         )
     if name not in ("loss", *SCORES) or (task and task not in tasks):
         known = ["loss", *(f"loss/{task}" for task in tasks)]

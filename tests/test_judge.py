@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from gpu.judge import agreement
+from gpu.judge import main as measure
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from real_vocabulary import save_tokenizer
@@ -178,7 +182,7 @@ def test_an_adapter_changes_what_the_judge_says_as_its_merged_weights_do(judges,
 
 
 def test_an_adapter_of_an_earlier_release_of_transformers_is_the_same(tiny, tmp_path):
-    """EditScore's are of one that called the layers of Qwen2.5-VL model.layers."""
+    """Which called the layers of Qwen2.5-VL model.layers."""
     folder = adapter(tiny("edit_plus"), tmp_path / "adapter", r=4)
     now = judge_of(tiny("edit_plus"), adapter=str(folder))(INSTRUCTION, [SOURCE], OUTPUT)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -279,3 +283,28 @@ def test_the_hub_is_asked_for_what_is_no_folder_here(tiny):
         with pytest.raises(InputError) as error:
             judge_of(tiny("edit_plus"), **{key: "org/judge"})
         assert f"evaluation.judge.{key}: 'org/judge' is not a folder here" in str(error.value)
+
+
+# --- agreement with people -------------------------------------------------------------------------------------------
+
+
+def test_agreement_counts_pairs_that_people_order_and_correlates_all():
+    rows = [("overall", [3, 2, 1], [9.0, 5.0, 1.0]), ("overall", [1, 2], [4.0, 4.0]), ("consistency", [1, 0], [1, 2])]
+    found = agreement(rows)
+    assert found["overall"] == pytest.approx({"rows": 2, "pairs": 4, "accuracy": 0.75, "spearman": 8 / 85.5**0.5})
+    assert found["consistency"] == pytest.approx({"rows": 1, "pairs": 1, "accuracy": 0, "spearman": -1})
+
+
+def test_a_bench_is_read_by_its_columns_and_an_edit_judged_once(tiny, tmp_path, monkeypatch):
+    features = {"text": Value("string"), "source": ImageFeature(), "edits": List(ImageFeature())}
+    row = {"text": INSTRUCTION, "source": SOURCE, "edits": [OUTPUT, noise(2)]}
+    rows = [row | {"of": "consistency"}, row | {"of": "prompt_following"}, row | {"of": "overall"}]
+    Dataset.from_list(rows, features=Features(features | {"of": Value("string")})).to_parquet(tmp_path / "a.parquet")
+    asked, judge = [], EditJudge.__call__
+    monkeypatch.setattr(EditJudge, "__call__", lambda self, *one: asked.append(judge(self, *one)) or asked[-1])
+    columns = ["--instruction", "text", "--source", "source", "--outputs", "edits", "--dimension", "of"]
+    found = measure([str(tmp_path), "--checkpoint", str(tiny("edit_plus")), *columns])
+    assert len(asked) == 2
+    for dimension, score in (("consistency", "judge_preserved"), ("prompt_following", "judge_followed")):
+        assert found[dimension]["accuracy"] == float(asked[0][score] > asked[1][score])
+    assert found["overall"]["accuracy"] == float(asked[0]["judge"] > asked[1]["judge"])

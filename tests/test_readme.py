@@ -19,7 +19,7 @@ from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Task, Trainable, load
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
 from hf_qie.data.schema import GRID, GRIDS
 from hf_qie.demo.run import STAGES
-from hf_qie.measures.edits import SCORES
+from hf_qie.measures.edits import JUDGED, SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -133,8 +133,9 @@ def test_the_mix_of_the_demo_is_what_the_recipe_draws():
 
 
 def test_the_scores_explained_are_those_that_there_are():
-    (found,) = (table for table in tables(README) if table[0][0] == "`edit_score`")
-    assert [row[0].strip("`") for row in found] == [*SCORES]
+    for scores in (SCORES, JUDGED):
+        (found,) = (table for table in tables(README) if table[0][0] == f"`{next(iter(scores))}`")
+        assert [row[0].strip("`") for row in found] == [*scores]
 
 
 def messages() -> str:

@@ -121,6 +121,7 @@ def test_images_stand_before_the_question_sources_first(judges, kind):
         assert text.index("What?") > text.rindex("<|vision_end|>")
         assert text.count("<|vision_start|>") == len(seen)
     assert judge(INSTRUCTION, [SOURCE], OUTPUT) != judge(INSTRUCTION, [OUTPUT], SOURCE)
+    assert "mm_token_type_ids" in inputs, "without it images have positions in one dimension"
 
 
 def test_each_question_has_the_images_it_asks_about(judges, monkeypatch):

@@ -48,7 +48,14 @@ def judge_edits(scorer: Scorer, chosen: Sequence[Candidate], judge: EditJudge) -
 
 def _jobs(scorer: Scorer, chosen: Sequence[Candidate], judge: EditJudge) -> list[tuple[str, int, dict[str, Any]]]:
     """(candidate, number, made_with) of the rows to judge: those without a file, or made with other values."""
-    jobs, known = [], {"judge": digest(judge.files), "questions": questions_digest(), "arithmetic": str(judge.dtype)}
+    jobs, known = (
+        [],
+        {
+            "judge": digest(judge.files),
+            "questions": questions_digest(),
+            "arithmetic": str(judge.dtype).removeprefix("torch."),
+        },
+    )
     for candidate in chosen:
         changed: set[str] = set()
         for number, row in zip(scorer.numbers, scorer.rows(candidate, judged=False), strict=True):

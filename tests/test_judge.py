@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,26 @@ def test_qwens_own_vocabulary_has_a_token_for_each_digit_and_two_for_10(built_on
 def test_a_model_of_its_own_folder_judges_as_the_checkpoint_with_the_same_weights(judges, tiny, standing_alone):
     judge = judge_of(tiny("text_to_image"), model=str(standing_alone))
     assert judge(INSTRUCTION, [SOURCE], OUTPUT) == judges["qwen_image_21"](INSTRUCTION, [SOURCE], OUTPUT)
+
+
+def test_of_a_model_on_the_hub_its_own_files_are_fetched_and_no_pickle_or_code(
+    judges, tiny, standing_alone, tmp_path, loopback_hub
+):
+    for name in ("model.bin", "code.py", "onnx/model.safetensors", "README.md"):
+        (standing_alone / name).parent.mkdir(exist_ok=True)
+        (standing_alone / name).write_text("nothing to fetch")
+    loopback_hub.upload("org/judge", standing_alone)
+    loopback_hub.upload("org/adapter", adapter(tiny("qwen_image_21"), tmp_path / "adapter", r=4))
+    code = "import torch; from hf_qie.config.evaluation import Judge; from hf_qie.models.judge import EditJudge\n"
+    code += "judge = EditJudge(Judge(model='org/judge', adapter='org/adapter'), checkpoint='none', revision=None, "
+    code += "device=torch.device('cpu'))\n"
+    code += "print(*sorted(path.name for folder in (*judge.folders, judge.adapter) for path in folder.iterdir()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=loopback_hub.environment(tmp_path / "home"), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    own = {path.name for path in judges["qwen_image_21"].files}
+    assert set(done.stdout.split()) == own | {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_an_adapter_changes_what_the_judge_says_as_its_merged_weights_do(judges, tiny, tmp_path):

@@ -33,13 +33,10 @@ from hf_qie.runtime.hub_errors import hub_errors
 AT = "evaluation.judge"
 ANSWERS = "0123456789"
 AREA_PX = 1024 * 1024  # larger images are shrunk to it, smaller ones stay: the area that the pipelines work in
-FOLLOWED, PRESERVED, QUALITY = QUESTIONS = (
-    "judge_followed",
-    "judge_preserved",
-    "judge_quality",
-)  # files beside this one
+FOLLOWED, PRESERVED, QUALITY = "judge_followed", "judge_preserved", "judge_quality"
+QUESTIONS = FOLLOWED, PRESERVED, QUALITY  # each in a file beside this one
 ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
-UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, NotImplementedError)
+UNREADABLE = (OSError, SafetensorError, ImportError, RuntimeError, ValueError, TypeError, LookupError)
 Answer = tuple[float, float]  # a score, 0 to 10, and the probability that is on the answers
 
 
@@ -103,7 +100,7 @@ class EditJudge:
         judge = sqrt(min(judge_followed, judge_preserved) * judge_quality), as VIEScore has it (Ku et al. 2023, arXiv
         2312.14867) and GEdit-Bench (Liu et al. 2025, arXiv 2504.17761). Its quality, too, is judged without sources.
         judge_mass is the mean over the questions of the probability that is on the answers: where it is small, the
-        model does not answer, and what it thinks of the answers means little.
+        model would rather say something else, and its scores mean little.
         """
         asked = {FOLLOWED: [*sources, output], PRESERVED: [*sources, output], QUALITY: [output]}
         if not sources:

@@ -1,6 +1,7 @@
 """Evaluation on held-out rows: the same at every call, without a trace in training, and it picks what is exported."""
 
 import json
+import logging
 import random
 import shutil
 from pathlib import Path

@@ -10,9 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from hf_qie import check
+from hf_qie.config.data import Columns
 from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import (
-    Columns,
     Extract,
     Lora,
     Loss,

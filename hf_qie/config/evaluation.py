@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
+from hf_qie.config.data import Data
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import Count, Section, Steps, Weight, Whole
 
@@ -16,6 +17,7 @@ class Evaluation(Section):
     rows: Count = Field(16, description="held-out rows, of each task in turn")
     num_inference_steps: Steps = 20
     true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
+    regression: Data | None = Field(None, description="rows for score.py --regression, which names their data")
 
 
 def with_evaluation(training: Mapping[str, Any], every: int) -> dict[str, Any]:

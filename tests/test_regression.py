@@ -25,6 +25,7 @@ from hf_qie.models.prompt_encoder import PromptEncoder
 from hf_qie.score import main
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "attention"}}
+CAPTIONS = "evaluation.regression.columns.captions=[prompt]"
 COLUMNS = "evaluation.regression.columns={sources: input, captions: [prompt]}"
 
 
@@ -88,10 +89,11 @@ def parquet(rows, tmp_path) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
+    """What a launch leaves, without its embedding set and what names that by its fingerprint."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and "embeddings" not in path.parts
+        if path.is_file() and "embeddings" not in path.parts and not path.match("regression-*.json")
     }
 
 
@@ -173,7 +175,7 @@ def test_two_ranks_leave_the_same_bytes(recipe, parquet, tmp_path):
 
 
 def test_rows_are_spread_over_the_data_and_without_sources_an_image_is_made_from_text(trained, tmp_path):
-    lines = [{"prompt": f"Image {number}."} for number in range(9)] + [{"prompt": " "}]
+    lines = [{"input": None, "prompt": f"Image {number}."} for number in range(9)] + [{"prompt": " "}]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = [f"evaluation.regression.data={tmp_path / 'texts.jsonl'}", COLUMNS]
     gather(load_recipe(trained / "recipe.yaml", more), tmp_path / "rows")
@@ -197,8 +199,15 @@ def test_the_table_has_the_difference_to_the_base():
     ("options", "told"),
     [
         (["--regression", "nowhere.jsonl"], "evaluation.regression.data: file not found: nowhere.jsonl"),
-        (["--regression", "TEXT"], "evaluation.regression.columns.captions: no row has a text in instruction, instr"),
-        (["--regression", "PARQUET"], "evaluation.regression.columns.sources: no row has source_image; there are inp"),
+        (["--regression", "TEXT"], "evaluation.regression.columns.captions: no row has instruction or instruction_cn"),
+        (
+            ["--regression", "TEXT", CAPTIONS],
+            "regression.columns.sources: no row has source_image; there are input, ou",
+        ),
+        (
+            ["--regression", "PARQUET", CAPTIONS],
+            "evaluation.regression.columns.sources: no row has source_image; there are inp",
+        ),
         (["--regression", "TEXT", "--keep_best"], "--keep_best: goes by the scores of held-out rows; leave --regress"),
     ],
 )

@@ -28,6 +28,7 @@ from hf_qie.data.schema import SOURCES, TARGET
 from hf_qie.data.tables import DataRow, Table
 from hf_qie.errors import InputError
 from hf_qie.extraction.run import TOO_MANY_BAD, extract
+from hf_qie.models.base import read_family
 from hf_qie.runtime.files import write_durably
 from hf_qie.runtime.rules import show
 
@@ -71,7 +72,7 @@ def gather(recipe: Recipe, folder: Path) -> None:
     Raises InputError where the data cannot be read, or has no row with an instruction.
     """
     data = recipe.evaluation.regression
-    columns = data.columns
+    columns = data.columns.model_copy(update={"inverse_captions": ()})
     if not (has_target := "target" in columns.model_fields_set):
         first = columns.sources if isinstance(columns.sources, str) else columns.sources[0]
         columns = columns.model_copy(update={"target": first})  # one that there is
@@ -84,17 +85,29 @@ def gather(recipe: Recipe, folder: Path) -> None:
         raise InputError(
             told if has_target else told.replace(f"{AT}.columns.target", f"{AT}.columns.sources")
         ) from None
+    _check_columns(rows, columns, needs_sources=read_family(recipe.model, revision=recipe.revision).max_sources != 0)
     usable = list(_usable(rows, columns, has_target=has_target))
     if not usable:
-        names = ", ".join(sorted({name for *_, values in rows for name in values}))
-        wanted = ", ".join(columns.captions)
-        raise InputError(f"{AT}.columns.captions: no row has a text in {wanted}; there are {names}")
+        raise InputError(f"{AT}.columns.captions: no row has a text in {', '.join(columns.captions)}")
     if len(usable) < len(rows):
         logger.warning("%s: %d of %d rows have no instruction", AT, len(rows) - len(usable), len(rows))
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     places = np.linspace(0, len(usable) - 1, min(len(usable), recipe.evaluation.rows)).round().astype(int)
     lines = [_line(recipe, usable[place], table, folder) for place in places]
     write_durably(folder / ROWS, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+
+
+def _check_columns(rows: Sequence[DataRow], columns: Columns, *, needs_sources: bool) -> None:
+    """Raise InputError where no row has a column that is needed."""
+    names = {name for *_, values in rows for name in values}
+    sources = [columns.sources] if isinstance(columns.sources, str) else columns.sources
+    needed = {"captions": columns.captions, "target": [columns.target], "sources": sources if needs_sources else ()}
+    for key, wanted in needed.items():
+        if wanted and names.isdisjoint(wanted) and (key != "target" or columns.target not in sources):
+            there = ", ".join(sorted(names))
+            raise InputError(
+                f"{AT}.columns.{key}: no row has {' or '.join(wanted)}; there are {there}: name the column"
+            )
 
 
 def _usable(rows: Sequence[DataRow], columns: Columns, *, has_target: bool) -> Iterator[Usable]:

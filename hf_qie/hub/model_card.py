@@ -46,8 +46,7 @@ def model_card(
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {**licence, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
     ours["pipeline_tag"] = "text-to-image" if family.max_sources == 0 else "image-to-image"
-    if on_hub:
-        ours |= {"base_model": recipe.model, "base_model_relation": relation}
+    ours |= {"base_model": recipe.model, "base_model_relation": relation} if on_hub else {}
     body = rendered(
         "model_card.md",
         title=repo or trained.name,
@@ -91,9 +90,8 @@ def _scores(summary: Mapping[str, Any], step: int) -> dict[str, Any]:
     """
     found, data = summary["checkpoints"], summary.get("data")
     last = max(found, key=lambda name: found[name]["step"])
-    shown = {
-        name: one for name, one in found.items() if one["step"] in (0, step) or name in (summary.get("best"), last)
-    }
+    names = {summary.get("best"), last, *(name for name, one in found.items() if one["step"] in (0, step))}
+    shown = {name: one for name, one in found.items() if name in names}
     base = next((one["scores"] for one in found.values() if one["step"] == 0), {})
     lines = []
     for name, score in (SCORES | FOREIGN).items():

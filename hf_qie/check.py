@@ -9,8 +9,12 @@ The first opens the header of every image and counts the tokens of every caption
 each task what extract.py will find and write. It leaves a contact sheet and a list of odd rows of each task under
 <extract.output_dir>/first-look: check there that sources and targets are not swapped. Odd rows are bad ones,
 duplicates, rows without a caption, pairs whose aspect differs by more than 1 % (of several sources the last one
-counts), and images of less than half the side of extract.image_sample_size. Beside them noise-levels.png shows how
-often train.py will draw which noise level, with which weight, and where the pipeline samples.
+counts), and images of less than half the side of extract.image_sample_size. The images of up to 256 rows of a task,
+spread evenly, are decoded and compared: odd are targets with the pixels of their source and, where most rows show the
+same in source and target, those that are shifted, scaled or stretched by more than 2 px of the size in training, the
+worst first. Tasks whose sources show something else, as of a subject, are told by that and have none. Beside them
+noise-levels.png shows how often train.py will draw which noise level, with which weight, and where the pipeline
+samples.
 The second forecasts what training takes of each GPU, for the largest micro-batch of the sets, or of rows that have
 none yet, and what extracting these takes. --gpu_memory says whether training fits a card that is sold with so many
 GB, and else lists the fewest changes by which it does.

@@ -134,7 +134,7 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
     assert out.startswith("odd: 12 rows\n")
     assert told["sources of a row"] == "1 with 0, 10 with 1, 1 with 2"
     assert told["buckets"] == "4; 28.6% of the draws from buckets of fewer rows than a batch, 2"
-    assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0"]
+    assert [told[kind] for kind in KINDS] == ["5", "2", "1", "1", "3", "0", "0"]
     assert "  bad row: row 5: source_image: wide.png: 900 x 100 pixels are longer than 8 to 1\n" in out
     folder = odd.parent / "sets" / "first-look"
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("odd.png", "noise-levels.png"))

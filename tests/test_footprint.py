@@ -53,8 +53,12 @@ def test_of_the_released_checkpoint_a_lora_trains_what_its_preset_says(tmp_path,
 
 
 def test_sharded_full_fine_tuning_takes_sixteen_bytes_a_parameter_over_the_devices(tmp_path):
-    found = Footprint(build_model(released(tmp_path), empty=True), optimizer="adamw_torch", num_shards=8)
+    model = build_model(released(tmp_path), empty=True)
+    found = Footprint(model, optimizer="adamw_torch", num_shards=8)
     assert found.num_parameters == NUM_PARAMETERS
+    averaged = Footprint(model, optimizer="adamw_torch", num_shards=8, averaged=True)
+    assert averaged.average_bytes == found.gradient_bytes
+    assert f"GB of optimizer state, {found.gradient_bytes / 1e9:.1f} GB of averages; " in str(averaged)
     total = found.weight_bytes + found.gradient_bytes + found.state_bytes
     assert total == pytest.approx(16 * NUM_PARAMETERS / 8, rel=0.01)  # but for the last block's frozen tensors
 

@@ -99,6 +99,8 @@ class Measure(TrainerCallback):
         for state in self.trainer.optimizer.state.values():
             for value in state.values():
                 yield from storages(value)
+        for average in self.trainer.ema.average.shadow_params if self.trainer.ema else ():
+            yield from storages(average)
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == args.max_steps:
@@ -154,6 +156,16 @@ def test_the_forecast_is_what_a_step_takes(
     assert forecast(run).peak == pytest.approx(measured.peak, rel=0.05)  # within 3 % where this was written
 
 
+def test_the_forecast_is_what_a_step_with_averages_takes(tiny, tmp_path):
+    training = NO_SAVING | {"per_device_train_batch_size": 1}
+    recipe = load_recipe(write_recipe(tmp_path, tiny(), training=training, mix={"same_shape": 1}, ema={"every": 1}))
+    trainer, _ = build_trainer(recipe, open_sets(recipe))
+    trainer.add_callback(measured := Measure(trainer))
+    trainer.train()
+    run = Run(recipe=recipe, shape=Shape(grids=((4, 4), (2, 4)), num_tokens=9), precision="no", device="cpu")
+    assert forecast(run).peak == pytest.approx(measured.peak, rel=0.05)
+
+
 SMALL, LARGE = ((32, 32), (64, 64)), ((64, 64), (64, 64))  # a target of 512 or 1024 px, and a source of 1024 px
 
 
@@ -197,6 +209,16 @@ def test_the_vae_is_named_with_what_it_takes_where_it_is(tmp_path):
     notes = [report(run, found).splitlines()[1].partition("1.00 GB")[2] for run in (alone, sharded, encodes, none)]
     vae = "  with 0.25 GB of the VAE"
     assert notes == [vae, f"{vae}, on rank 0 alone", vae, ""]
+
+
+@pytest.mark.parametrize(("trainable", "num_ranks"), [(LORA, 1), ({}, 8)], ids=["lora", "sharded"])
+def test_averages_take_one_more_float_of_what_trains(tmp_path, small, trainable, num_ranks):
+    training = {"gradient_accumulation_steps": 2}
+    without = load_recipe(write_recipe(tmp_path, small, trainable=trainable, training=training))
+    fsdp = {"reshard_after_forward": True} if num_ranks > 1 else {}
+    run = Run(recipe=without, shape=Shape(grids=SMALL, num_tokens=9), num_ranks=num_ranks, fsdp=fsdp)
+    averaged = replace(run, recipe=load_recipe(without.path, ["ema={}"]))
+    assert forecast(averaged).weights - forecast(run).weights == forecast(run).gradients > 0
 
 
 def test_a_streamed_block_leaves_the_device_but_for_two_slots(tmp_path):

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "hf_qie"
 # Read top to bottom: a module imports only what stands before it.
 LAYERS = (
     "errors plots measures.registration measures.edits runtime.rules runtime.yaml_io runtime.files runtime.cli "
-    "runtime.ranks runtime.device runtime.ledger runtime.memory_tracker runtime.lock config.training_args "
+    "runtime.ranks runtime.device runtime.ledger runtime.memory_tracker runtime.lock config.training_args config.ema "
     "config.memory config.data config.evaluation config.recipe config.launch runtime.hub_errors models.checkpoint "
     "models.lora_files models.prompts models.base models.denoising models.official models.quantization "
     "models.templates models.prompt_encoder models.image_latents models.tiny_parts models.qwen_image.text_encoder "
@@ -25,10 +25,11 @@ LAYERS = (
     "extraction.chunk_writer extraction.set_writer extraction.run extract extraction.firered convert training.losses "
     "training.objective training.fsdp training.offloading training.model training.cost training.precision "
     "training.stand_ins training.forecast training.fit training.metrics training.evaluation training.held_out_edits "
-    "training.image_grid training.edit_evaluation training.checkpoints training.dcp_reader training.callbacks "
-    "training.trainer training.sets training.setup train hub.trained_run hub.export_formats hub.model_card export "
-    "hub.sampler sampling hub.scoring hub.score_report hub.foreign_rows hub.regression score extraction.stats "
-    "extraction.contact_sheet extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
+    "training.image_grid training.edit_evaluation training.checkpoints training.ema training.dcp_reader "
+    "training.callbacks training.trainer training.sets training.setup train hub.trained_run hub.export_formats "
+    "hub.model_card export hub.sampler sampling hub.scoring hub.score_report hub.foreign_rows hub.regression score "
+    "extraction.stats extraction.contact_sheet extraction.pairs extraction.first_look extraction.verify check "
+    "demo.shapes demo.tiny demo.run "
 ).split()
 
 

@@ -14,8 +14,8 @@ from datasets import Dataset, Features, Value
 from test_layout import LAYERS, PACKAGE
 from transformers import TrainingArguments
 
-from hf_qie.config.evaluation import Evaluation
-from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Sampling, Task, Trainable, load_recipe
+from hf_qie.config.evaluation import Evaluation, Sampling
+from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Task, Trainable, load_recipe
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
 from hf_qie.data.schema import GRID, GRIDS
 from hf_qie.demo.run import STAGES

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from hf_qie import check
 from hf_qie.config.data import Columns
+from hf_qie.config.evaluation import Sampling
 from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import (
     Extract,
@@ -18,7 +19,6 @@ from hf_qie.config.recipe import (
     Loss,
     Mix,
     Recipe,
-    Sampling,
     Task,
     Trainable,
     as_dict,
@@ -120,7 +120,7 @@ def test_nothing_in_a_recipe_can_be_changed(write):
 BAD_FILES = {
     "tasks: {portraits: {data: a, wieght: 1}}": "tasks.portraits.wieght: unknown key, did you mean 'weight'?",
     GOOD + "zzz: 1": "zzz: unknown key, known: model, revision, seed, tasks, extract, mix, loss, trainable, "
-    "memory, sampling, evaluation, training",
+    "ema, memory, sampling, evaluation, training",
     "seed: 1": "tasks: missing",
     "tasks: {}": "tasks: expected at least one task with a weight above 0",
     "tasks: {a: {data: x, weight: 0}}": "tasks: expected at least one task with a weight above 0",
@@ -239,7 +239,7 @@ def test_a_merge_key_brings_what_the_section_does_not_say_itself(write):
         (
             '{"<<": 1}',
             "lora.yaml: <<: unknown key, known: model, revision, seed, tasks, extract, mix, loss, "
-            "trainable, memory, sampling, evaluation, training",
+            "trainable, ema, memory, sampling, evaluation, training",
         ),
         ("seed: !!int x\n", "lora.yaml: invalid literal for int() with base 10: 'x'"),
     ],

@@ -1,4 +1,4 @@
-"""The recipe's section `evaluation`: held-out rows that are edited and scored, while training and by score.py."""
+"""The sections `sampling` and `evaluation`: images of held-out rows while training, and scores of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,15 @@ from pydantic import Field
 from hf_qie.config.data import Data
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import Count, Section, Steps, Weight, Whole
+
+
+class Sampling(Section):
+    """The image grid while training."""
+
+    every: Whole = Field(0, description="steps; 0: none")
+    rows: Count = Field(4, description="held-out rows at fixed seeds")
+    num_inference_steps: Steps = 20
+    true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
 
 
 class Evaluation(Section):

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from hf_qie.config.data import Data
-from hf_qie.config.evaluation import Evaluation, with_evaluation
+from hf_qie.config.ema import Ema, check_ema
+from hf_qie.config.evaluation import Evaluation, Sampling, with_evaluation
 from hf_qie.config.memory import Memory, check_memory
 from hf_qie.config.training_args import check_training, training_arguments, training_schema
 from hf_qie.errors import InputError
@@ -31,7 +32,6 @@ from hf_qie.runtime.rules import (
     Seed,
     Share,
     Side,
-    Steps,
     Table,
     Weight,
     Whole,
@@ -126,15 +126,6 @@ class Trainable(Section):
     low_lr_modules: Annotated[tuple[Name, ...], Listed, One] = Field((), description="train at half the rate")
 
 
-class Sampling(Section):
-    """The image grid while training."""
-
-    every: Whole = Field(0, description="steps; 0: none")
-    rows: Count = Field(4, description="held-out rows at fixed seeds")
-    num_inference_steps: Steps = 20
-    true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
-
-
 def _named(tasks: Mapping[str, Task]) -> Mapping[str, Task]:
     """Give each task its name."""
     return MappingProxyType({name: task.model_copy(update={"name": name}) for name, task in tasks.items()})
@@ -152,6 +143,7 @@ class Recipe(Section):
     mix: Mix = Field(default_factory=Mix)
     loss: Loss = Field(default_factory=Loss)
     trainable: Trainable = Field(default_factory=Trainable)
+    ema: Ema | None = Field(None, description="null: the last step's weights are evaluated and saved")
     memory: Memory = Field(default_factory=Memory)
     sampling: Sampling = Field(default_factory=Sampling)
     evaluation: Evaluation = Field(default_factory=Evaluation)
@@ -261,6 +253,7 @@ def _check_together(recipe: Recipe) -> None:
         if inverse > forward:
             message = f"got {inverse} for {forward} captions; the i-th is the inverse of the i-th"
             raise InputError(f"tasks.{name}.columns.inverse_captions", message)
+    check_ema(recipe.ema, training=recipe.training)
     check_memory(recipe.memory, lora=recipe.trainable.lora is not None, training=recipe.training)
     if not any(task.weight for task in recipe.tasks.values()):
         raise InputError("tasks", "expected at least one task with a weight above 0")

@@ -8,6 +8,7 @@ from hf_qie.config.training_args import training_arguments
 from hf_qie.errors import InputError
 from hf_qie.extraction.contact_sheet import contact_sheet
 from hf_qie.extraction.estimate import check_space
+from hf_qie.extraction.pairs import compare_pairs
 from hf_qie.extraction.plan import Plan
 from hf_qie.extraction.stats import report, survey
 from hf_qie.models.base import Family
@@ -29,9 +30,11 @@ def first_look(recipe: Recipe, family: Family, plans: Mapping[str, Plan], show: 
     num_bytes, problems = {}, []
     for name, plan in plans.items():
         found = survey(plan, processor)
+        pairs = compare_pairs(found)
+        found.findings += pairs.findings
         sheet = folder / f"{name}.png"
         contact_sheet(plan, seed=recipe.seed).save(sheet)
-        show(report(found, recipe.mix, batch_rows=batch_rows, findings=folder / f"{name}.jsonl"))
+        show(report(found, recipe.mix, batch_rows=batch_rows, pairs=str(pairs), findings=folder / f"{name}.jsonl"))
         show(f"  {sheet}: check that sources and targets are not swapped\n")
         num_bytes[name] = found.num_bytes
         problems += found.problems()

@@ -28,7 +28,7 @@ from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind in the report; all are in the file
-KINDS = ("bad row", "source equals target", "duplicate", "no caption", "other aspect", "small image")
+KINDS = ("bad row", "source equals target", "duplicate", "no caption", "other aspect", "small image", "misaligned")
 ASPECT = 0.01  # how far the aspect of a target may be from that of its last source
 SMALL = 0.5  # of the side of extract.image_sample_size; an image with less is enlarged to more than twice its size
 
@@ -178,8 +178,8 @@ def largest_shape(recipe: Recipe) -> Shape:
     return replace(largest(shapes), rows=draws // of_row, draws_per_row=of_row)
 
 
-def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:
-    """All about a task on one page; the file `findings` gets every finding, one JSON object a line."""
+def report(found: Survey, mix: Mix, *, batch_rows: int, pairs: str, findings: Path) -> str:
+    """All about a task, and its `pairs`, on one page; `findings` gets every finding, one JSON object a line."""
     images = [("", "number", "smallest", "median", "largest", "sizes")]
     for name, sizes in found.sizes.items():
         if sizes:
@@ -195,6 +195,7 @@ def report(found: Survey, mix: Mix, *, batch_rows: int, findings: Path) -> str:
     small_buckets = f"{small:.1%} of the draws from buckets of fewer rows than a batch, {batch_rows}"
     figures = {"sources of a row": ", ".join(counts), "buckets": f"{num_buckets:,}; {small_buckets}"}
     figures |= {kind: f"{len(found.found(kind)):,}" for kind in KINDS}
+    figures |= {"aligned pairs": pairs} if pairs else {}
     figures["on disk"] = f"{found.num_bytes / 1e6:,.1f} MB"
     width = max(map(len, figures))
     lines = [*aligned(images), "", *aligned(captions), "", *(f"{k:<{width}}  {v}" for k, v in figures.items())]

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from skimage.metrics import structural_similarity
 from skimage.morphology import closing, dilation, footprint_rectangle, opening
 
-from hf_qie.measures.registration import MIN_WINDOWS, register
+from hf_qie.measures.registration import Registration, register
 
 ASPECT = 0.01  # how far the aspect of the last source may be from the target's to be compared with it
 SAME_LEVELS = 8  # a smaller difference of blurred images is noise of JPEG and VAE, or a change of the whole tone
@@ -20,6 +20,7 @@ CELLS = 256  # across the shorter side: what differs is found on cells of so man
 BLUR = 0.01  # of the shorter side, at least one pixel, before differences are taken
 ALIGNED_PX = 2.0  # a pair is aligned if no pixel is farther from its place
 MIN_SHARE = 0.001  # of the pixels, below which a part of an image has no score
+MIN_KEPT = 0.05  # of the pixels, which less than four windows fit into
 KEPT_LEVELS = 16.0  # of kept_error, with which an output counts for 1/e
 MOST_DB = 100.0  # PSNR of equal images
 
@@ -160,15 +161,25 @@ def compare(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndar
 def are_aligned(source: np.ndarray, target: np.ndarray, kept: np.ndarray) -> bool:
     """Whether what is in both images of one size is in the same place, to 2 px.
 
-    By their registration; where most differs and it knows none, by that of the pixels that are equal, `kept`. Of
-    images without detail in common, aligned are those with equal pixels.
+    By their registration; of images without detail in common, aligned are those with equal pixels, `kept`.
+    """
+    found = register_pair(source, target, kept)
+    return found.farthest_px <= ALIGNED_PX if found.is_known else not found.can_tell and _is_enough(kept)
+
+
+def register_pair(source: np.ndarray, target: np.ndarray, kept: np.ndarray | None = None) -> Registration:
+    """`register` the target against the source; where most differs and no motion is known, on the equal pixels alone.
+
+    These are `kept` of `compare`; pixels with detail that are equal say that nothing moved.
     """
     found = register(target, source)
-    if not found.is_known:
-        if found.num_windows < MIN_WINDOWS:
-            return _is_enough(kept)
-        found = register(target, source, kept)
-    return found.is_known and found.farthest_px <= ALIGNED_PX
+    if found.is_known or not found.can_tell:
+        return found
+    kept = compare(source, target)[1] if kept is None else kept
+    if kept.mean() < MIN_KEPT:
+        return found
+    on_kept = register(target, source, kept)
+    return on_kept if on_kept.is_known else found
 
 
 def psnr(output: np.ndarray, target: np.ndarray) -> float:

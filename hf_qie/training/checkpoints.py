@@ -34,7 +34,7 @@ WHOLE_BYTES = 1 << 30  # larger files are checked by samples: minutes of reading
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 NAMED = 5  # keys of a message
 # Sections of the recipe that must not change, beside the sets and the size of a step.
-SAME = ("model", "revision", "seed", "mix", "loss", "trainable")
+SAME = ("model", "revision", "seed", "mix", "loss", "trainable", "ema")
 # Of the identity: keys that older checkpoints lack, and what they had.
 ADDED = {"mix.draws_per_row": 1, "loss.edit_weight": 0.0}
 # Of TrainingArguments, what decides the learning rate and how the optimizer works.

@@ -54,10 +54,10 @@ POINTS = ((1, 16, 0, 16), (2, 16, 0, 16), (1, 32, 0, 16), (1, 16, 16, 16), (1, 1
 class Footprint:
     """Parameters in all, and bytes on one device; activations, gathered weights and the VAE come on top."""
 
-    def __init__(self, model: nn.Module, *, optimizer: str, num_shards: int):
+    def __init__(self, model: nn.Module, *, optimizer: str, num_shards: int, averaged: bool = False):
         """Of `model`, which may be on the meta device, sharded over `num_shards` devices.
 
-        `optimizer` is TrainingArguments' name for it.
+        `optimizer` is TrainingArguments' name for it; `averaged`: the recipe has `ema`.
         """
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -66,6 +66,7 @@ class Footprint:
         self.num_lora_layers = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
         self.weight_bytes = sum(parameter.nbytes for parameter in parameters) / num_shards
         self.gradient_bytes = sum(parameter.nbytes for parameter in trained) / num_shards
+        self.average_bytes = self.gradient_bytes if averaged else 0
         of_one = STATE_BYTES.get(optimizer)  # None: of an optimizer that is not known here
         self.state_bytes = None if of_one is None else of_one * self.num_trained / num_shards
 
@@ -77,10 +78,11 @@ class Footprint:
 
     def __str__(self) -> str:
         state = "an unknown amount" if self.state_bytes is None else f"{self.state_bytes / 1e9:,.1f} GB"
+        averages = f", {self.average_bytes / 1e9:,.1f} GB of averages" if self.average_bytes else ""
         return (
             f"{self.counts}; estimated per device: "
             f"{self.weight_bytes / 1e9:,.1f} GB of weights, {self.gradient_bytes / 1e9:,.1f} GB of gradients, "
-            f"{state} of optimizer state; activations come on top"
+            f"{state} of optimizer state{averages}; activations come on top"
         )
 
 

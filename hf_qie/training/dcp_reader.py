@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import metadata as kinds
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from hf_qie.errors import InputError
+from hf_qie.training.ema import AVERAGE, EMA_FOLDER
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"  # accelerate's name for it
 REMEDY = "export a checkpoint of a run of your own"
@@ -81,19 +84,33 @@ def _read_metadata(folder: Path) -> Metadata:
 def sharded_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """The model's tensors in a sharded checkpoint by name, each read in one piece when it is called for.
 
-    Raises InputError where the files hold anything but tensors.
+    Of a run with `ema` those that trained are averages. Raises InputError where the files hold anything but tensors.
     """
-    folder = folder / MODEL_FOLDER
+    averages, folder = folder / EMA_FOLDER, folder / MODEL_FOLDER
     reader, metadata = dcp.FileSystemReader(folder), _read_metadata(folder)
     reader.read_metadata = lambda *_, **__: metadata  # its own would unpickle it; tensors it reads as weights only
     tensors = {}
     for name, described in metadata.state_dict_metadata.items():
         own = name.removeprefix("model.").replace("_checkpoint_wrapped_module.", "")
         tensors[own] = partial(_read_tensor, reader, name, described)
-    return tensors
+    return tensors | (averaged_tensors(averages) if averages.is_dir() else {})
 
 
-def _read_tensor(reader: dcp.FileSystemReader, name: str, described: TensorStorageMetadata) -> Tensor:
+def averaged_tensors(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """The averages in a checkpoint's folder `ema/`, as `sharded_tensors` has them."""
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        described = reader.read_metadata().state_dict_metadata
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: is refused, {error}; {REMEDY}") from error
+    return {
+        name.removeprefix(AVERAGE): partial(_read_tensor, reader, name, one)
+        for name, one in described.items()
+        if name.startswith(AVERAGE)
+    }
+
+
+def _read_tensor(reader: dcp.StorageReader, name: str, described: TensorStorageMetadata) -> Tensor:
     tensor = torch.empty(described.size, dtype=described.properties.dtype)
     with warnings.catch_warnings(action="ignore"):  # it warns of no_dist
         try:

@@ -198,8 +198,10 @@ def report(run: Run, found: Forecast) -> str:
     vae, alone = vae_memory(run), ", on rank 0 alone" * (run.num_ranks > 1 and not run.encodes)
     pixels = run.family.pixels_per_token
     target, *sources = (f"{pixels * width} x {pixels * height} px" for height, width in run.shape.grids)
+    beside = ["and averages of what trains"] * (run.recipe.ema is not None)
+    beside += [f"with {_gb(vae.weights)} GB of the VAE{alone}"] if vae else []
     rows = [
-        ("weights", found.weights, f"with {_gb(vae.weights)} GB of the VAE{alone}" if vae else ""),
+        ("weights", found.weights, ", ".join(beside)),
         ("gradients", found.gradients, ""),
         ("optimizer", found.optimizer, "" if is_known(run.recipe) else "as AdamW: training.optim is not known here"),
         ("activations", found.activations, "and all that is temporary"),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -176,6 +177,9 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
             block = sum(num_bytes(one) for one in blocks_of(model)[2][1].parameters() if not one.requires_grad)
             if run.fsdp:
                 _shard(run, model, mesh)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with ledger.making(WEIGHTS):
+            average = EMAModel(trained, foreach=True) if run.recipe.ema else None
         optimizer = _optimizer(run, model, ledger)
         _wrap(run, model, ledger)
         _follow_parts(model, ledger)
@@ -194,8 +198,10 @@ def _step(run: Run, model: nn.Module, mesh: Any, vae: ForwardMemory | None) -> t
         ledger.start("step")
         if optimizer:
             optimizer.step()
+        model.zero_grad()
+        if average:
+            average.step(trained)
         if run.eval_rows:
-            model.zero_grad()
             ledger.start("evaluation")
             with torch.no_grad():
                 objective.losses(model, _batch(run, model, rows=run.eval_rows, draws_per_row=1), held_out=True)

@@ -54,7 +54,7 @@ class ImageGrid(TrainerCallback):
 
     def _sample(self, step: int) -> None:
         """Ranks share the rows; rank 0 decodes and writes all."""
-        with generators_kept(self.trainer.args.device):
+        with generators_kept(self.trainer.args.device), self.trainer.averaged():
             found = self.edits.shared(self.trainer.model, self.numbers, self.settings)
         if self.trainer.is_world_process_zero():
             folder = self.folder / f"step-{step:06d}"

@@ -270,7 +270,8 @@ def make_model(recipe: Recipe, arguments: TrainingArguments) -> nn.Module:
     if replicas > 1:
         logger.info("FSDP: %d replicas of the model, each sharded over %d ranks", replicas, num_shards)
     _try_packages(arguments, on_paper)
-    footprint = Footprint(on_paper, optimizer=arguments.optim, num_shards=num_shards)
+    how = {"num_shards": num_shards, "averaged": recipe.ema is not None}
+    footprint = Footprint(on_paper, optimizer=arguments.optim, **how)
     # with less on the device than there is of the model, the forecast alone says how much
     logger.info(footprint.counts if kind or recipe.memory.stream_blocks else str(footprint))
     # rank 0 loads and broadcasts

@@ -6,6 +6,7 @@ Letters: B rows, S target tokens.
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hf_qie.errors import InputError
 from hf_qie.training.callbacks import RunCallback, StackTraces
 from hf_qie.training.checkpoints import WEIGHTS_ALONE, misfit, settings_of
 from hf_qie.training.cost import BatchFlops, peak_flops
+from hf_qie.training.ema import MovingAverage
 from hf_qie.training.evaluation import HeldOut, generators_kept
 from hf_qie.training.metrics import LossMeter, Throughput
 from hf_qie.training.model import base_of, build_model, load_weights, low_lr_parameters, save_weights
@@ -58,7 +60,7 @@ class EditTrainer(Trainer):
             their gradients once a step.
         compute_loss: flow matching.
         prediction_step: loss and noise level of each row, for `HeldOut.metrics`.
-        evaluate: leaves the random generators as they were.
+        evaluate: of the averages, if there are any; leaves the random generators as they were.
         log: adds the loss by task and the throughput; raises where the gradient is not finite.
         save_model: weights as diffusers loads them.
 
@@ -106,6 +108,9 @@ class EditTrainer(Trainer):
         peak = peak_flops(args.device, precision=args.mixed_precision)
         flops_of = peak and BatchFlops(build_model(recipe, empty=True), self.objective.family)
         self.throughput = Throughput(self.accelerator, flops_of=flops_of, peak=peak)
+        self.ema = MovingAverage(self) if recipe.ema else None
+        if self.ema:
+            self.add_callback(self.ema)  # before a checkpoint is complete
         self.add_callback(RunCallback(self))
         if args.world_size > 1:
             self.add_callback(StackTraces(args.ddp_timeout))
@@ -193,9 +198,13 @@ class EditTrainer(Trainer):
         """A collated batch on this rank's device."""
         return placed(batch, self.args.device, self.encoder, batch_size=self.recipe.extract.vae_batch_size)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model has its averages meanwhile, where the recipe asks for `ema`; every rank enters."""
+        return self.ema.applied() if self.ema else nullcontext()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's; training goes on as if nothing had been evaluated."""
-        with generators_kept(self.args.device):
+        with generators_kept(self.args.device), self.averaged():
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -218,7 +227,7 @@ class EditTrainer(Trainer):
 
         A checkpoint of sharded state has no transformer in one piece: gathering 20B parameters takes its time. Where
         nothing is sharded these are also the weights to resume from, and keep their dtype; else they are bfloat16 if
-        training computes in it.
+        training computes in it. With `ema` they are the averages, and the rest to resume from is in `ema/`.
         """
         folder, sharded = output_dir or self.args.output_dir, self.args.fsdp and self.args.fsdp_plugin_args
         if _internal_call:
@@ -229,7 +238,8 @@ class EditTrainer(Trainer):
                 return
         to_resume_from = _internal_call and not sharded
         dtype = torch.bfloat16 if self.args.mixed_precision == "bf16" and not to_resume_from else None
-        save_weights(self.model, folder, writes=self.args.should_save, dtype=dtype)
+        with self.averaged():
+            save_weights(self.model, folder, writes=self.args.should_save, dtype=dtype)
         if not _internal_call:
             logger.info("weights saved in %s", folder)
 
@@ -244,4 +254,6 @@ class EditTrainer(Trainer):
         if (reason := misfit(Path(best))) not in (None, WEIGHTS_ALONE):
             raise InputError(f"{best}: the best checkpoint is incomplete: {reason}; export another one of its folder")
         self._load_from_checkpoint(best)
+        if self.ema:
+            self.ema.load(Path(best))
         logger.info("%s is the best checkpoint (%s %g): its weights are saved", best, metric, self.state.best_metric)

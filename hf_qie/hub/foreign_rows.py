@@ -118,7 +118,7 @@ def _usable(rows: Sequence[DataRow], columns: Columns, *, has_target: bool) -> I
         texts = [text[0] if isinstance(text, list) and text else text for text in captions]
         texts = [text for text in texts if isinstance(text, str) and text.strip()]
         if texts:
-            yield number, root, texts[0], values.get(label) or [], values[columns.target] if has_target else None
+            yield number, root, texts[0], values.get(label) or [], values.get(columns.target) if has_target else None
 
 
 def _line(recipe: Recipe, row: Usable, table: Table | None, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
-from hf_qie.config.recipe import SET_COLUMNS
+from hf_qie.config.data import SET_COLUMNS
 from hf_qie.data.embedding_sets import open_set
 from hf_qie.data.provenance import (
     PROVENANCE,

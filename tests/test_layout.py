@@ -11,7 +11,7 @@ PACKAGE = ROOT / "hf_qie"
 LAYERS = (
     "errors plots measures.registration measures.edits runtime.rules runtime.yaml_io runtime.files runtime.cli "
     "runtime.ranks runtime.device runtime.ledger runtime.memory_tracker runtime.lock config.training_args config.ema "
-    "config.memory config.evaluation config.recipe config.launch runtime.hub_errors models.checkpoint "
+    "config.memory config.data config.evaluation config.recipe config.launch runtime.hub_errors models.checkpoint "
     "models.lora_files models.prompts models.base models.denoising models.official models.quantization "
     "models.templates models.prompt_encoder models.image_latents models.tiny_parts models.qwen_image.text_encoder "
     "models.qwen_image.vae models.qwen_image.attention models.qwen_image.transformer models.qwen_image.pipeline "
@@ -26,9 +26,9 @@ LAYERS = (
     "training.precision training.stand_ins training.forecast training.fit training.metrics training.evaluation "
     "training.held_out_edits training.image_grid training.edit_evaluation training.checkpoints training.ema "
     "training.dcp_reader training.callbacks training.trainer training.sets training.setup train hub.trained_run "
-    "hub.export_formats hub.model_card export hub.sampler sampling hub.scoring hub.judging hub.score_report score "
-    "extraction.stats extraction.contact_sheet extraction.pairs extraction.first_look extraction.verify check "
-    "demo.shapes demo.tiny demo.run "
+    "hub.export_formats hub.model_card export hub.sampler sampling hub.scoring hub.judging hub.score_report "
+    "hub.foreign_rows hub.regression score extraction.stats extraction.contact_sheet extraction.pairs "
+    "extraction.first_look extraction.verify check demo.shapes demo.tiny demo.run "
 ).split()
 
 

@@ -346,3 +346,51 @@ def test_of_a_run_that_ended_with_its_best_step_the_card_is_that_steps(run, tiny
     assert "- 2 of 4 steps, the best by `loss`, of 4 rows\n" in text
     assert "_fused\n- from step 1 on: learning_rate 0.1 -> 0.05, weight_decay 0.0 -> 0.5\n- these weights are" in text
     assert re.search(r"\| evaluation \| 2 \| (\S+) \| 2 \| \1 \|", text)
+
+
+SCORED = """
+## Scores
+
+| score | base | step 2 | step 4 | meaning |
+|---|---|---|---|---|
+| `edited` | 0.100 | 0.900 | 0.800 | share of the change from source to target that happened: 0 none, 1 all |
+| `kept_error`, levels | 3.000 |  | 2.500 | mean absolute error where source and target are equal |
+
+1,200 held-out rows. The best by `edited` is step 2.
+
+## Edits that were not trained on
+
+| score | base | step 4 | meaning |
+|---|---|---|---|
+| `changed`, levels | 10.000 | 12.500 (+2.500) | mean absolute difference of output and source |
+| `base_psnr`, dB |  | 31.200 | of the output to what the base makes of the row: how far training moved it |
+
+16 rows of org/bench; in brackets what it differs by from the base.
+
+## Images
+"""
+
+
+def test_scores_are_on_the_card_where_there_are_some(run, tiny, tmp_path):
+    """Of the base, the best, the last, and the weights that are exported."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("org/base", str(tiny()), 1))
+    export.main([str(copy), "--output", str(tmp_path / "without")])
+    assert "## Scores" not in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    scores = {0: {"edited": 0.1, "kept_error": 3.0}, 1: {"edited": 0.5}}
+    scores |= {2: {"edited": 0.9, "edited/edit": 1.0}, 4: {"edited": 0.8, "kept_error": 2.5}}
+    names = {step: f"checkpoint-{step}" if step else "base" for step in scores}
+    found = {names[step]: {"step": step, "scores": some} for step, some in scores.items()}
+    summary = {"metric": "edited", "best": "checkpoint-2", "rows": 1200, "checkpoints": found}
+    others = {0: {"changed": 10.0}, 4: {"changed": 12.5, "base_psnr": 31.2}}
+    found = {names[step]: {"step": step, "scores": some} for step, some in others.items()}
+    foreign = {"data": "org/bench", "rows": 16, "checkpoints": found}
+    folder = copy / "evaluation" / "regression" / "bench"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(foreign))
+    (copy / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    export.main([str(copy)])
+    assert SCORED in (copy / "export" / "lora" / "README.md").read_text(encoding="utf-8")
+    export.main([str(copy / "checkpoint-2")])
+    assert "| score | base | step 2 | step 4 | meaning |" in (copy / "export" / "lora-2" / "README.md").read_text()

@@ -17,7 +17,8 @@ from huggingface_hub import DatasetCardData
 from picture_server import PictureServer, picture_server
 from pyarrow import parquet
 
-from hf_qie.config.recipe import Columns, Extract, Task
+from hf_qie.config.data import Columns
+from hf_qie.config.recipe import Extract, Task
 from hf_qie.data import tables
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import read_rows
@@ -504,7 +505,8 @@ def test_a_caption_shows_in_the_digest_though_no_sample_meets_it(tmp_path, monke
 
 READ = """
 import hashlib, json, sys
-from hf_qie.config.recipe import Columns, Extract, InputError, Task
+from hf_qie.config.data import Columns
+from hf_qie.config.recipe import Extract, InputError, Task
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import read_rows
 from pathlib import Path

@@ -19,7 +19,7 @@ from hf_qie.config.recipe import Extract, Lora, Loss, Mix, Task, Trainable, load
 from hf_qie.data.mixture import group_shares, mix_table, read_groups
 from hf_qie.data.schema import GRID, GRIDS
 from hf_qie.demo.run import STAGES
-from hf_qie.measures.edits import JUDGED, SCORES
+from hf_qie.measures.edits import FOREIGN, JUDGED, SCORES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ PAGES = [*IN_TWO_LANGUAGES, "docs/performance.md", "recipes/README.md", "CONTRIB
 SHORTER = {
     "hf_qie/demo/tiny.py": ["--rows", "8"],
     "hf_qie/train.py": ["training.max_steps=10"],
+    "hf_qie/score.py": ["evaluation.rows=2", "evaluation.num_inference_steps=2"],
     "hf_qie/sampling.py": ["--num_inference_steps", "2"],
 }
 
@@ -66,7 +67,13 @@ def clone(tmp_path_factory) -> Path:
 def test_the_commands_leave_what_the_readme_says(clone):
     demo = clone / "outputs" / "demo"
     assert {path.name for path in (demo / "embeddings").iterdir()} >= {"repaint", "negative"}
-    for name in ("run/transformer/config.json", "run/loss.png", "red.png", "run/export/merged/README.md"):
+    for name in (
+        "run/transformer/config.json",
+        "run/loss.png",
+        "run/evaluation/base.png",
+        "red.png",
+        "run/export/merged/README.md",
+    ):
         assert (demo / name).is_file(), name
 
 
@@ -133,9 +140,22 @@ def test_the_mix_of_the_demo_is_what_the_recipe_draws():
 
 
 def test_the_scores_explained_are_those_that_there_are():
-    for scores in (SCORES, JUDGED):
-        (found,) = (table for table in tables(README) if table[0][0] == f"`{next(iter(scores))}`")
-        assert [row[0].strip("`") for row in found] == [*scores]
+    explained = [[row[0].strip("`") for row in table] for table in tables(README)]
+    assert [*SCORES] in explained
+    assert [*JUDGED] in explained
+    assert [*FOREIGN] in explained
+
+
+def test_the_scores_of_the_demo_are_of_the_checkpoints_that_its_recipe_keeps():
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    shown = re.search(r"^```\n(checkpoint .*?)\n```$", README, flags=re.M | re.S)[1]
+    lines = [re.split(r" {2,}", line) for line in shown.splitlines()]
+    names = {name + (f" ({score.unit})" if score.unit else "") for name, score in SCORES.items()}
+    assert set(lines[0]) <= {"checkpoint", "task", *names}
+    every, most = recipe.training["save_steps"], recipe.training["max_steps"]
+    checkpoints = ["base", *(f"checkpoint-{step}" for step in range(every, most + 1, every))]
+    parts = ["all", *sorted(recipe.tasks)]
+    assert [line[:2] for line in lines[1:]] == [[name, part] for name in checkpoints for part in parts]
 
 
 def messages() -> str:

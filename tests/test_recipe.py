@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from hf_qie import check
+from hf_qie.config.data import Columns
 from hf_qie.config.evaluation import Sampling
 from hf_qie.config.memory import Memory
 from hf_qie.config.recipe import (
-    Columns,
     Extract,
     Lora,
     Loss,
@@ -131,7 +131,7 @@ BAD_FILES = {
     "with a digit",
     "tasks: {a: {}}": "tasks.a.data: missing, and no ready set in `embeddings` takes its place",
     "tasks: {a: {data: x, name: b}}": "tasks.a.name: unknown key, known: data, split, image_root, "
-    "weight, t2i, eval_rows, columns, embeddings",
+    "columns, weight, t2i, eval_rows, embeddings",
     "tasks: {a: {data: [x, 1]}}": "tasks.a.data[1]: got 1, expected a string that is not blank",
     "tasks: {a: {data: x, weight: -1}}": "tasks.a.weight: got -1, expected a number of at least 0",
     "tasks: {a: {data: x, weight: .inf}}": "tasks.a.weight: got Infinity, expected a number of at least 0",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_qie.config.recipe import Columns, Extract, Task
+from hf_qie.config.data import Columns
+from hf_qie.config.recipe import Extract, Task
 from hf_qie.data.samples import Rows, read_rows
 from hf_qie.errors import InputError
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from hf_qie.config.data import Data
 from hf_qie.errors import InputError
 from hf_qie.runtime.rules import Count, Name, PathName, Section, Steps, Weight, Whole
 
@@ -40,6 +41,7 @@ class Evaluation(Section):
     num_inference_steps: Steps = 20
     true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
     judge: Judge | None = Field(None, description="also scores by a vision-language model, in score.py; null: none")
+    regression: Data | None = Field(None, description="rows for score.py --regression, which names their data")
 
 
 def with_evaluation(training: Mapping[str, Any], every: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic.json_schema import SkipJsonSchema
 
+from hf_qie.config.data import Data
 from hf_qie.config.ema import Ema, check_ema
 from hf_qie.config.evaluation import Evaluation, Sampling, with_evaluation
 from hf_qie.config.memory import Memory, check_memory
@@ -48,52 +49,15 @@ ModuleNames = Annotated[tuple[Name, ...], Listed, rule("a list of at least one n
 HubName = Annotated[str, rule("a Hub id like org/name", lambda name: name.count("/") == 1)]
 _name_of_task = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
 TaskName = Annotated[str, rule("a name of letters, digits and _ that does not start with a digit", _name_of_task)]
-# An embedding set has these columns of its own, and text_embeds_drop.
-SET_COLUMNS = {"row", "source_image", "target_image", "num_sources", "image_embeds", "target_latents", "target_grid"}
-SET_COLUMNS |= {"source_latents", "source_grids", "prefix_embeds", "image_slots", "drop"}
-CaptionNames = Annotated[
-    tuple[Name, ...],
-    Listed,
-    One,
-    rule(
-        f"a list of different column names, none of them {', '.join(sorted(SET_COLUMNS))}",
-        lambda names: len(set(names)) == len(names) and SET_COLUMNS.isdisjoint(names),
-    ),
-]
-Paths = Annotated[tuple[PathName, ...], Listed, One]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
-def _inverse_captions(given: dict[str, Any]) -> tuple[str, ...]:
-    return ("inverse_instruction", "inverse_instruction_cn")[: len(given["captions"])]
-
-
-class Columns(Section):
-    """Which columns of a task's data mean what."""
-
-    sources: Name | Names = Field("source_image", description="null, a path, a URL, an image, or a list of them")
-    target: Name = "target_image"
-    captions: CaptionNames = ("instruction", "instruction_cn")
-    inverse_captions: CaptionNames = Field(default_factory=_inverse_captions, description="i-th: inverse of the i-th")
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """The captions that the recipe names; each must occur in the data."""
-        named = [key for key in ("captions", "inverse_captions") if key in self.model_fields_set]
-        return tuple(column for key in named for column in getattr(self, key))
-
-
-class Task(Section):
+class Task(Data):
     """One dataset and its part in the mix."""
 
-    name: SkipJsonSchema[str] = Field("", exclude=True)
-    data: Paths = Field((), description="files, globs, a folder of save_to_disk, or a Hub id; none with embeddings")
-    split: Name = "train"
-    image_root: PathName | None = Field(None, description="relative image paths start here; null: the folder of data")
     weight: Weight = Field(1.0, description="relative; 0: extracted and evaluated, not trained")
     t2i: bool = Field(False, description="ignore sources: text-to-image")
     eval_rows: Whole = Field(0, description="hold out the last n rows of the set for evaluation")
-    columns: Columns = Field(default_factory=Columns)
     embeddings: PathName | None = Field(None, description="a ready set: folder, org/name[:config][@revision]")
 
 

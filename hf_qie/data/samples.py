@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_qie.config.recipe import SET_COLUMNS, Columns, Extract, Task
+from hf_qie.config.data import SET_COLUMNS, Columns
+from hf_qie.config.recipe import Extract, Task
 from hf_qie.data.fetch import PASSWORD, holds_password, is_url
 from hf_qie.data.readers import open_data
 from hf_qie.data.schema import SOURCES, columns_of

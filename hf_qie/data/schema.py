@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, List, Value
 
-from hf_qie.config.recipe import Columns
+from hf_qie.config.data import Columns
 
 SOURCES, TARGET, INVERSE, TEXT_EMBEDS = "source_image", "target_image", "inverse_", "text_embeds_"
 # whether a set has a column for the inverse of a row too: NEVER, ALWAYS, or where sources and targets differ in area

@@ -2,39 +2,39 @@
 
     python hf_qie/demo/run.py recipes/demo.yaml [key.of.the.recipe=value ...]
 
-Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and edits images that training never saw
-with the official pipeline. Leaves in outputs/demo: edits.png (source, before and after training, target, instruction),
-loss.png, demo.json (how near the edits come to their targets, and the seconds of each stage).
+Makes a tiny checkpoint and synthetic edits, extracts, trains by the recipe, and scores the model before training,
+half-way and at the end on edits of images that training never saw. Leaves in outputs/demo: edits.png (source, before
+and after training, target, instruction), loss.png, demo.json (scores by checkpoint, seconds by stage), and in
+run/evaluation what score.py writes.
 """
 
 import json
 import logging
-import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from hf_qie.config.recipe import Recipe, load_recipe
-from hf_qie.demo.shapes import Edit, draw, negative, repaint
+from hf_qie.demo.shapes import EDITS
 from hf_qie.plots import Card, labelled_sheet
 from hf_qie.runtime.cli import run_script
 
 logger = logging.getLogger("hf_qie.demo.run")
 
 FOLDER = Path("outputs/demo")
-IMAGES = 12  # held out; each is edited with three instructions
+IMAGES = 12  # held out; each is edited in every way
 SHOWN = 2  # images in edits.png
-SAMPLING = {"num_inference_steps": 12, "true_cfg_scale": 1.0}  # a third of the time; so small a model needs no more
+LABELS = ("source", "before training", "after training", "target")  # of what edits.png has of an edit
 STAGES = {
-    "data": f"hf_qie/demo/tiny.py --kind learner --rows 600 --model {FOLDER}/model --data {FOLDER}/data",
+    "data": f"hf_qie/demo/tiny.py --kind learner --rows 600 --held_out {IMAGES} "
+    f"--model {FOLDER}/model --data {FOLDER}/data",
     "extract": "-m accelerate.commands.launch -q hf_qie/extract.py",
     "train": "-m accelerate.commands.launch -q hf_qie/train.py",
+    "score": "-m accelerate.commands.launch -q hf_qie/score.py --all",
 }
 
 
@@ -50,86 +50,36 @@ def main(argv: list[str]) -> None:
         if done.returncode:
             sys.exit(done.returncode)
         seconds[stage] = round(time.monotonic() - start, 1)
-    edits = held_out(recipe.extract.image_sample_size)
-    before, after = (sampled(recipe, edits, trained=trained) for trained in (False, True))
-    sheet(edits[: SHOWN * 3], before, after).save(FOLDER / "edits.png")
-    shutil.copy(Path(recipe.training["output_dir"], "loss.png"), FOLDER / "loss.png")
-    scores = score(recipe, edits, before, after)
-    report = json.dumps({**scores, "held_out_pairs": len(edits), "seconds": seconds}, indent=2)
+    output_dir = Path(recipe.training["output_dir"])
+    shutil.copy(output_dir / "loss.png", FOLDER / "loss.png")
+    summary = json.loads((output_dir / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    before, *_, after = summary["checkpoints"]
+    sheet(recipe, before=before, after=after).save(FOLDER / "edits.png")
+    report = json.dumps({"checkpoints": summary["checkpoints"], "seconds": seconds}, indent=2)
     (FOLDER / "demo.json").write_text(report + "\n", encoding="utf-8")
-    logger.info("%s\n%s", FOLDER / "edits.png", report)
+    logger.info("%s, %s", FOLDER / "edits.png", FOLDER / "demo.json")
 
 
-def held_out(size_px: int) -> list[Edit]:
-    """`IMAGES` images that training never draws, each with three edits: ground, shape, negative."""
-    # the seed decides the image, the number what becomes of it
-    lessons = ((repaint, 0), (repaint, 1), (negative, 0))
-    return [
-        lesson(random.Random(f"held out {i}"), number, size_px) for i in range(IMAGES) for lesson, number in lessons
-    ]
-
-
-def sampled(recipe: Recipe, edits: Sequence[Edit], *, trained: bool) -> list[Image.Image]:
-    """The edits as the model makes them, before or after training."""
-    from tqdm import tqdm
-
-    from hf_qie.hub.sampler import BASE, Sampler
-
-    sampler = Sampler(recipe, checkpoint=None if trained else BASE)
-    sampler.pipeline.set_progress_bar_config(disable=True)  # one bar for all
-    bar = tqdm(edits, desc="after training" if trained else "before training", unit="edit", disable=None)
-    return [
-        sampler(edit.captions["instruction"], images=[draw(edit.sources[0])], seed=i, **SAMPLING)
-        for i, edit in enumerate(bar)
-    ]
-
-
-def psnr_db(image: Image.Image, target: Image.Image) -> float:
-    """Peak signal-to-noise ratio of one 8-bit image against another of the same size, in dB."""
-    difference = np.asarray(image, dtype=np.float64) - np.asarray(target, dtype=np.float64)
-    return float(20 * np.log10(255) - 10 * np.log10((difference**2).mean().clip(1e-3)))
-
-
-def score(
-    recipe: Recipe, edits: Sequence[Edit], before: Sequence[Image.Image], after: Sequence[Image.Image]
-) -> dict[str, float]:
-    """Mean PSNR to the target, in dB, of each way to make it; and how many edits obey their own instruction.
-
-    `share_own_instruction`: of the edits after training, those nearer to their own target than to the targets of the
-    other two instructions on the same image.
-    """
-    sources, targets = [draw(edit.sources[0]) for edit in edits], [draw(edit.target) for edit in edits]
-    made = {"copy_source": sources, "before": before, "after": after, "vae": reconstructed(recipe, targets)}
-    scores = {
-        f"psnr_{name}": round(sum(map(psnr_db, images, targets)) / len(targets), 2) for name, images in made.items()
-    }
-    own = 0
-    for i, image in enumerate(after):
-        nearness = [psnr_db(image, target) for target in targets[i - i % 3 : i - i % 3 + 3]]
-        own += max(nearness) == nearness[i % 3]
-    return scores | {"share_own_instruction": round(own / len(after), 3)}
-
-
-def reconstructed(recipe: Recipe, images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Images through the VAE and back: as near as any edit can come."""
-    import torch
-
-    from hf_qie.data.images import to_pixels
-    from hf_qie.models.base import read_family
-
-    family = read_family(recipe.model)
-    vae = family.load_vae(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
-    latents = vae([to_pixels(image) for image in images])
-    return [vae.decode(one, family.grid_of(image.size)) for one, image in zip(latents, images, strict=True)]
-
-
-def sheet(edits: Sequence[Edit], before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """A card an edit: its instruction, and its images below it."""
-    labels, cards = ("source", "before training", "after training", "target"), []
-    for edit, *made in zip(edits, before, after, strict=False):
-        boxes = list(zip(labels, (draw(edit.sources[0]), *made, draw(edit.target)), strict=True))
-        cards.append(Card(heading=edit.captions["instruction"], boxes=boxes))
+def sheet(recipe: Recipe, *, before: str, after: str) -> Image.Image:
+    """A card an edit: its instruction, and its images below it, also those of two checkpoints, by name."""
+    evaluation, cards = Path(recipe.training["output_dir"], "evaluation"), []
+    for name, row, folder in held_out(recipe)[: SHOWN * EDITS]:
+        made = (evaluation / checkpoint / f"{name}.png" for checkpoint in (before, after))
+        paths = (folder / row["source_image"], *made, folder / row["target_image"])
+        boxes = [(label, Image.open(path)) for label, path in zip(LABELS, paths, strict=True)]
+        cards.append(Card(heading=row["instruction"], boxes=boxes))
     return labelled_sheet(cards, title="Edits of images that training never saw", box_px=128, width_px=1300)
+
+
+def held_out(recipe: Recipe) -> list[tuple[str, dict[str, str], Path]]:
+    """(name, row, folder of its images) of each held-out row, image by image."""
+    rows = []
+    for task, settings in recipe.tasks.items():
+        (path,) = map(Path, settings.data)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        numbers = range(len(lines) - settings.eval_rows, len(lines))
+        rows += [(f"{task}-{number}", json.loads(lines[number]), path.parent) for number in numbers]
+    return sorted(rows, key=lambda row: row[1]["source_image"])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
@@ -127,6 +128,8 @@ def _large_shape(rng: random.Random, size_px: int) -> Scene:
 
 
 TASKS = {"repaint": repaint, "negative": negative}
+LESSONS = {"repaint": (0, 1), "negative": (0,)}  # the numbers of all kinds of edit: ground, shape; negative
+EDITS = sum(map(len, LESSONS.values()))  # of a held-out image
 
 
 def synthetic_edits(
@@ -143,18 +146,36 @@ def synthetic_edits(
     file begins with the shorter one.
     """
     files = {task: folder / f"{task}.jsonl" for task in tasks}
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     for task, make in tasks.items():
         lines = []
         for number in range(rows):
             edit = make(random.Random(f"{seed} {task} {number}"), number, size_px)
-            stem = f"images/{task}_{number:04d}"
-            target = f"{stem}_target.png"
-            sources = [f"{stem}_source_{i}.png" for i in range(1, len(edit.sources) + 1)]
-            for path, scene in zip([*sources, target], [*edit.sources, edit.target], strict=True):
-                draw(scene).save(folder / path)
-            source_image = sources[0] if len(sources) == 1 else sources or None
-            row = {"source_image": source_image, "target_image": target} | edit.captions
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(_written(folder, edit, f"{task}_{number:04d}"))
         files[task].write_text("".join(lines), encoding="utf-8")
     return files
+
+
+def held_out_edits(folder: Path, *, images: int, size_px: int = SIZE_PX) -> None:
+    """Add rows to the files of `TASKS` in `folder`: every kind of edit of each of `images` images.
+
+    No row before has these images.
+    """
+    for task, numbers in LESSONS.items():
+        with (folder / f"{task}.jsonl").open("a", encoding="utf-8") as file:
+            for image, number in product(range(images), numbers):
+                # the seed decides the image, the number what becomes of it
+                edit = TASKS[task](random.Random(f"held out {image}"), number, size_px)
+                stem = f"held_out_{image:04d}"
+                file.write(_written(folder, edit, stem, target=f"{stem}_{task}_{number}"))
+
+
+def _written(folder: Path, edit: Edit, stem: str, *, target: str = "") -> str:
+    """Write the images of an edit, `<stem>_source_1.png` and `<target or stem>_target.png`; returns its line."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    sources = [f"images/{stem}_source_{i}.png" for i in range(1, len(edit.sources) + 1)]
+    target_image = f"images/{target or stem}_target.png"
+    for path, scene in zip([*sources, target_image], [*edit.sources, edit.target], strict=True):
+        draw(scene).save(folder / path)
+    source_image = sources[0] if len(sources) == 1 else sources or None
+    row = {"source_image": source_image, "target_image": target_image} | edit.captions
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,10 +1,12 @@
 """A tiny checkpoint and synthetic edits, for the demo and the tests; nothing is downloaded.
 
     python hf_qie/demo/tiny.py [--model outputs/tiny] [--kind edit_plus] [--data outputs/shapes] [--rows 64]
+        [--held_out 12]
 
 --model: the folder for the checkpoint, which loads in the official diffusers pipeline of its kind (edit_plus,
 edit_plus_2511, edit, text_to_image, learner, qwen_image_21, qwen_image_21_no_causal_condition,
-qwen_image_21_learner). --data: the folder for two tasks of synthetic edits, --rows of each. The VAE is trained, but
+qwen_image_21_learner). --data: the folder for two tasks of synthetic edits, --rows of each, and behind these all
+edits of --held_out images that are in no other row: two to repaint each, one to its negative. The VAE is trained, but
 for Qwen-Image-2.1, all else is random. The kinds with `learner` can be trained to edit in minutes on a CPU.
 """
 
@@ -15,10 +17,10 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from hf_qie.demo.shapes import PALETTE, SHAPES, TASKS, synthetic_edits
+from hf_qie.demo.shapes import PALETTE, SHAPES, TASKS, held_out_edits, synthetic_edits
 from hf_qie.models.base import family_of
 from hf_qie.runtime.cli import Options, checked, run_script
-from hf_qie.runtime.rules import Count
+from hf_qie.runtime.rules import Count, Whole
 
 logger = logging.getLogger("hf_qie.demo.tiny")
 
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--kind", choices=KINDS, default="edit_plus")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=checked(Count), default=64)
+    parser.add_argument("--held_out", type=checked(Whole), default=0)
     args = parser.parse_args(argv)
     disable_progress_bar()  # a bar for one file of a megabyte
     if args.model:
@@ -63,6 +66,7 @@ def main(argv: list[str]) -> None:
     if args.data:
         for task, path in synthetic_edits(args.data, rows=args.rows).items():
             logger.info("%d rows of %s: %s", args.rows, task, path)
+        held_out_edits(args.data, images=args.held_out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The model card of an exported folder, rendered from what the run recorded."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -8,6 +10,7 @@ from hf_qie.config.recipe import as_dict
 from hf_qie.hub.dataset_card import license_of, rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
+from hf_qie.measures.edits import FOREIGN, KNOWN
 from hf_qie.runtime.yaml_io import write_yaml
 
 IMAGES = "pictures.png"  # edits of held-out rows, if the run has made any
@@ -43,8 +46,7 @@ def model_card(
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {**licence, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
     ours["pipeline_tag"] = "text-to-image" if family.max_sources == 0 else "image-to-image"
-    if on_hub:
-        ours |= {"base_model": recipe.model, "base_model_relation": relation}
+    ours |= {"base_model": recipe.model, "base_model_relation": relation} if on_hub else {}
     body = rendered(
         "model_card.md",
         title=repo or trained.name,
@@ -61,6 +63,7 @@ def model_card(
         source_side=side if side and side**2 != family.vae_area_px else None,
         dtype=dtype,
         losses=_losses(trained),
+        scores=[_scores(summary, trained.step) for summary in trained.summaries()],
         images=IMAGES if (trained.output_dir / IMAGES).is_file() else None,
         recipe_yaml=write_yaml(public(as_dict(recipe))),
         license=licence["license"],
@@ -78,3 +81,35 @@ def _losses(trained: Trained) -> dict[str, list[tuple[int, float]]]:
                 name = part if part.startswith("sigma ") else part and f"`{part}`"
                 logged.setdefault(", ".join(filter(None, (LOSSES[of], name))), []).append((entry["step"], value))
     return dict(sorted(logged.items(), key=lambda item: item[0].startswith("evaluation")))
+
+
+def _scores(summary: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A summary of score.py as a table: the base, the best, the last, and the weights of `step`, as far as scored.
+
+    Of data that was not trained on also what each differs by from the base.
+    """
+    found, data = summary["checkpoints"], summary.get("data")
+    last = max(found, key=lambda name: found[name]["step"])
+    names = {summary.get("best"), last, *(name for name, one in found.items() if one["step"] in (0, step))}
+    shown = {name: one for name, one in found.items() if name in names}
+    base = next((one["scores"] for one in found.values() if one["step"] == 0), {})
+    lines = []
+    for name, score in (KNOWN | FOREIGN).items():
+        cells = []
+        for one in shown.values():
+            value = one["scores"].get(name)
+            cell = "" if value is None else f"{value:.3f}"
+            if data and value is not None and name in base and one["step"]:
+                cell += f" ({value - base[name]:+.3f})"
+            cells.append(cell)
+        if any(cells):
+            lines.append((f"`{name}`" + (f", {score.unit}" if score.unit else ""), cells, score.meaning))
+    note = f"{summary['rows']:,} rows of {public(data)}" if data else f"{summary['rows']:,} held-out rows"
+    note += "; in brackets what it differs by from the base." if data else "."
+    if summary.get("best"):
+        note += f" The best by `{summary['metric']}` is {_name(found[summary['best']])}."
+    return {"data": data, "names": [_name(one) for one in shown.values()], "lines": lines, "note": note}
+
+
+def _name(checkpoint: Mapping[str, Any]) -> str:
+    return f"step {checkpoint['step']:,}" if checkpoint["step"] else "base"

@@ -16,6 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from hf_qie.config.recipe import Recipe, as_dict
 from hf_qie.errors import InputError
 from hf_qie.hub.scoring import Candidate, Scorer, weight_files
+from hf_qie.hub.trained_run import SUMMARY
 from hf_qie.measures.edits import KNOWN
 from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.runtime.files import write_durably
@@ -24,7 +25,7 @@ from hf_qie.training.evaluation import score_of_metric
 
 logger = logging.getLogger("hf_qie.score")
 
-LINES, SUMMARY = "scores.jsonl", "summary.json"  # in the folder of the evaluation
+LINES = "scores.jsonl"  # in the folder of the evaluation
 BEST = "best"  # in the output folder
 METRIC = "edit_score"  # by which candidates are ranked, unless training.metric_for_best_model is another score
 SHOWN = 24  # rows of a sheet
@@ -104,15 +105,15 @@ def _sheet(scorer: Scorer, candidate: Candidate, rows: Sequence[Mapping[str, Any
     return labelled_sheet(cards, title=f"{candidate.name}: {len(cards)} of {len(rows)} rows", box_px=BOX_PX)
 
 
-def track(arguments: TrainingArguments, figures: Mapping[int, Figures]) -> None:
-    """Log figures by step to the trackers of `training.report_to`, under the names that evaluation has there."""
+def track(arguments: TrainingArguments, figures: Mapping[int, Figures], *, prefix: str = "eval_") -> None:
+    """Log figures by step to the trackers of `training.report_to`, by default by the names of evaluation there."""
     state, control = TrainerState(), TrainerControl()
     for make in figures and get_reporting_integration_callbacks(arguments.report_to):
         tracker = make()
         tracker.on_train_begin(arguments, state, control)
         for step, found in figures.items():
             state.global_step = step
-            tracker.on_log(arguments, state, control, logs={f"eval_{name}": value for name, value in found.items()})
+            tracker.on_log(arguments, state, control, logs={prefix + name: value for name, value in found.items()})
         tracker.on_train_end(arguments, state, control)
 
 

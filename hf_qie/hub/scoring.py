@@ -28,7 +28,7 @@ from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.online_latents import load_vae, placed
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import BASE
-from hf_qie.hub.trained_run import find_checkpoints, find_trained, run_record
+from hf_qie.hub.trained_run import EVALUATION, find_checkpoints, find_trained, run_record
 from hf_qie.measures.edits import SCORES
 from hf_qie.models.checkpoint import checkpoint_folder, saved_tensors
 from hf_qie.models.lora_files import LORA_FILE
@@ -46,7 +46,6 @@ from hf_qie.training.setup import training_arguments
 
 logger = logging.getLogger("hf_qie.score")
 
-EVALUATION = "evaluation"  # in the output folder
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # accelerate's names for those of a run record
 
 
@@ -94,6 +93,8 @@ def _find(output_dir: Path, base: bool, steps: Sequence[int], every: bool) -> li
 class Scorer:
     """Edits held-out rows with candidates and scores them; the model is loaded when a row needs it."""
 
+    edits_class = HeldOutEdits
+
     def __init__(self, recipe: Recipe, arguments: TrainingArguments):
         """Every rank makes one. Raises InputError where the embedding sets do not fit the recipe."""
         self.recipe, self.device, self.state = recipe, arguments.device, PartialState()
@@ -109,7 +110,7 @@ class Scorer:
         self.precision = PRECISIONS.get(self.record.get("arithmetic"), arguments.mixed_precision)
         self.arithmetic = next(name for name, precision in PRECISIONS.items() if precision == self.precision)
         vae = load_vae(recipe, self.device)
-        self.edits = HeldOutEdits(
+        self.edits = self.edits_class(
             self.held_out,
             recipe,
             objective=Objective(recipe, global_batch_size=1),

@@ -25,6 +25,11 @@ from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger(__name__)
 
+EVALUATION, SUMMARY = (
+    "evaluation",
+    "summary.json",
+)  # in the output folder what score.py writes, and in there its figures
+REGRESSION = "regression"  # in the folder of the evaluation, a folder for each data
 WANTED = "expected training.output_dir of a run, or a checkpoint-N in it"
 
 
@@ -90,6 +95,12 @@ class Trained:
     def base_config(self) -> dict[str, Any]:
         """The transformer's config."""
         return read_config(self.recipe.model, f"{TRANSFORMER_FOLDER}/config.json", revision=self.recipe.revision)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """What score.py has left of the run: of held-out rows, and then of other data, with its name in `data`."""
+        folder = self.output_dir / EVALUATION
+        paths = [folder / SUMMARY, *sorted(folder.glob(f"{REGRESSION}/*/{SUMMARY}"))]
+        return [_read_json(path) for path in paths if path.is_file()]
 
     def tensors(self) -> Tensors:
         """The transformer as trained, or for a LoRA its base; raises InputError for a base that is quantised."""

@@ -66,6 +66,13 @@ JUDGED: dict[str, Score] = dict(
     ]
 )
 KNOWN = SCORES | JUDGED
+# Of edits that a run was not trained for, beside those above (hub/regression.py).
+FOREIGN: dict[str, Score] = dict(
+    [
+        _score("changed", "levels", "mean absolute difference of output and source", higher_is_better=False),
+        _score("base_psnr", "dB", "of the output to what the base makes of the row: how far training moved it"),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,8 @@ def _log_start(trainer: EditTrainer, checkpoint: Path | None, *, vae: str) -> No
         vae,
     )
     if trainer.eval_dataset and arguments.eval_strategy == "no" and not images:
-        logger.warning("rows are held out, but never evaluated on; set training.eval_strategy: steps")
+        logger.info(
+            "rows are held out, but never evaluated on while training; score.py does, or training.eval_strategy"
+        )
     if checkpoint and step_of(checkpoint) == arguments.max_steps:
         logger.warning("%s is the end of this run; raise training.max_steps to train further", checkpoint)

@@ -141,9 +141,8 @@ def test_the_mix_of_the_demo_is_what_the_recipe_draws():
 
 def test_the_scores_explained_are_those_that_there_are():
     explained = [[row[0].strip("`") for row in table] for table in tables(README)]
-    assert [*SCORES] in explained
-    assert [*JUDGED] in explained
-    assert [*FOREIGN] in explained
+    for scores in (SCORES, JUDGED, FOREIGN):
+        assert [*scores] in explained
 
 
 def test_the_scores_of_the_demo_are_of_the_checkpoints_that_its_recipe_keeps():

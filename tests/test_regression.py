@@ -20,7 +20,7 @@ from hf_qie.hub.foreign_rows import gather
 from hf_qie.hub.regression import regression_table
 from hf_qie.hub.sampler import Sampler
 from hf_qie.hub.scoring import Scorer
-from hf_qie.measures.edits import psnr
+from hf_qie.measures.edits import JUDGED, psnr
 from hf_qie.models.prompt_encoder import PromptEncoder
 from hf_qie.score import main
 
@@ -146,6 +146,14 @@ def test_targets_count_where_the_data_has_some(recipe, text, tmp_path):
     assert [*found] == ["base"]
     assert found["base"]["scores"].keys() >= {"edit_score", "edited", "kept_error", "psnr", "ssim"}
     assert "changed" not in found["base"]["scores"]
+
+
+def test_the_judge_needs_no_target(recipe, text, tmp_path):
+    main([*recipe, COLUMNS, "evaluation.judge={}", "evaluation.rows=1", "--regression", text, "--base"])
+    folder = tmp_path / "run" / "evaluation" / "regression" / "other-edits.jsonl"
+    found = json.loads((folder / "summary.json").read_text())["checkpoints"]["base"]["scores"]
+    assert found.keys() >= {*JUDGED, "changed"}
+    assert 0 <= found["judge"] <= 10
 
 
 def test_a_second_launch_encodes_and_edits_nothing(recipe, parquet, tmp_path, monkeypatch):

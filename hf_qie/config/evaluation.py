@@ -40,8 +40,8 @@ class Evaluation(Section):
     rows: Count = Field(16, description="held-out rows, of each task in turn")
     num_inference_steps: Steps = 20
     true_cfg_scale: Weight | None = Field(None, description="1: no guidance; null: as the pipeline has it")
-    judge: Judge | None = Field(None, description="also scores by a vision-language model, in score.py; null: none")
     regression: Data | None = Field(None, description="rows for score.py --regression, which names their data")
+    judge: Judge | None = Field(None, description="also scores by a vision-language model, in score.py; null: none")
 
 
 def with_evaluation(training: Mapping[str, Any], every: int) -> dict[str, Any]:

@@ -67,9 +67,8 @@ def fewest_changes(start: Run, change: Callable[[Overrides], Run], limit: float)
             if STREAM not in chosen:
                 return overrides, needs(overrides)
             found = needs((*overrides, f"{STREAM[0]}=0"))
-            over = (found.needed - limit) / (1 + UNSEEN_SHARE) / found.block
-            over = math.ceil(round(over, 6))  # three blocks are not 3.0000000001
-            count = min(max(NUM_SLOTS + over, NUM_SLOTS + 1), num_blocks)
+            over = round((found.needed - limit) / (1 + UNSEEN_SHARE) / found.block, 6)  # 3, not 3.0000000001
+            count = min(max(NUM_SLOTS + math.ceil(over), NUM_SLOTS + 1), num_blocks)
             overrides = (*overrides, f"{STREAM[0]}={count}")
             change(overrides)
         except InputError:  # they do not go together

@@ -2,7 +2,7 @@
 
 A model trained on pairs that are some pixels off learns to shift and to zoom. Unlike the rest of RUN 0 this decodes
 images, so it looks at a sample of the rows. It does not look for swapped sources and targets: that the image without a
-removed object has less detail was right for 73 of 100 photos with an object pasted in, and for 62 with a soft one.
+removed object has less detail was right for 146 of 200 objects pasted into photos, and for 124 of 200 soft ones.
 """
 
 from collections.abc import Mapping

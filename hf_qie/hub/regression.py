@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from hf_qie.hub.foreign_rows import BLANK, embedded
 from hf_qie.hub.score_report import BOX_PX, LINES, SHOWN, Figures
 from hf_qie.hub.scoring import BASE, Candidate, Scorer
 from hf_qie.hub.trained_run import EVALUATION, REGRESSION, SUMMARY
-from hf_qie.measures.edits import FOREIGN, KNOWN, psnr
+from hf_qie.measures.edits import FOREIGN, KNOWN, aggregate, psnr
 from hf_qie.plots import Card, fit, labelled_sheet
 from hf_qie.runtime.files import write_durably
 from hf_qie.training.held_out_edits import HeldOutEdits, rgb
@@ -63,7 +62,7 @@ def regression_report(scorer: Regression, chosen: Sequence[Candidate]) -> dict[s
     for name in rows.keys() - {BASE}:
         for row, output, base in zip(rows[name], outputs[name], outputs[BASE], strict=True):
             row["scores"]["base_psnr"] = psnr(rgb(output), rgb(base))
-    figures = {name: _means([row["scores"] for row in found]) for name, found in rows.items()}
+    figures = {name: aggregate(row["scores"] for row in found) for name, found in rows.items()}
     data = scorer.recipe.evaluation.regression
     settings = {"seed": scorer.recipe.seed, "arithmetic": scorer.arithmetic, **as_dict(scorer.recipe.evaluation)}
     steps = {one.name: {"step": one.step, "scores": figures[one.name]} for one in chosen}
@@ -75,11 +74,6 @@ def regression_report(scorer: Regression, chosen: Sequence[Candidate]) -> dict[s
     logger.info("%d rows of %s\n%s", len(scorer.numbers), summary["data"], regression_table(figures))
     logger.info("%s", scorer.folder)
     return figures
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    values = {name: [row[name] for row in rows if name in row] for name in ORDER}
-    return {name: math.fsum(some) / len(some) for name, some in values.items() if some}
 
 
 def regression_table(figures: Mapping[str, Figures]) -> str:

@@ -25,10 +25,8 @@ from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger(__name__)
 
-EVALUATION, SUMMARY = (
-    "evaluation",
-    "summary.json",
-)  # in the output folder what score.py writes, and in there its figures
+EVALUATION = "evaluation"  # in the output folder what score.py writes
+SUMMARY = "summary.json"  # in there, the figures
 REGRESSION = "regression"  # in the folder of the evaluation, a folder for each data
 WANTED = "expected training.output_dir of a run, or a checkpoint-N in it"
 

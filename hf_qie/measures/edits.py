@@ -129,9 +129,9 @@ def score_edit(
 
 
 def aggregate(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each score over the rows that have it, in the order of `KNOWN`."""
+    """The mean of each score over the rows that have it, in the order of `KNOWN` and `FOREIGN`."""
     rows = list(rows)
-    values = {name: [row[name] for row in rows if name in row] for name in KNOWN}
+    values = {name: [row[name] for row in rows if name in row] for name in KNOWN | FOREIGN}
     return {name: math.fsum(some) / len(some) for name, some in values.items() if some}
 
 

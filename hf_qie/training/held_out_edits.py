@@ -79,7 +79,8 @@ class HeldOutEdits:
         task, index = held_out.places[number]
         scale, family = settings.true_cfg_scale, objective.family
         without = held_out.tasks[task].read(index, inverse=False, caption=None) | {"draws": [number]}
-        prompt = {key: collate([without])[key] for key in PROMPT}
+        prompt = collate([without])
+        prompt = {key: prompt[key] for key in PROMPT}
         latents = family.denoise(
             model,
             batch,

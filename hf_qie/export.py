@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         folder = Path(staging, output.name)
         folder.mkdir()
         checked = EXPORTS[kind](trained, folder, dtype=getattr(torch, given.dtype))
-        write_license(trained, folder)
+        write_license(trained, kind, folder)
         if (trained.output_dir / IMAGES).is_file():
             shutil.copyfile(trained.output_dir / IMAGES, folder / IMAGES)
         card.save(folder / CARD)

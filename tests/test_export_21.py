@@ -163,7 +163,9 @@ def test_comfyui_finds_a_place_for_every_layer_in_its_joined_ones(exported, trai
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(exported, tiny, tmp_path, kind, monkeypatch):
     folder = exported / kind
-    assert (folder / NOTICE).read_text(encoding="utf-8") == f"{LICENSE_NOTICE}\n"
+    notice, changed = (folder / NOTICE).read_text(encoding="utf-8").split("\n\n")
+    assert notice == LICENSE_NOTICE and changed.startswith("Changed: ") and " of qwen_image_21, trained by" in changed
+    assert ("adapters" in changed, "outside of transformer/" in changed) == (kind in KINDS[:2], kind == "pipeline")
     _, metadata, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     metadata = yaml.safe_load(metadata)
     assert metadata["pipeline_tag"] == "image-to-image" and "qwen-image-2.1" in metadata["tags"]

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="hf_qie",
     version="0.1.0",
-    description="Fine-tune Qwen-Image-Edit with datasets, transformers.Trainer and accelerate",
+    description="Fine-tune Qwen-Image-Edit and Qwen-Image-2.1 with datasets, transformers.Trainer and accelerate",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,1 +1,1 @@
-"""Fine-tune Qwen-Image-Edit the Hugging Face way: extract once, train often."""
+"""Fine-tune Qwen-Image-Edit and Qwen-Image-2.1 the Hugging Face way: extract once, train often."""

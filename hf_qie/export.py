@@ -6,9 +6,10 @@
 The first argument is training.output_dir, whose last complete weights are exported, or a checkpoint-N in it. The run
 may have trained adapters or the transformer itself, sharded or not, and may have been interrupted.
 
-    lora      pytorch_lora_weights.safetensors for diffusers' load_lora_weights; the default for a LoRA
+    lora      pytorch_lora_weights.safetensors for diffusers' load_lora_weights; the default for a LoRA. ComfyUI
+              takes it too, but at another strength where trainable.lora.alpha is not the rank
     comfyui   one file for ComfyUI's LoRA loader
-    merged    a transformer for QwenImageTransformer2DModel.from_pretrained; the default for full fine-tuning
+    merged    a transformer for from_pretrained of the base's class; the default for full fine-tuning
     pipeline  a complete checkpoint for DiffusionPipeline.from_pretrained
 
 The export is written to FOLDER, by default <output_dir>/export/<kind>, or <kind>-N of a checkpoint-N, in bfloat16,
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
         folder = Path(staging, output.name)
         folder.mkdir()
         checked = EXPORTS[kind](trained, folder, dtype=getattr(torch, given.dtype))
-        write_license(trained, folder)
+        write_license(trained, kind, folder)
         if (trained.output_dir / IMAGES).is_file():
             shutil.copyfile(trained.output_dir / IMAGES, folder / IMAGES)
         card.save(folder / CARD)

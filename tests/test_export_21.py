@@ -134,11 +134,14 @@ def comfyui_keys(weights: dict[str, Tensor]) -> dict[str, tuple[str, slice]]:
     return found
 
 
-def test_comfyui_finds_a_place_for_every_layer_in_its_joined_ones(exported, trained, tiny):
+@pytest.mark.parametrize("joins", [True, False])  # its own checkpoints have gate and up in one; diffusers' do not
+def test_comfyui_finds_a_place_for_every_layer_joined_or_not(exported, trained, tiny, joins):
     transformer = QwenImage21Transformer2DModel.from_pretrained(tiny("qwen_image_21"), subfolder="transformer")
     own, joined = transformer.state_dict(), {}
-    for name, tensor in own.items():  # as its checkpoints have them
-        if name.endswith("img_mlp.gate_layer.weight"):
+    for name, tensor in own.items():
+        if not joins:
+            joined[name] = tensor.clone()
+        elif name.endswith("img_mlp.gate_layer.weight"):
             joined[name.replace("gate_layer", "gate_up")] = torch.cat(
                 [tensor, own[name.replace("gate_layer", "proj")]]
             )
@@ -160,10 +163,20 @@ def test_comfyui_finds_a_place_for_every_layer_in_its_joined_ones(exported, trai
     same(velocity(transformer), trained)
 
 
+def test_comfyui_knows_merged_weights_as_its_qwen_image_21(exported):
+    """Keys that comfy/model_detection.py asks for, of this model."""
+    merged = load_file(exported / "merged" / "diffusion_pytorch_model.safetensors")
+    first = ("attn.norm_q", "img_mlp.proj")
+    asked = {"txt_in.text_norm", "modulation.1", "img_in", "proj_out", *(f"transformer_blocks.0.{it}" for it in first)}
+    assert {f"{layer}.weight" for layer in asked} <= merged.keys()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(exported, tiny, tmp_path, kind, monkeypatch):
     folder = exported / kind
-    assert (folder / NOTICE).read_text(encoding="utf-8") == f"{LICENSE_NOTICE}\n"
+    notice, changed = (folder / NOTICE).read_text(encoding="utf-8").split("\n\n")
+    assert notice == LICENSE_NOTICE and changed.startswith("Changed: ") and " of qwen_image_21, trained by" in changed
+    assert ("adapters" in changed, "outside of transformer/" in changed) == (kind in KINDS[:2], kind == "pipeline")
     _, metadata, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     metadata = yaml.safe_load(metadata)
     assert metadata["pipeline_tag"] == "image-to-image" and "qwen-image-2.1" in metadata["tags"]

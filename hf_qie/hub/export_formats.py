@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_qie.errors import InputError
+from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained, read_adapters
 from hf_qie.models.base import NOTICE
 from hf_qie.models.checkpoint import (
@@ -29,6 +30,13 @@ from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")
 
+ADAPTERS = "adapters for the transformer of {base}, trained by hf_qie; none of its own files is here."
+CHANGED = {
+    "lora": ADAPTERS,
+    "comfyui": ADAPTERS,
+    "merged": "the transformer of {base}, trained by hf_qie.",
+    "pipeline": "the transformer of {base}, trained by hf_qie; what is outside of transformer/ is the base's.",
+}
 SHARD_BYTES = 5_000_000_000  # of a weight file, and about what is held in memory at once
 
 
@@ -125,12 +133,13 @@ def export_pipeline(trained: Trained, folder: Path, *, dtype: torch.dtype) -> st
     return f"{checked}; {', '.join(others)} are the base's"
 
 
-def write_license(trained: Trained, folder: Path) -> None:
-    """Where the base has a restricted licence, its notice and a copy of it, as the licence asks for."""
+def write_license(trained: Trained, kind: str, folder: Path) -> None:
+    """Where the base has a restricted licence, what it asks for: its notice, what was changed, and a copy of it."""
     family, recipe = trained.family, trained.recipe
     if not family.license_notice:
         return
-    (folder / NOTICE).write_text(f"{family.license_notice}\n", encoding="utf-8")
+    changed = CHANGED[kind].format(base=public(recipe.model))
+    (folder / NOTICE).write_text(f"{family.license_notice}\n\nChanged: {changed}\n", encoding="utf-8")
     if text := license_file(recipe.model, revision=recipe.revision):
         shutil.copyfile(text, folder / LICENSE_FILE)
     else:

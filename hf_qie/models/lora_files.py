@@ -17,12 +17,14 @@ from hf_qie.errors import InputError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PREFIX = "transformer."  # of diffusers' keys
+COMFYUI = "diffusion_model."
 PEFT = "base_model.model."
 # Before a layer's name: of peft around a model or a pipeline's part, of ComfyUI, of diffusers and OneTrainer
-BEFORE = re.compile(r"(base_model\.model\.)?(transformer\.|(model\.)?diffusion_model\.)?")
+BEFORE = re.compile(r"(base_model\.model\.)?((model\.)?diffusion_model\.)?(transformer\.)?")
 FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")  # the layer's name has _ for its dots: kohya, OneTrainer
-ADAPTER = re.compile(r".+\.(lora_A|lora_B|lora_down|lora_up)(\.default)?\.weight|.+\.alpha")
+ADAPTER = re.compile(r"(.+\.(?:lora_A|lora_B|lora_down|lora_up))(?:\.default)?(?:\.weight)?|(.+\.alpha)")
 DIFFUSERS = re.compile(r"transformer\..+\.lora_[AB]\.weight")
+UP = (".lora_B.weight", ".lora_up.weight")
 UNEVEN = ("use_rslora", "alpha_pattern")  # where metadata says so, alpha / rank is not the factor of every layer
 Tensors = dict[str, Tensor]
 
@@ -71,13 +73,17 @@ def read_lora(
     if num_adapters < len(tensors):
         metadata = None
     elif any(key.startswith(PEFT) for key in tensors):
-        metadata = _peft_metadata(Path(source), tensors, where)
+        metadata = _peft_metadata(Path(source), where)
+    named = {_named(key): tensor for key, tensor in tensors.items()}
     try:
-        converted = convert({_named(key): tensor for key, tensor in tensors.items()})
+        converted = convert(named)
     except (ValueError, KeyError) as error:
         raise InputError(f"{where}: half of an adapter is missing: {error}") from error
-    if len(converted) != num_adapters:
+    if _num_outputs(converted) != _num_outputs(named):
         raise InputError(f"{where}: of its {num_adapters} tensors diffusers takes {len(converted)}; take another file")
+    if metadata is not None:
+        layers = sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in converted})
+        metadata |= {f"{PREFIX}target_modules": layers}
     return converted, metadata
 
 
@@ -108,12 +114,19 @@ def _check_keys(tensors: Tensors, where: str) -> None:
 
 def _named(key: str) -> str:
     """The key with a prefix that diffusers converts, whatever its own."""
+    half, alpha = ADAPTER.fullmatch(key).groups()
+    key = f"{half}.weight" if half else alpha
     if flat := FLAT.match(key):
         return f"lora_unet_{key[flat.end() :]}"
-    return f"diffusion_model.{key[BEFORE.match(key).end() :].replace('.default.', '.')}"
+    return COMFYUI + key[BEFORE.match(key).end() :]
 
 
-def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]:
+def _num_outputs(tensors: Tensors) -> int:
+    """Outputs of all layers; a layer that is taken apart leaves them as many, one that is lost does not."""
+    return sum(tensor.shape[:1].numel() for key, tensor in tensors.items() if key.endswith(UP))
+
+
+def _peft_metadata(source: Path, where: str) -> dict[str, Any]:
     """Rank and alpha, which peft writes into a file of their own."""
     try:
         config = LoraConfig.from_pretrained(str(source.parent if source.is_file() else source))
@@ -121,6 +134,4 @@ def _peft_metadata(source: Path, tensors: Tensors, where: str) -> dict[str, Any]
         raise InputError(
             f"{where} has peft's layout, which keeps alpha in adapter_config.json beside it; cannot read it: {error}"
         ) from error
-    layers = sorted({_named(key).removeprefix("diffusion_model.").partition(".lora_")[0] for key in tensors})
-    metadata = {key: getattr(config, key) for key in ("r", "lora_alpha", *UNEVEN)} | {"target_modules": layers}
-    return {PREFIX + key: value for key, value in metadata.items()}
+    return {PREFIX + key: getattr(config, key) for key in ("r", "lora_alpha", *UNEVEN)}

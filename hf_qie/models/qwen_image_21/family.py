@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
@@ -19,6 +18,7 @@ from hf_qie.models.image_latents import vae_memory
 from hf_qie.models.official import load_pipeline
 from hf_qie.models.prompt_encoder import encoder_memory
 from hf_qie.models.prompts import BadPrompt, Prompt, PromptLengths
+from hf_qie.models.qwen_image_21.lora_keys import convert_lora
 from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel
 from hf_qie.models.qwen_image_21.pipeline import Official, generate
 from hf_qie.models.qwen_image_21.templates import LATENTS_PER_SLOT, TEMPLATE, as_read, num_dropped, template_of
@@ -89,7 +89,7 @@ class QwenImage21(Family):
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)
     denoise = staticmethod(denoise)
-    convert_lora = staticmethod(QwenImageLoraLoaderMixin.lora_state_dict)
+    convert_lora = staticmethod(convert_lora)
 
     def with_source_size(self, side: int | None) -> Self:
         """See `Family`: the pipeline's `output_resolution`, at which encoder and VAE see one resized image."""

@@ -1,0 +1,39 @@
+"""LoRA files of other tools for Qwen-Image-2.1: their names of layers, for those of diffusers."""
+
+import re
+
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+from torch import Tensor
+
+from hf_qie.models.lora_files import COMFYUI
+
+JOINED = ".img_mlp.gate_up."  # of ComfyUI and what trains its checkpoints: two layers in one, in this order
+PARTS = (".img_mlp.gate_layer.", ".img_mlp.proj.")
+LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+LAYERS += ("img_mlp.gate_up", "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out")  # of a block
+LAYERS += ("img_in", "txt_in.in_layer", "txt_in.out_layer", "modulation.1", "norm_out.linear", "proj_out")
+LAYERS += ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2")
+DOTTED = {name.replace(".", "_"): name for name in LAYERS}
+FLAT = re.compile(r"lora_unet_(?:transformer_blocks_(\d+)_)?([^.]+)(\..+)")
+
+
+def convert_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """See `Family`: diffusers knows neither this model's names with _ for their dots, nor its joined layer."""
+    converted = {}
+    for key, tensor in QwenImageLoraLoaderMixin.lora_state_dict(
+        {_dotted(key): tensor for key, tensor in tensors.items()}
+    ).items():
+        if JOINED in key:  # both have its lora_A, and each its rows of lora_B
+            halves = tensor.chunk(2) if ".lora_B." in key else (tensor, tensor)
+            converted |= {key.replace(JOINED, part): half for part, half in zip(PARTS, halves, strict=True)}
+        else:
+            converted[key] = tensor
+    return converted
+
+
+def _dotted(key: str) -> str:
+    """ComfyUI's key for kohya's; a layer that is not the model's keeps its name, by which it is refused."""
+    if not (flat := FLAT.fullmatch(key)):
+        return key
+    block, layer, rest = flat.groups()
+    return COMFYUI + (f"transformer_blocks.{block}." if block else "") + DOTTED.get(layer, layer) + rest

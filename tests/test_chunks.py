@@ -135,7 +135,7 @@ class Watched:
 
 
 def watch_reads(monkeypatch, around) -> None:
-    """Let `around` see each picture that is read."""
+    """Let `around` see each image that is read."""
 
     def watched(file, mode):
         with around(file):
@@ -148,7 +148,7 @@ def watch_reads(monkeypatch, around) -> None:
 
 
 class Clock:
-    """When pictures were read and the models at work; reading is made as slow as the models, sleeping."""
+    """When images were read and the models at work; reading is made as slow as the models, sleeping."""
 
     def __init__(self, pause_s: float):
         self.pause_s = pause_s  # of the encoder, so that sleep and not work decides
@@ -193,7 +193,7 @@ def timed(job, rows, models, monkeypatch, name, **settings) -> tuple[float, Cloc
 
 @pytest.fixture
 def many(edits, tmp_path) -> list[dict]:
-    """Rows of one picture and one pass each, no picture in two of them."""
+    """Rows of one image and one pass each, no image in two of them."""
     rows = []
     for i in range(3):
         for row in read_rows(edits, "text_to_image"):
@@ -247,7 +247,7 @@ def dawdle(_) -> Iterator[None]:
 
 
 def test_neither_timing_nor_the_number_of_readers_shows_in_the_bytes(job, edits, one_photo, models, monkeypatch):
-    rows = [*read_rows(edits, "edit")[:12], *one_photo]  # a picture of one window comes back in another
+    rows = [*read_rows(edits, "edit")[:12], *one_photo]  # an image of one window comes back in another
     settings = {"batch_size": 1, "vae_batch_size": 2, "chunk_rows": 20}
     expected = job(rows, "calm", num_workers=1, **settings).run(models)
     watch_reads(monkeypatch, dawdle)
@@ -301,7 +301,7 @@ def test_rows_with_the_same_sources_pass_the_vision_tower_once_and_have_the_stat
             np.testing.assert_allclose(values(got[name]), values(expected[name]), rtol=2**-10, atol=1e-5)
 
 
-def test_a_picture_of_several_rows_is_read_once_a_chunk_and_its_latents_computed_once(job, edits, models, monkeypatch):
+def test_an_image_of_several_rows_is_read_once_a_chunk_and_its_latents_computed_once(job, edits, models, monkeypatch):
     given = read_rows(edits, "edit")[:10]
     rows = [{**row, "source_image": given[i % 3]["source_image"]} for i, row in enumerate(given * 3)]
     read, encoded = Counter(), []
@@ -330,7 +330,7 @@ def test_a_picture_of_several_rows_is_read_once_a_chunk_and_its_latents_computed
 def test_a_bad_row_among_rows_that_share_harms_no_other(job, one_photo, models, tmp_path):
     rows = [dict(row) for row in one_photo]
     rows[1]["instruction"] = "<|image_pad|>"
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     rows[2]["target_image"] = str(tmp_path / "broken.png")
     run = job(rows, batch_size=4, chunk_rows=256)
     run.run(models)

@@ -115,7 +115,7 @@ def inverse_draws(data):
     return [draws[number] for number in numbers]
 
 
-def test_the_inverse_of_a_row_has_its_pictures_swapped_and_prompts_of_its_own():
+def test_the_inverse_of_a_row_has_its_images_swapped_and_prompts_of_its_own():
     data = embedding_set([(A, B)] * 3, inverse=range(3))
     for row in inverse_draws(data):
         assert row["grids"] == [B, A]
@@ -126,7 +126,7 @@ def test_the_inverse_of_a_row_has_its_pictures_swapped_and_prompts_of_its_own():
         assert_prompt(row, images, texts)
 
 
-def test_the_inverse_of_a_row_has_its_own_pictures_where_the_areas_differ():
+def test_the_inverse_of_a_row_has_its_own_images_where_the_areas_differ():
     data = embedding_set([(A, B)] * 3, inverse=range(3), inverse_grids=((4, 4), (5, 2)))
     for row in inverse_draws(data):
         assert row["grids"] == [(4, 4), (5, 2)]

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_qie.config.recipe import Lora, Recipe, Task, Trainable
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import load_lora
+from hf_qie.models.base import read_family
 from hf_qie.models.lora_files import LORA_FILE, read_lora
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.training.model import adapters, build_model, save_weights
@@ -28,11 +29,20 @@ def recipe(model: Path, **changes) -> Recipe:
     return Recipe(path=Path(), model=str(model), tasks=tasks, trainable=Trainable(lora=lora))
 
 
+both_families = pytest.mark.parametrize("base", ["edit_plus", "qwen_image_21"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory) -> dict[str, Tensor]:
+def base(tiny, request) -> Path:
+    """The checkpoint; `both_families` gives others."""
+    return tiny(getattr(request, "param", "edit_plus"))
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory) -> dict[str, Tensor]:
     """The tensors of a LoRA that does something, as diffusers has them."""
     PartialState(cpu=True)
-    model = build_model(recipe(tiny()))
+    model = build_model(recipe(base))
     torch.manual_seed(3)
     for parameter in adapters(model).values():
         nn.init.normal_(parameter, std=0.1)
@@ -42,13 +52,9 @@ def trained(tiny, tmp_path_factory) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny) -> QwenImageEditPlusPipeline:
-    """The tiny pipeline's transformer, in a pipeline without anything else."""
-    transformer = QwenImageTransformer2DModel.from_pretrained(tiny(), subfolder="transformer")
-    absent = ("vae", "scheduler", "text_encoder", "tokenizer", "processor")
-    pipeline = QwenImageEditPlusPipeline.__new__(QwenImageEditPlusPipeline)
-    pipeline.register_modules(transformer=transformer, **dict.fromkeys(absent))
-    return pipeline
+def pipeline(base) -> DiffusionPipeline:
+    """The official one."""
+    return DiffusionPipeline.from_pretrained(base)
 
 
 def halves(key: str) -> str:
@@ -89,26 +95,27 @@ def write_layout(trained: dict[str, Tensor], layout: str, folder: Path) -> Path:
     return folder / "adapter_model.safetensors"
 
 
+@both_families
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_starts_from_every_tensor_of_a_file_in_any_layout(trained, tiny, tmp_path, layout):
+def test_a_run_starts_from_every_tensor_of_a_file_in_any_layout(trained, base, tmp_path, layout):
     path = write_layout(trained, layout, tmp_path)
     scale = ALPHAS.get(layout, RANK) / RANK  # is in one half
     for source in (path, tmp_path):
-        started = adapters(build_model(recipe(tiny(), init_from=str(source))))
+        started = adapters(build_model(recipe(base, init_from=str(source))))
         assert started.keys() == trained.keys()
         for key, parameter in started.items():
             torch.testing.assert_close(parameter.detach(), trained[key] * (scale if "lora_A" in key else 1))
 
 
+@both_families
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sampling_takes_every_tensor_of_a_file_in_any_layout(trained, pipeline, tmp_path, layout):
-    load_lora(pipeline, write_layout(trained, layout, tmp_path), EDIT_PLUS)
+def test_sampling_takes_every_tensor_of_a_file_in_any_layout(trained, base, pipeline, tmp_path, layout):
+    load_lora(pipeline, write_layout(trained, layout, tmp_path), read_family(str(base)))
     named = dict(pipeline.transformer.named_parameters())
     loaded = {key.replace(".default_0.", "."): tensor for key, tensor in named.items() if ".lora_" in key}
     pipeline.unload_lora_weights()
     assert {DIFFUSERS + key for key in loaded} == trained.keys()
-    key = next(key for key in loaded if "lora_B" in key)
-    assert torch.equal(loaded[key], trained[DIFFUSERS + key])
+    assert all(torch.equal(loaded[key], trained[DIFFUSERS + key]) for key in loaded if "lora_B" in key)
 
 
 LAYER = "transformer_blocks.0.attn.to_q"

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
@@ -27,6 +26,7 @@ from hf_qie.models.qwen_image_21.tiny import save_tiny
 from hf_qie.models.qwen_image_21.transformer import (
     LORA_PRESETS,
     attention_pairs,
+    convert_lora,
     denoise,
     predict,
     shares_prefix,
@@ -89,7 +89,7 @@ class QwenImage21(Family):
     predict = staticmethod(predict)
     shift_mu = staticmethod(shift_mu)
     denoise = staticmethod(denoise)
-    convert_lora = staticmethod(QwenImageLoraLoaderMixin.lora_state_dict)
+    convert_lora = staticmethod(convert_lora)
 
     def with_source_size(self, side: int | None) -> Self:
         """See `Family`: the pipeline's `output_resolution`, at which encoder and VAE see one resized image."""

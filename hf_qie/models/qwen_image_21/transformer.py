@@ -3,10 +3,12 @@
 Letters: B rows, K noised targets of each, S target tokens, R source tokens, L prompt tokens, C width of a latent.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from torch import Tensor, nn
 
 from hf_qie.models.base import Grid
@@ -19,6 +21,7 @@ MLP = ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]
 OTHERS = ["modulation.1", "img_in", "txt_in.in_layer", "txt_in.out_layer", "norm_out.linear", "proj_out"]
 OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
 LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS)
+FLAT = "lora_unet_"  # before the names of kohya and others, which have _ for every dot
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:
@@ -29,6 +32,23 @@ def without_gradient(transformer: nn.Module) -> tuple[str, ...]:
 def shares_prefix(transformer_config: Mapping[str, Any]) -> bool:
     """With `causal_condition` prompt and sources are modulated at noise level 0 and see no target."""
     return transformer_config.get("causal_condition", True)
+
+
+def convert_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See `Family`. diffusers finds the dots of flat names for layers of the older family alone."""
+    named = {}
+    for key, tensor in tensors.items():
+        flat, dot, rest = key.removeprefix(FLAT).partition(".")
+        named[f"diffusion_model.{_dotted(flat)}{dot}{rest}" if key.startswith(FLAT) else key] = tensor
+    return QwenImageLoraLoaderMixin.lora_state_dict(named)
+
+
+def _dotted(flat: str) -> str:
+    """`transformer_blocks.0.attn.to_q` for `transformer_blocks_0_attn_to_q`; an unknown layer keeps its name."""
+    known = (name for name in LORA_PRESETS["all-linear"] if f"_{flat}".endswith(f"_{name.replace('.', '_')}"))
+    name = next(known, flat)
+    before = flat.removesuffix(name.replace(".", "_"))
+    return re.sub(r"(transformer_blocks|\d+|attn|time_text_embed)_", r"\1.", before) + name
 
 
 def layouts(

@@ -32,7 +32,6 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import hand_token_types_through, sources_at
 from hf_qie.sampling import main
@@ -267,12 +266,13 @@ def test_a_sampler_may_be_called_from_a_notebook(tiny, recipe_of):
     assert asyncio.run(cell()).size == (64, 64)
 
 
-def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, image_paths):
-    recipe = recipe_of(tiny(), SMALL_SOURCES)
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, image_paths, kind):
+    recipe = recipe_of(tiny(kind), SMALL_SOURCES)
     sampler = Sampler(recipe, checkpoint="base")
     images = sampler.read(image_paths[:1])
     embeddings = sampler.embed(INSTRUCTION, images)
-    stored = PromptEmbeddings(shared=embeddings.shared.clone(), texts=[text.clone() for text in embeddings.texts])
+    stored = replace(embeddings, shared=embeddings.shared.clone(), texts=[text.clone() for text in embeddings.texts])
     other = Sampler(recipe, checkpoint="base")
     assert other.generate(stored, images, **QUICK).tobytes() == sampler(INSTRUCTION, images=images, **QUICK).tobytes()
     assert "encoder" not in vars(other)

@@ -84,7 +84,7 @@ def loopback_hub(tmp_path) -> Iterator[Hub]:
 def photos(built_once) -> Path:
     """A folder with `portrait_edit.jsonl`, `portrait_multi.jsonl`, `portrait_t2i.jsonl` and `images/`; read only.
 
-    Real photos from $HF_QIE_PHOTOS, or from ../shared/data where there is one; else pictures of smooth noise in the
+    Real photos from $HF_QIE_PHOTOS, or from ../shared/data where there is one; else images of smooth noise in the
     same sizes and files, so that no test has to skip.
     """
     for folder in (os.environ.get("HF_QIE_PHOTOS"), ROOT.parent / "shared" / "data"):
@@ -94,7 +94,7 @@ def photos(built_once) -> Path:
 
 
 def noise_photos(folder: Path) -> None:
-    """What the `photos` fixture describes: smooth noise for pictures, sizes and shape of the rows as in the photos."""
+    """What the `photos` fixture describes: smooth noise for images, sizes and shape of the rows as in the photos."""
     source_sizes_px = [(500, 896), (896, 669), (896, 671), (598, 896), (669, 896)]
     target_sizes_px = [(500, 896), (896, 678), (896, 678), (597, 896), (678, 896)]
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -44,14 +44,14 @@ def _row(row, grids, captions, inverse, inverse_grids):
     }
     values |= dict.fromkeys(captions, "edit") | {"num_sources": len(sources)} | _shared(matrix, len(sources))
     values |= {f"text_embeds_{caption}": text for caption, text in texts.items()}
-    values |= _pictures(matrix, target, sources)
+    values |= _images(matrix, target, sources)
     if inverse:
         values |= {f"inverse_{name}": value for name, value in _shared(matrix, 1).items()}
         values |= {f"inverse_text_embeds_inverse_{caption}": matrix(4) for caption in captions}
         values["inverse_text_embeds_drop"] = matrix(2)
         if inverse_grids:
             own_target, own_source = inverse_grids
-            values |= {f"inverse_{name}": value for name, value in _pictures(matrix, own_target, [own_source]).items()}
+            values |= {f"inverse_{name}": value for name, value in _images(matrix, own_target, [own_source]).items()}
     return values
 
 
@@ -61,7 +61,7 @@ def _shared(matrix, num_sources):
     return {"image_embeds": embeds, "prefix_embeds": embeds, "image_slots": slots}
 
 
-def _pictures(matrix, target, sources):
+def _images(matrix, target, sources):
     return {
         "target_latents": matrix(target[0] * target[1], 64),
         "target_grid": list(target),

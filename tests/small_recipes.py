@@ -64,7 +64,7 @@ def extract_edits(folder: Path, model: Path, edits: Path) -> None:
     assert extract.main([str(write_recipe(folder, model, tasks))]) == 0
 
 
-def picture(path: Path, size=(80, 60), mode="RGB", orientation=None, **more) -> Path:
+def image_file(path: Path, size=(80, 60), mode="RGB", orientation=None, **more) -> Path:
     image = Image.new(mode, size)
     if orientation:
         image.getexif()[ExifTags.Base.Orientation] = orientation

@@ -3,7 +3,7 @@
     python tests/soak.py [--minutes 30]
 
 leaves outputs/soak.json and docs/soak.png; exit status 1 names what grew. Half of the time is extraction over
-generated pictures, half is training on what was extracted, with evaluation, pictures, checkpoints and a loader's
+generated images, half is training on what was extracted, with evaluation, images, checkpoints and a loader's
 worker; each is one process that does the same for as long as it lives.
 """
 
@@ -33,7 +33,7 @@ BEAT_S = 2.0  # between samples
 WARM_UP = 0.2  # of each half: until caches are full and the allocator has what it needs
 MOST_GROWTH, MOST_GROWTH_MB = 0.05, 24.0  # of memory over the rest of a half, whichever is more: a line through it
 SMALL = {"image_sample_size": 64, "source_sample_size": 96, "dtype": "float32", "num_workers": 2, "batch_size": 4}
-# of the picture, px
+# of the image, px
 WIDTH, PANEL, MARGIN = 760, 150, 60
 INK, FAINT, LINES = "#444444", "#dddddd", {"extraction": "#1f5cc4", "training": "#c2410c"}
 
@@ -111,7 +111,7 @@ def quiet() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """A tiny checkpoint, generated pictures and rows, a recipe for both runs, and a set to train on."""
+    """A tiny checkpoint, generated images and rows, a recipe for both runs, and a set to train on."""
     from synthetic_edits import synthetic_edits
 
     from hf_qie import extract
@@ -237,7 +237,7 @@ def what_grew(samples: Sequence[Sample]) -> list[str]:
     return found
 
 
-# --- the picture
+# --- the image
 
 
 def soak_chart(samples: Sequence[Sample]) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from picture_server import picture_server
+from image_server import image_server
 from PIL import Image
 from small_recipes import (
     BLUE,
@@ -18,7 +18,7 @@ from small_recipes import (
     columns_of,
     extract_edits,
     few_edits,
-    picture,
+    image_file,
     plans_of,
     weightless,
     write_recipe,
@@ -146,7 +146,7 @@ def test_the_look_needs_no_model_and_tells_all_of_it(odd, capsys):
 def test_another_aspect_and_an_image_far_too_small_are_found(tmp_path, checkpoint):
     sizes = {"wide": (200, 199), "wider": (102, 100), "square": (100, 100), "small": (31, 31), "enough": (32, 32)}
     for name, size in sizes.items():
-        picture(tmp_path / f"{name}.png", size)
+        image_file(tmp_path / f"{name}.png", size)
     pairs = [("wide", "square"), ("wider", "square"), ("square", "wider"), ("small", "enough"), ("enough", "small")]
     rows = [{"source_image": f"{one}.png", "target_image": f"{other}.png", "instruction": "a"} for one, other in pairs]
     rows.append({"source_image": ["square.png", "wider.png"], "target_image": "wider.png", "instruction": "a"})
@@ -175,11 +175,11 @@ def test_rows_that_extraction_would_not_accept_are_an_error(odd, capsys, overrid
     assert capsys.readouterr().out.startswith("odd: 12 rows")
 
 
-def test_pictures_in_the_data_are_told_by_their_bytes(tmp_path, checkpoint):
+def test_images_in_the_data_are_told_by_their_bytes(tmp_path, checkpoint):
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in (RED, BLUE))
     rows = {"source_image": [red, red, red, red], "target_image": [blue, blue, red, blue], "instruction": list("aaab")}
-    pictures = {"source_image": datasets.Image(), "target_image": datasets.Image()}
-    features = datasets.Features({**pictures, "instruction": datasets.Value("string")})
+    images = {"source_image": datasets.Image(), "target_image": datasets.Image()}
+    features = datasets.Features({**images, "instruction": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     plans, processor = plans_of(write_recipe(tmp_path, checkpoint, {"saved": tmp_path / "saved"}), tmp_path / "map")
     found = survey(plans["saved"], processor)
@@ -187,10 +187,10 @@ def test_pictures_in_the_data_are_told_by_their_bytes(tmp_path, checkpoint):
     assert columns_of(sheet.contact_sheet(plans["saved"], seed=0), RED)
 
 
-def test_pictures_behind_urls_are_fetched_by_the_look_and_not_by_the_estimate(tmp_path, checkpoint):
-    (tmp_path / "pictures").mkdir()
-    path = picture(tmp_path / "pictures" / "p.png", (128, 64))
-    with picture_server() as server:
+def test_images_behind_urls_are_fetched_by_the_look_and_not_by_the_estimate(tmp_path, checkpoint):
+    (tmp_path / "images").mkdir()
+    path = image_file(tmp_path / "images" / "p.png", (128, 64))
+    with image_server() as server:
         server.put_folder(path.parent)
         rows = [{"source_image": server.url(name), "target_image": str(path), "instruction": "a"} for name in URLS]
         recipe = write_recipe(tmp_path, checkpoint, {"urls": rows}, extract={"allow_private_urls": True})
@@ -201,7 +201,7 @@ def test_pictures_behind_urls_are_fetched_by_the_look_and_not_by_the_estimate(tm
         assert set(server.asked) == set(URLS)
     assert found.sizes["source_image"] == {(128, 64): 1}
     assert [(one.kind, one.row, one.reason) for one in found.findings] == [("bad row", 1, "HTTP 404 Not Found")]
-    # that one of two rows is bad the estimate cannot know; a square has more tokens than a picture of 2 to 1
+    # that one of two rows is bad the estimate cannot know; a square has more tokens than an image of 2 to 1
     assert estimate == pytest.approx(2 * found.num_bytes, rel=0.15)
 
 

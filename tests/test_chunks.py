@@ -20,12 +20,13 @@ import pytest
 import torch
 from datasets import load_from_disk
 from launches import Launch, free_port
-from small_recipes import write_recipe
+from small_recipes import few_edits, write_recipe
 
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.data.provenance import FORMAT_VERSION, read_provenance
 from hf_qie.data.samples import BadRow
+from hf_qie.data.schema import shared_embeds
 from hf_qie.extraction import chunk_writer as chunks
 from hf_qie.extraction import plan as extraction_plan
 from hf_qie.extraction.chunk_writer import WINDOW_BATCHES, WINDOWS, Models
@@ -33,7 +34,7 @@ from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan
 from hf_qie.extraction.preprocess import ImageCache, Prepared, prepare
 from hf_qie.extraction.run import load_models, record_of, write_chunks
 from hf_qie.extraction.set_writer import SetWriter
-from hf_qie.models.base import Family, read_family
+from hf_qie.models.base import read_family
 from hf_qie.models.templates import Prompt
 
 CAPTIONS = ("instruction", "instruction_cn")
@@ -79,19 +80,23 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.arrow")}
 
 
-@pytest.fixture(scope="session")
-def family(tiny) -> Family:
-    return read_family(str(tiny()))
+both_families = pytest.mark.parametrize("model", ["edit_plus", "qwen_image_21"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, tiny, family) -> Models:
-    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), tiny(), {"task": Path("none.jsonl")}))
-    return load_models(recipe, family, dtype=torch.float32, device=torch.device("cpu"))
+def model(tiny, request) -> Path:
+    """The checkpoint; `both_families` gives others."""
+    return tiny(getattr(request, "param", "edit_plus"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, model) -> Models:
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), model, {"task": Path("none.jsonl")}))
+    return load_models(recipe, read_family(str(model)), dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.fixture
-def job(tmp_path, tiny, edits, family):
+def job(tmp_path, model, edits):
     """`job(rows, name, **extract)` -> a launch over `rows` into a folder of that name."""
 
     def make(rows: list[dict], name: str = "set", **settings) -> Job:
@@ -99,7 +104,7 @@ def job(tmp_path, tiny, edits, family):
         home.mkdir(exist_ok=True)
         (home / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         small = {"batch_size": 2, "output_dir": str(home / "sets"), **settings}
-        path = write_recipe(home, tiny(), {"task": home / "task.jsonl"}, extract=small)
+        path = write_recipe(home, model, {"task": home / "task.jsonl"}, extract=small)
         recipe = load_recipe(path, [f"tasks.task.image_root={edits}"])
         folder = tmp_path / f"rows-{name}-{time.monotonic_ns()}"
         folder.mkdir()
@@ -135,7 +140,7 @@ class Watched:
 
 
 def watch_reads(monkeypatch, around) -> None:
-    """Let `around` see each picture that is read."""
+    """Let `around` see each image that is read."""
 
     def watched(file, mode):
         with around(file):
@@ -148,7 +153,7 @@ def watch_reads(monkeypatch, around) -> None:
 
 
 class Clock:
-    """When pictures were read and the models at work; reading is made as slow as the models, sleeping."""
+    """When images were read and the models at work; reading is made as slow as the models, sleeping."""
 
     def __init__(self, pause_s: float):
         self.pause_s = pause_s  # of the encoder, so that sleep and not work decides
@@ -193,7 +198,7 @@ def timed(job, rows, models, monkeypatch, name, **settings) -> tuple[float, Cloc
 
 @pytest.fixture
 def many(edits, tmp_path) -> list[dict]:
-    """Rows of one picture and one pass each, no picture in two of them."""
+    """Rows of one image and one pass each, no image in two of them."""
     rows = []
     for i in range(3):
         for row in read_rows(edits, "text_to_image"):
@@ -246,8 +251,9 @@ def dawdle(_) -> Iterator[None]:
     time.sleep(random.random() * 0.05)
 
 
+@both_families
 def test_neither_timing_nor_the_number_of_readers_shows_in_the_bytes(job, edits, one_photo, models, monkeypatch):
-    rows = [*read_rows(edits, "edit")[:12], *one_photo]  # a picture of one window comes back in another
+    rows = [*read_rows(edits, "edit")[:12], *one_photo]  # an image of one window comes back in another
     settings = {"batch_size": 1, "vae_batch_size": 2, "chunk_rows": 20}
     expected = job(rows, "calm", num_workers=1, **settings).run(models)
     watch_reads(monkeypatch, dawdle)
@@ -281,6 +287,7 @@ def values(column: list) -> np.ndarray:
     return np.array(column, np.float32)
 
 
+@both_families
 def test_rows_with_the_same_sources_pass_the_vision_tower_once_and_have_the_states_of_rows_alone(
     job, one_photo, models
 ):
@@ -296,12 +303,13 @@ def test_rows_with_the_same_sources_pass_the_vision_tower_once_and_have_the_stat
     hook.remove()
     assert in_passes * 4 == sum(num_patches) > 0
     for got, expected in zip(load_from_disk(shared.folder), load_from_disk(alone.folder), strict=True):
-        for name in ("image_embeds", *(f"text_embeds_{caption}" for caption in (*CAPTIONS, "drop"))):
+        for name in (shared_embeds(got), *(f"text_embeds_{caption}" for caption in (*CAPTIONS, "drop"))):
             # 1e-5 for sums in another order, and the float16 that both are rounded to: one step of 2^-11 apart
             np.testing.assert_allclose(values(got[name]), values(expected[name]), rtol=2**-10, atol=1e-5)
 
 
-def test_a_picture_of_several_rows_is_read_once_a_chunk_and_its_latents_computed_once(job, edits, models, monkeypatch):
+@both_families
+def test_an_image_of_several_rows_is_read_once_a_chunk_and_its_latents_computed_once(job, edits, models, monkeypatch):
     given = read_rows(edits, "edit")[:10]
     rows = [{**row, "source_image": given[i % 3]["source_image"]} for i, row in enumerate(given * 3)]
     read, encoded = Counter(), []
@@ -330,7 +338,7 @@ def test_a_picture_of_several_rows_is_read_once_a_chunk_and_its_latents_computed
 def test_a_bad_row_among_rows_that_share_harms_no_other(job, one_photo, models, tmp_path):
     rows = [dict(row) for row in one_photo]
     rows[1]["instruction"] = "<|image_pad|>"
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     rows[2]["target_image"] = str(tmp_path / "broken.png")
     run = job(rows, batch_size=4, chunk_rows=256)
     run.run(models)
@@ -472,6 +480,7 @@ def parts(job, rows: list[dict], name: str, number: int) -> list[Job]:
     return [job(rows, name, batch_size=2, chunk_rows=4, shard=[i, number]) for i in range(number)]
 
 
+@both_families
 def test_launches_of_an_array_one_after_the_other_leave_what_one_launch_leaves_and_the_last_ends_it(
     job, edits, models
 ):
@@ -538,18 +547,23 @@ def test_a_set_that_is_overwritten_is_never_half_of_the_old_one(job, many, model
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills processes")
 @pytest.mark.parametrize(
-    ("kills", "sizes"),
-    [(6, (1, 2, 3)), *(pytest.param(50, (ranks,), marks=pytest.mark.faults) for ranks in (1, 2))],
+    ("kind", "kills", "sizes"),
+    [
+        ("edit_plus", 6, (1, 2, 3)),
+        ("qwen_image_21", 2, (2,)),
+        *(pytest.param("edit_plus", 50, (ranks,), marks=pytest.mark.faults) for ranks in (1, 2)),
+        pytest.param("qwen_image_21", 20, (1, 2), marks=pytest.mark.faults),
+    ],
 )
 def test_a_run_killed_again_and_again_leaves_what_an_undisturbed_one_leaves(
-    tmp_path, tiny, edits, kills, sizes, record_property
+    tmp_path, tiny, edits, kind, kills, sizes, record_property
 ):
-    """`sizes`: of how many ranks a launch is one."""
-    rows = [row for _ in range(1 + kills // 5) for row in read_rows(edits, "edit")]
-    for row in rows:
-        row |= {name: str(edits / row[name]) for name in ("source_image", "target_image")}
+    """Of rows with no source, one, two and three. `sizes`: of how many ranks a launch is one."""
+    number = dict.fromkeys(("edit", "combine", "text_to_image"), 8)
+    rows = [row for _ in range(1 + kills // 5) for rows in few_edits(edits, **number).values() for row in rows]
+    assert {len(row["source_image"]) for row in rows} == {0, 1, 2, 3}
     settings = {"batch_size": 2, "chunk_rows": 3}
-    recipe = write_recipe(tmp_path, tiny(), {"task": rows}, extract=settings)
+    recipe = write_recipe(tmp_path, tiny(kind), {"task": rows}, extract=settings)
     calm, disturbed, notes = tmp_path / "calm", tmp_path / "disturbed", tmp_path / "notes"
     assert Launch(recipe, f"extract.output_dir={calm}", notes=tmp_path / "calm_notes").join(300) == [0]
     rng, killed, most_redone = random.Random(kills), 0, 0

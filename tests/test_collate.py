@@ -46,14 +46,14 @@ def test_latents_are_stacked_in_float16_and_the_rest_is_listed():
     assert lists == {"grids": [(2, 3), (1, 2)], "task": ["task 0", "task 1"], "row": [10, 11], "draw": [0, 1]}
 
 
-def test_pictures_take_the_place_of_latents_by_grid():
-    pictures = [np.full((2, 32, 48, 3), 1, np.uint8), np.full((2, 16, 32, 3), 2, np.uint8)]
-    pictures[0][1] = 3
+def test_images_take_the_place_of_latents_by_grid():
+    images = [np.full((2, 32, 48, 3), 1, np.uint8), np.full((2, 16, 32, 3), 2, np.uint8)]
+    images[0][1] = 3
     latents = ("target_latents", "source_latents")
     rows = [{name: value for name, value in row(3, draw=draw).items() if name not in latents} for draw in (0, 1)]
-    batch = collate([row | {"images": [place[i] for place in pictures]} for i, row in enumerate(rows)])
+    batch = collate([row | {"images": [place[i] for place in images]} for i, row in enumerate(rows)])
     assert set(batch) == set(Batch.__annotations__) - {"target_latents", "source_latents", "noise", "sigma"}
-    for stacked, given in zip(batch["images"], pictures, strict=True):
+    for stacked, given in zip(batch["images"], images, strict=True):
         np.testing.assert_array_equal(stacked.numpy(), given)
 
 

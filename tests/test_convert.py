@@ -323,7 +323,7 @@ def test_without_files_for_the_way_back_a_set_has_no_inverse(work):
     assert not [name for name in load_from_disk(work / "sets" / "edit").column_names if name.startswith("inverse_")]
 
 
-def test_rows_without_pictures_need_the_states_of_the_empty_text(converted, tmp_path):
+def test_rows_without_images_need_the_states_of_the_empty_text(converted, tmp_path):
     overrides = [f"extract.output_dir={tmp_path}", "tasks.edit.weight=0"]
     assert main([str(converted / "recipe.yaml"), *overrides]) == 3
     (first, *_) = read_jsonl(tmp_path / "text_to_image" / "bad_rows.jsonl")
@@ -379,7 +379,7 @@ def test_caption_columns_that_do_not_tell_the_language_are_refused(work):
         convert(work, "tasks.edit.columns.captions=[instruction, edit_image]")
 
 
-def test_a_picture_behind_a_url_is_told(work):
+def test_an_image_behind_a_url_is_told(work):
     rows = read_jsonl(work / "edit.jsonl")
     rows[1]["source_image"] = "http://127.0.0.1/a.png"
     write_jsonl(work / "edit.jsonl", rows)

@@ -35,7 +35,7 @@ def rows(recipe):
     return held_out(recipe)
 
 
-def test_the_recipe_trains_at_the_size_of_its_pictures(recipe):
+def test_the_recipe_trains_at_the_size_of_its_images(recipe):
     assert recipe.extract.image_sample_size == recipe.extract.source_sample_size == SIZE_PX
     assert set(recipe.tasks) == set(TASKS)
 
@@ -48,7 +48,7 @@ def test_half_way_and_the_end_are_kept_to_be_scored(recipe):
     assert f"--held_out {IMAGES} " in STAGES["data"]
 
 
-def test_each_picture_is_held_out_with_three_instructions(rows):
+def test_each_image_is_held_out_with_three_instructions(rows):
     assert len(rows) == EDITS * IMAGES == 36
     for first in range(0, len(rows), EDITS):
         of_one = [row for _, row, _ in rows[first : first + EDITS]]
@@ -56,7 +56,7 @@ def test_each_picture_is_held_out_with_three_instructions(rows):
         assert len({row["instruction"] for row in of_one}) == len({row["target_image"] for row in of_one}) == 3
 
 
-def test_no_picture_to_learn_from_is_held_out(rows):
+def test_no_image_to_learn_from_is_held_out(rows):
     folder = rows[0][2]
     learned = {path.read_bytes() for task in TASKS for path in (folder / "images").glob(f"{task}_*_source_1.png")}
     assert len(learned) == 2 * 60

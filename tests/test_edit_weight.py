@@ -228,8 +228,9 @@ def test_the_cut_of_a_step_changes_nothing(tiny, tmp_path, family):
     assert_close(run(path, f"training.output_dir={tmp_path / 'cut'}", *cut), whole)
 
 
-def test_a_resumed_run_is_one_that_was_never_interrupted(tiny, tmp_path):
-    path = write_recipe(tmp_path, tiny(), loss=WEIGHTED)
+@both_families
+def test_a_resumed_run_is_one_that_was_never_interrupted(tiny, tmp_path, family):
+    path = write_recipe(tmp_path, tiny(family), loss=WEIGHTED)
     straight = run(path)
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     resumed = run(path, f"training.output_dir={tmp_path / 'resumed'}")

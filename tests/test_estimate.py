@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 from PIL import Image
-from small_recipes import WIDTH, extract_edits, picture, plans_of, weightless, write_recipe
+from small_recipes import WIDTH, extract_edits, image_file, plans_of, weightless, write_recipe
 
 from hf_qie.data.images import BadImage, header_size, read_image
 from hf_qie.extraction.estimate import SAMPLE_ROWS, estimate_bytes, outlooks
@@ -27,25 +27,25 @@ def extracted(built_once, tiny, edits) -> Path:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
-def test_a_header_gives_the_size_that_the_picture_is_read_in(tmp_path, suffix, orientation):
-    path = picture(tmp_path / f"p.{suffix}", orientation=orientation)
+def test_a_header_gives_the_size_that_the_image_is_read_in(tmp_path, suffix, orientation):
+    path = image_file(tmp_path / f"p.{suffix}", orientation=orientation)
     assert header_size(path) == read_image(path).size == ((60, 80) if (orientation or 1) >= 5 else (80, 60))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16"])
 def test_a_header_of_any_mode_gives_the_size(tmp_path, mode):
-    path = picture(tmp_path / ("p.tif" if mode == "CMYK" else "p.png"), mode=mode)
+    path = image_file(tmp_path / ("p.tif" if mode == "CMYK" else "p.png"), mode=mode)
     assert header_size(path) == read_image(path).size
 
 
-def test_a_header_says_as_much_as_reading_of_what_is_no_picture(tmp_path):
+def test_a_header_says_as_much_as_reading_of_what_is_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><title>Not found</title>")
-    picture(tmp_path / "whole.png", (300, 300))
+    image_file(tmp_path / "whole.png", (300, 300))
     (tmp_path / "head.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20])
-    picture(tmp_path / "long.png", (900, 100))
-    picture(tmp_path / "float.tif", mode="F")
-    picture(tmp_path / "large.png", (9500, 9500), mode="1")
+    image_file(tmp_path / "long.png", (900, 100))
+    image_file(tmp_path / "float.tif", mode="F")
+    image_file(tmp_path / "large.png", (9500, 9500), mode="1")
     (tmp_path / "folder.png").mkdir()
     for name in ("empty.png", "page.jpg", "head.png", "long.png", "float.tif", "large.png", "folder.png", "gone.png"):
         with pytest.raises(BadImage) as read:
@@ -56,7 +56,7 @@ def test_a_header_says_as_much_as_reading_of_what_is_no_picture(tmp_path):
 
 
 def test_no_pixel_is_decoded(tmp_path):
-    path = picture(tmp_path / "p.jpg", (300, 300))
+    path = image_file(tmp_path / "p.jpg", (300, 300))
     path.write_bytes(path.read_bytes()[:700])  # its header, and hardly more
     assert header_size(path) == (300, 300)
     with pytest.raises(BadImage):

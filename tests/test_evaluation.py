@@ -137,7 +137,7 @@ def test_a_task_of_weight_0_is_evaluated_and_not_trained(recipe):
 
 
 class Greedy(TrainerCallback):
-    """Draws from every generator while evaluating, as pictures or a tracker may."""
+    """Draws from every generator while evaluating, as images or a tracker may."""
 
     def on_prediction_step(self, args, state, control, **kwargs):
         torch.rand(3), np.random.random(3), random.random()

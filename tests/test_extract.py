@@ -1,4 +1,4 @@
-"""RUN 1: what becomes of rows and pictures, of bad ones, of a run that is killed, and of one that is started again."""
+"""RUN 1: what becomes of rows and images, of bad ones, of a run that is killed, and of one that is started again."""
 
 import asyncio
 import gc
@@ -197,7 +197,7 @@ def test_stored_states_are_the_rounding_of_the_encoders(extracted, rows, edits, 
                 check(got, "inverse_", [row["target_image"]], {name: row[name] for name in INVERSE_CAPTIONS})
 
 
-def test_latents_are_those_of_the_pictures_in_their_order_and_an_inverse_swaps_the_roles(extracted, rows, edits, tiny):
+def test_latents_are_those_of_the_images_in_their_order_and_an_inverse_swaps_the_roles(extracted, rows, edits, tiny):
     encode = LatentEncoder(str(tiny("edit_plus")), **CPU)
 
     def check(got, prefix, sources, target):
@@ -219,7 +219,7 @@ def test_latents_are_those_of_the_pictures_in_their_order_and_an_inverse_swaps_t
             check(got, "inverse_", [row["target_image"]], row["source_image"])
 
 
-def test_text_to_image_rows_have_no_pictures_before_the_text(extracted):
+def test_text_to_image_rows_have_no_images_before_the_text(extracted):
     for row in load_from_disk(extracted / "sets" / "text_to_image"):
         assert (row["num_sources"], row["image_embeds"], row["source_latents"], row["source_grids"]) == (0, [], [], [])
 
@@ -227,7 +227,7 @@ def test_text_to_image_rows_have_no_pictures_before_the_text(extracted):
 def test_a_row_without_inverse_has_none(extracted, rows):
     data = load_from_disk(extracted / "sets" / "edit")
     names = [name for name in data.column_names if name.startswith("inverse_")]
-    assert len(names) == 4 + 4  # pictures, two captions and the drop caption; latents and grids
+    assert len(names) == 4 + 4  # images, two captions and the drop caption; latents and grids
     for row, given in zip(data, rows["edit"], strict=True):
         assert {row[name] is None for name in names} == {not given["inverse_instruction"]}
     assert {bool(row["inverse_instruction"]) for row in rows["edit"]} == {True, False}
@@ -350,7 +350,7 @@ def chunk(tmp_path, tiny, edits):
     return write
 
 
-def test_each_picture_passes_the_vision_tower_once(chunk, rows, edits):
+def test_each_image_passes_the_vision_tower_once(chunk, rows, edits):
     num_patches = []
 
     def watch(models):
@@ -419,11 +419,11 @@ def test_a_chunk_leaves_no_file_open_to_the_garbage_collector(chunk, rows):
 
 
 def spoil(folder: Path, edits: Path) -> list[dict]:
-    """Rows of which 1, 3, 4, 5 and 6 are bad, each for a reason of its own, with their pictures in `folder`."""
+    """Rows of which 1, 3, 4, 5 and 6 are bad, each for a reason of its own, with their images in `folder`."""
     shutil.copytree(edits, folder, dirs_exist_ok=True)
     row = read_jsonl(edits / "edit.jsonl")
-    picture = folder / row[1]["target_image"]
-    picture.write_bytes(picture.read_bytes()[:200])
+    image = folder / row[1]["target_image"]
+    image.write_bytes(image.read_bytes()[:200])
     row[3]["instruction_cn"] = "put <|image_pad|> there"
     row[4]["instruction"] = "a " * 5000
     (folder / row[5]["source_image"]).write_text("<html>404</html>")
@@ -614,7 +614,7 @@ def test_a_changed_recipe_is_refused_by_field(again, tmp_path, override, field):
     assert content(tmp_path / "sets" / "edit") == before
 
 
-def test_changed_data_or_another_place_of_the_pictures_are_refused(again, tmp_path, edits, rows):
+def test_changed_data_or_another_place_of_the_images_are_refused(again, tmp_path, edits, rows):
     shutil.copytree(edits, tmp_path / "moved")
     assert "was made with another data, image_root; " in refusal(again, f"tasks.edit.image_root={tmp_path}/moved")
     write_jsonl(tmp_path / "edit.jsonl", [{**row, "instruction": "other"} for row in rows["edit"]])

@@ -46,10 +46,10 @@ def test_the_model_index_decides_the_family(tiny, kind, pipeline, max_sources, v
 def test_templates_and_drop_counts_are_the_pipelines(tiny, kind):
     pipeline, family = diffusers.DiffusionPipeline.from_pretrained(tiny(kind)), read_family(str(tiny(kind)))
     template = family.edit or family.text_to_image
-    # Edit writes its one picture into the template, Edit-Plus puts its pictures before the caption
+    # Edit writes its one image into the template, Edit-Plus puts its images before the caption
     numbered = "{number}" in template.picture
-    picture = "" if numbered else template.picture
-    assert template.before + picture + "{}" + template.after == pipeline.prompt_template_encode
+    image = "" if numbered else template.picture
+    assert template.before + image + "{}" + template.after == pipeline.prompt_template_encode
     assert template.drop == pipeline.prompt_template_encode_start_idx
 
 
@@ -61,7 +61,7 @@ def test_the_text_to_image_template_of_every_family_is_that_of_its_pipeline(tiny
         assert template.drop == pipeline.prompt_template_encode_start_idx
 
 
-def test_pictures_are_numbered_from_one_without_a_separator(tiny):
+def test_images_are_numbered_from_one_without_a_separator(tiny):
     template = read_family(str(tiny("edit_plus"))).template(2)
     vision = "<|vision_start|><|image_pad|><|vision_end|>"
     assert template.shared(2) == f"{template.before}Picture 1: {vision}Picture 2: {vision}"

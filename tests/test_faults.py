@@ -33,22 +33,24 @@ CHAINS = {
 }
 
 
-QUICK = [("one rank", "lora"), ("two ranks", "full")]
-ALL = [(chain, kind) for chain in CHAINS for kind in ("full", "lora", "small")][:-1]  # FSDP shards no quantised base
+QUICK = [("one rank", "lora", "learner"), ("two ranks", "full", "learner")]
+# FSDP shards no quantised base
+ALL = [(chain, kind, "learner") for chain in CHAINS for kind in ("full", "lora", "small")][:-1]
+ALL += [("one rank", "small", "qwen_image_21_learner"), ("sharded", "lora", "qwen_image_21_learner")]
 SMALL = {"quantization": "nf4", "stream_blocks": 3, "offload_activations": True}
 
 
 @pytest.mark.parametrize(
-    ("chain", "kind"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.faults) for pair in ALL]
+    ("chain", "kind", "model"), [pytest.param(*one, marks=() if one in QUICK else pytest.mark.faults) for one in ALL]
 )
-def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_path, chain, kind):
+def test_a_run_that_is_killed_again_and_again_is_one_that_never_was(tiny, tmp_path, chain, kind, model):
     PartialState(cpu=True)  # for what `last_checkpoint` says
     ranks = 1 if chain == "one rank" else 2
     training = {"per_device_train_batch_size": 4 // ranks, "max_steps": 8, "save_total_limit": 2}
     training["use_cpu"] = None if chain == "sharded" else True
     sections = {"trainable": {} if kind == "full" else LORA, "memory": SMALL if kind == "small" else {}}
     training["activation_checkpointing"] = kind == "small"
-    recipe = write_recipe(tmp_path, tiny("learner"), training=training, **sections)
+    recipe = write_recipe(tmp_path, tiny(model), training=training, **sections)
     log = tmp_path / "log"
 
     def run(name: str, **more) -> dict:

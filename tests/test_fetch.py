@@ -11,22 +11,22 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import load_from_disk
-from picture_server import answer, drip, picture_server, raw
+from image_server import answer, drip, image_server, raw
 from small_recipes import write_recipe
 
 from hf_qie import extract
 from hf_qie.data import fetch as module
 from hf_qie.data.fetch import BadUrl, close, fetch, is_public, is_url
 
-PICTURE = bytes(range(256)) * 1000
-CERTIFICATE = Path(__file__).with_name("pictures_example.pem")
+IMAGE = bytes(range(256)) * 1000
+CERTIFICATE = Path(__file__).with_name("images_example.pem")
 PUBLIC, ALSO_PUBLIC = "93.184.215.14", "93.184.215.15"  # what the names of these tests resolve to
 TRIES = 1 + len(module.PAUSES_S)
 
 
 @pytest.fixture
 def server():
-    with picture_server() as server:
+    with image_server() as server:
         yield server
 
 
@@ -88,20 +88,20 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n4\r
 @pytest.mark.parametrize(
     ("given", "body"),
     [
-        (answer(PICTURE), PICTURE),
-        (answer(PICTURE, content_type="application/octet-stream"), PICTURE),
-        (raw(b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE), PICTURE),
+        (answer(IMAGE), IMAGE),
+        (answer(IMAGE, content_type="application/octet-stream"), IMAGE),
+        (raw(b"HTTP/1.1 200 OK\r\n\r\n" + IMAGE), IMAGE),
         (raw(CHUNKED), b"abcdefg"),
     ],
     ids=["with length", "of another type", "to the end of the connection", "chunked"],
 )
-def test_a_picture_arrives_byte_for_byte(server, given, body):
+def test_an_image_arrives_byte_for_byte(server, given, body):
     assert get(server.put("/a.png", given)) == body
 
 
 def test_blanks_and_letters_beyond_ascii_are_encoded_and_what_is_encoded_stays(server):
-    server.put("/a%20b/%C3%A9%2F.png?q=%E7%BA%A2&r=1", answer(PICTURE))
-    assert get(server.url("/a b/é%2F.png?q=红&r=1#part")) == PICTURE
+    server.put("/a%20b/%C3%A9%2F.png?q=%E7%BA%A2&r=1", answer(IMAGE))
+    assert get(server.url("/a b/é%2F.png?q=红&r=1#part")) == IMAGE
 
 
 def test_urls_are_told_from_paths():
@@ -154,8 +154,8 @@ def test_a_body_that_says_it_is_too_large_is_not_read(server, monkeypatch):
 
 
 def test_a_body_of_just_the_limit_arrives(server, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BYTES", len(PICTURE))
-    assert get(server.put("/a.png", answer(PICTURE))) == PICTURE
+    monkeypatch.setattr(module, "MAX_BYTES", len(IMAGE))
+    assert get(server.put("/a.png", answer(IMAGE))) == IMAGE
 
 
 # --- tries
@@ -167,7 +167,7 @@ def test_a_body_of_just_the_limit_arrives(server, monkeypatch):
     ids=["500", "503", "429", "no answer", "no HTTP"],
 )
 def test_a_passing_trouble_is_tried_again(server, trouble):
-    assert get(server.put("/a.png", trouble, trouble, answer(PICTURE))) == PICTURE
+    assert get(server.put("/a.png", trouble, trouble, answer(IMAGE))) == IMAGE
     assert server.asked == ["/a.png"] * 3
 
 
@@ -188,7 +188,7 @@ CUT = raw(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")
 
 
 def test_a_body_cut_short_is_tried_again_and_never_taken(server):
-    assert get(server.put("/a.png", CUT, answer(PICTURE))) == PICTURE
+    assert get(server.put("/a.png", CUT, answer(IMAGE))) == IMAGE
     with pytest.raises(BadUrl, match=r"the connection failed \(.*received 3 bytes, expected 10"):
         get(server.put("/b.png", CUT))
     with pytest.raises(BadUrl, match=r"the connection failed \(.*incomplete chunked read"):
@@ -197,52 +197,52 @@ def test_a_body_cut_short_is_tried_again_and_never_taken(server):
 
 def test_a_server_says_how_long_to_wait(server):
     started = time.monotonic()
-    assert get(server.put("/a.png", answer(status=429, retry_after="1"), answer(PICTURE))) == PICTURE
+    assert get(server.put("/a.png", answer(status=429, retry_after="1"), answer(IMAGE))) == IMAGE
     assert time.monotonic() - started >= 1
 
 
 def test_a_wait_beyond_the_deadline_is_not_waited(server):
     started = time.monotonic()
     with pytest.raises(BadUrl, match="HTTP 429 Too Many Requests"):
-        get(server.put("/a.png", answer(status=429, retry_after="3600"), answer(PICTURE)))
+        get(server.put("/a.png", answer(status=429, retry_after="3600"), answer(IMAGE)))
     assert time.monotonic() - started < 1
 
 
 def test_a_wait_that_is_not_in_seconds_does_not_count(server):
     trouble = answer(status=503, retry_after="Wed, 21 Oct 2099 07:28:00 GMT")
-    assert get(server.put("/b.png", trouble, answer(PICTURE))) == PICTURE
+    assert get(server.put("/b.png", trouble, answer(IMAGE))) == IMAGE
 
 
 def test_a_host_that_does_not_exist_is_not_looked_up_again(internet):
     with pytest.raises(BadUrl, match="host not found"):
-        get("http://pictures.example/a.png")
-    assert internet.looked_up == ["pictures.example"]
+        get("http://images.example/a.png")
+    assert internet.looked_up == ["images.example"]
 
 
 def test_a_connection_is_kept_for_the_next_url_and_no_cookie_is(internet, server):
-    internet.names = {"pictures.example": [[PUBLIC]]}
+    internet.names = {"images.example": [[PUBLIC]]}
     seen = []
 
     def give(handler):
         seen.append(handler.headers["Cookie"])
-        answer(PICTURE, set_cookie="a=1")(handler)
+        answer(IMAGE, set_cookie="a=1")(handler)
 
     server.put("/a.png", give)
     for _ in range(3):
-        assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
+        assert fetch("http://images.example/a.png", allow_private=False) == IMAGE
     assert (internet.connected, seen) == ([PUBLIC], [None] * 3)
 
 
 def test_a_refused_connection_is_named_without_its_address(internet):
-    internet.names = {"pictures.example": [[ALSO_PUBLIC]]}
+    internet.names = {"images.example": [[ALSO_PUBLIC]]}
     with pytest.raises(BadUrl, match=r"^the connection failed \(ConnectionRefusedError: Connection refused\)$"):
-        get("http://pictures.example/a.png")
+        get("http://images.example/a.png")
 
 
 def test_the_second_address_of_a_host_is_tried_where_the_first_is_dead(internet, server):
-    internet.names = {"pictures.example": [[ALSO_PUBLIC, PUBLIC]]}
-    server.put("/a.png", answer(PICTURE))
-    assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
+    internet.names = {"images.example": [[ALSO_PUBLIC, PUBLIC]]}
+    server.put("/a.png", answer(IMAGE))
+    assert fetch("http://images.example/a.png", allow_private=False) == IMAGE
     assert internet.connected == [ALSO_PUBLIC, PUBLIC]
 
 
@@ -252,8 +252,8 @@ def test_the_second_address_of_a_host_is_tried_where_the_first_is_dead(internet,
 def test_redirects_are_followed_to_a_limit(server):
     for i in range(module.MAX_REDIRECTS + 1):
         server.put(f"/{i}", answer(status=302, location=f"/{i + 1}"))  # relative to what redirects
-    server.put(f"/{module.MAX_REDIRECTS + 1}", answer(PICTURE))
-    assert get(server.url("/1")) == PICTURE
+    server.put(f"/{module.MAX_REDIRECTS + 1}", answer(IMAGE))
+    assert get(server.url("/1")) == IMAGE
     server.asked.clear()
     with pytest.raises(BadUrl, match="more than 5 redirects"):
         get(server.url("/0"))
@@ -278,11 +278,11 @@ def test_a_redirect_leads_to_http_alone(server, location):
 
 
 def test_a_redirect_into_the_own_network_is_refused_before_a_request(internet, server):
-    internet.names = {"pictures.example": [[PUBLIC]], "127.0.0.1": [["127.0.0.1"]]}
-    secret = server.put("/secret", answer(PICTURE))
+    internet.names = {"images.example": [[PUBLIC]], "127.0.0.1": [["127.0.0.1"]]}
+    secret = server.put("/secret", answer(IMAGE))
     server.put("/a.png", answer(status=302, location=secret))
     with pytest.raises(BadUrl, match=r"^127\.0\.0\.1 is not a public address"):
-        fetch("http://pictures.example/a.png", allow_private=False)
+        fetch("http://images.example/a.png", allow_private=False)
     assert server.asked == ["/a.png"]
 
 
@@ -290,18 +290,18 @@ def test_a_redirect_into_the_own_network_is_refused_before_a_request(internet, s
 
 
 def test_a_name_that_resolves_anew_does_not_lead_inside(internet, server):
-    internet.names = {"pictures.example": [[PUBLIC], ["127.0.0.1"]]}
-    server.put("/a.png", answer(PICTURE))
-    assert fetch("http://pictures.example/a.png", allow_private=False) == PICTURE
+    internet.names = {"images.example": [[PUBLIC], ["127.0.0.1"]]}
+    server.put("/a.png", answer(IMAGE))
+    assert fetch("http://images.example/a.png", allow_private=False) == IMAGE
     close()
     with pytest.raises(BadUrl, match="not a public address"):
-        fetch(f"http://pictures.example:{server.server_port}/a.png", allow_private=False)
+        fetch(f"http://images.example:{server.server_port}/a.png", allow_private=False)
     assert server.asked == ["/a.png"]
 
 
 def test_what_another_recipe_may_read_is_not_open_to_this_one(server):
-    url = server.put("/a.png", answer(PICTURE))
-    assert get(url) == PICTURE
+    url = server.put("/a.png", answer(IMAGE))
+    assert get(url) == IMAGE
     with pytest.raises(BadUrl, match="not a public address"):
         fetch(url, allow_private=False)
     assert server.asked == ["/a.png"]
@@ -313,29 +313,29 @@ def test_what_another_recipe_may_read_is_not_open_to_this_one(server):
 def test_a_proxy_is_asked_for_what_it_can_resolve_and_not_for_an_own_address(server, internet, monkeypatch):
     internet.names = {"127.0.0.1": [["127.0.0.1"]], "inside.example": [["10.0.0.1"]]}
     monkeypatch.setenv("HTTP_PROXY", server.url(""))
-    server.put("http://pictures.example/a.png", answer(status=302, location="http://inside.example/b.png"))
-    server.put("http://pictures.example/c.png", answer(PICTURE))
-    assert fetch("http://pictures.example/c.png", allow_private=False) == PICTURE
+    server.put("http://images.example/a.png", answer(status=302, location="http://inside.example/b.png"))
+    server.put("http://images.example/c.png", answer(IMAGE))
+    assert fetch("http://images.example/c.png", allow_private=False) == IMAGE
     with pytest.raises(BadUrl, match=r"^10\.0\.0\.1 is not a public address"):
-        fetch("http://pictures.example/a.png", allow_private=False)
-    assert server.asked == ["http://pictures.example/c.png", "http://pictures.example/a.png"]
+        fetch("http://images.example/a.png", allow_private=False)
+    assert server.asked == ["http://images.example/c.png", "http://images.example/a.png"]
 
 
 def test_an_https_url_goes_through_its_proxy_and_one_of_no_proxy_does_not(server, internet, monkeypatch):
     internet.names = {"127.0.0.1": [["127.0.0.1"]], "near.example": [[PUBLIC]]}
     monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{server.server_port}")
     with pytest.raises(BadUrl, match=r"the connection failed \(ProxyError: 403"):
-        fetch("https://pictures.example/a.png", allow_private=False)
-    assert server.asked == ["pictures.example:443"] * TRIES
+        fetch("https://images.example/a.png", allow_private=False)
+    assert server.asked == ["images.example:443"] * TRIES
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "near.example")
-    server.put("/a.png", answer(PICTURE))
-    assert fetch("http://near.example/a.png", allow_private=False) == PICTURE
+    server.put("/a.png", answer(IMAGE))
+    assert fetch("http://near.example/a.png", allow_private=False) == IMAGE
 
 
 @pytest.mark.parametrize("host", "127.0.0.1 localhost 2130706433 0x7f.1".split())
 def test_no_spelling_of_this_machine_is_let_in(server, host):
-    server.put("/a.png", answer(PICTURE))
+    server.put("/a.png", answer(IMAGE))
     with pytest.raises(BadUrl, match=r"is not a public address; extract\.allow_private_urls: true"):
         fetch(f"http://{host}:{server.server_port}/a.png", allow_private=False)
     assert server.asked == []
@@ -380,7 +380,7 @@ def test_a_broken_url_is_named_as_such(url):
 
 
 def test_a_url_with_a_password_is_refused_and_not_repeated(server):
-    server.put("/a.png", answer(PICTURE))
+    server.put("/a.png", answer(IMAGE))
     with pytest.raises(BadUrl, match="holds a user name or password") as error:
         get(f"http://me:hunter2@127.0.0.1:{server.server_port}/a.png")
     assert "hunter2" not in str(error.value)
@@ -404,7 +404,7 @@ def test_rows_whose_urls_fail_are_listed_with_the_reason_in_bounded_time_and_the
     monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(module, "MAX_BYTES", 1_000_000)
     rows = [json.loads(line) for line in (edits / "edit.jsonl").read_text(encoding="utf-8").splitlines()]
-    picture = answer((edits / rows[0]["source_image"]).read_bytes())
+    image = answer((edits / rows[0]["source_image"]).read_bytes())
 
     def pour(handler):
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -422,8 +422,8 @@ def test_rows_whose_urls_fail_are_listed_with_the_reason_in_bounded_time_and_the
         "/gone.png": (answer(status=404), "HTTP 404 Not Found"),
     }
     urls = [server.put(path, fault) for path, (fault, _) in faults.items()]
-    urls.append(server.put("/passing.png", answer(status=500), picture))  # 500, then 200
-    urls.append(server.put("/whole.png", picture))
+    urls.append(server.put("/passing.png", answer(status=500), image))  # 500, then 200
+    urls.append(server.put("/whole.png", image))
     targets = [str(edits / row["target_image"]) for row in rows]
     given = [rows[i] | {"source_image": url, "target_image": targets[i]} for i, url in enumerate(urls)]
     settings = {"allow_private_urls": True, "max_bad_share": 0.9, "chunk_rows": 4}
@@ -445,23 +445,23 @@ def test_rows_whose_urls_fail_are_listed_with_the_reason_in_bounded_time_and_the
 
 @pytest.fixture
 def secure(internet, server, monkeypatch):
-    """`server` with the certificate of pictures.example; other.example leads there too."""
+    """`server` with the certificate of images.example; other.example leads there too."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    internet.names = {"pictures.example": [[PUBLIC]], "other.example": [[PUBLIC]]}
-    server.put("/a.png", answer(PICTURE))
+    internet.names = {"images.example": [[PUBLIC]], "other.example": [[PUBLIC]]}
+    server.put("/a.png", answer(IMAGE))
     return server
 
 
 def test_https_holds_to_the_name_though_it_connects_to_an_address(secure, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
-    assert fetch("https://pictures.example/a.png", allow_private=False) == PICTURE
+    assert fetch("https://images.example/a.png", allow_private=False) == IMAGE
     with pytest.raises(BadUrl, match=r"its certificate is not trusted .*mismatch"):
         fetch("https://other.example/a.png", allow_private=False)
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(secure, internet):
     with pytest.raises(BadUrl, match="its certificate is not trusted"):
-        fetch("https://pictures.example/a.png", allow_private=False)
+        fetch("https://images.example/a.png", allow_private=False)
     assert internet.connected == [PUBLIC]

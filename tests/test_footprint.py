@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from accelerate import PartialState
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImage21Transformer2DModel, QwenImageTransformer2DModel
 from embedding_sets import write_recipe
 from released import NUM_PARAMETERS, write_released
 
@@ -86,8 +86,9 @@ def test_it_is_said_before_a_weight_is_read(tmp_path, caplog):
 @pytest.mark.parametrize(
     "trainable", [{}, {"modules": ["attn"]}, {"lora": {"rank": 4, "target_modules": "all-linear"}}]
 )
-def test_on_paper_is_as_loaded(tiny, tmp_path, trainable):
-    recipe = load_recipe(write_recipe(tmp_path, tiny(), trainable=trainable))
+@pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
+def test_on_paper_is_as_loaded(tiny, tmp_path, family, trainable):
+    recipe = load_recipe(write_recipe(tmp_path, tiny(family), trainable=trainable))
     on_paper, loaded = (
         build_model(recipe, mixed_precision="bf16", empty=True),
         build_model(recipe, mixed_precision="bf16"),
@@ -97,7 +98,8 @@ def test_on_paper_is_as_loaded(tiny, tmp_path, trainable):
     storages = {parameter.untyped_storage().data_ptr(): parameter for parameter in loaded.parameters()}.values()
     assert sum(p.untyped_storage().nbytes() for p in storages) / 2 == Footprint(loaded, **how).weight_bytes
     assert {parameter.device.type for parameter in on_paper.parameters()} == {"meta"}
-    assert isinstance(loaded.get_base_model() if "lora" in trainable else loaded, QwenImageTransformer2DModel)
+    classes = {"edit_plus": QwenImageTransformer2DModel, "qwen_image_21": QwenImage21Transformer2DModel}
+    assert isinstance(loaded.get_base_model() if "lora" in trainable else loaded, classes[family])
 
 
 def test_an_optimizer_that_is_not_known_is_not_guessed_at(tiny, tmp_path):

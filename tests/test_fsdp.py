@@ -1,7 +1,7 @@
 """FSDP2 gives DDP's weights, trains all it should, and leaves what resumes and what diffusers loads.
 
-Two ranks on gloo do all the runs of a family in one go; see tests/ranks.py. What Qwen-Image-2.1 has in common with the
-older family is only tested for that one; tests/test_draws_per_row.py holds its shards to one rank.
+Two ranks on gloo do all the runs of a family in one go; see tests/ranks.py. With Qwen-Image-2.1 they are of sharded
+state alone; tests/test_draws_per_row.py holds full state and shards to one rank.
 """
 
 import json
@@ -59,16 +59,14 @@ def runs_in(folder: Path, model: Path, family: str) -> list[dict]:
         for state in ("SHARDED", "FULL") if family == "edit_plus" else ("SHARDED",):
             overrides = [*fsdp(state), f"training.activation_checkpointing={'true' if state == 'FULL' else 'false'}"]
             add(kind, state, *overrides, others=[f"model={folder / 'bare'}"])
-            if family != "edit_plus":
-                continue
             checkpoint = str(folder / kind / state / "checkpoint-2")
             add(kind, f"{state} resumed", *overrides, checkpoint=checkpoint)
-            if kind == "lora":
+            if kind == "lora" and family == "edit_plus":
                 add(kind, f"{state} slower", *overrides, "training.learning_rate=1e-4", checkpoint=checkpoint)
     add("full", "other state", *fsdp("FULL"), checkpoint=str(folder / "full" / "SHARDED" / "checkpoint-2"))
+    cut = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"
+    add("full", "accumulated", *fsdp("SHARDED", CHECKPOINTING), *cut)
     if family == "edit_plus":
-        cut = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2"
-        add("full", "accumulated", *fsdp("SHARDED", CHECKPOINTING), *cut)
         add("full", "on the CPU", *fsdp("SHARDED"), "training.use_cpu=true")
     for kind in ("full", "lora"):
         add(kind, "flags", environment=environment_of(PEOPLES_FLAGS.format(block=BLOCKS[family])))
@@ -154,7 +152,7 @@ def test_every_rank_holds_its_part_and_trains_every_tensor_that_trains(done, kin
     assert sum(report["numel_here"] for report in ranks) == ranks[0]["numel"]
 
 
-@both_states
+@all_states
 @both_kinds
 def test_a_resumed_sharded_run_is_one_that_was_never_interrupted(done, kind, state):
     straight, resumed = done / kind / state, done / kind / f"{state} resumed"
@@ -162,6 +160,7 @@ def test_a_resumed_sharded_run_is_one_that_was_never_interrupted(done, kind, sta
     assert [report["steps"] for report in reports(resumed)] == [report["steps"] for report in reports(straight)]
 
 
+@both_families
 def test_gradients_that_are_sharded_after_each_micro_batch_add_up_to_the_same(done):
     """With FSDP's own activation checkpointing, which wraps each block once more."""
     hold(done / "full" / "accumulated", done / "full" / "ddp", "full", atol=1e-5)  # float32 sums in another order

@@ -176,7 +176,7 @@ WRONG_ROWS = {
     "a side beyond all positions": lambda row: {"target_grid": [2_000_000_000, 4]},
     "no grid": lambda row: {"target_grid": None},
     "half a grid": lambda row: {"target_grid": None, "target_latents": None},
-    "no states of pictures": lambda row: {"image_embeds": None},
+    "no states of images": lambda row: {"image_embeds": None},
     "no drop caption": lambda row: {"text_embeds_drop": []},
     "no row": lambda row: {"row": None},
     "a negative row": lambda row: {"row": -1},

@@ -1,4 +1,4 @@
-"""Pictures while training: what the official pipeline would make, and no trace in training."""
+"""Images while training: what the official pipeline would make, and no trace in training."""
 
 import json
 import logging
@@ -99,7 +99,7 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     seen, pipeline = [], sampler.pipeline if images else text_to_image(sampler.pipeline)
     decode = pipeline.vae.decode
     pipeline.vae.decode = lambda latents, **kwargs: seen.append(latents) or decode(latents, **kwargs)
-    picture = sampler.generate(embeddings, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
+    image = sampler.generate(embeddings, images, seed=5, num_inference_steps=3, true_cfg_scale=cfg)
     sizes = [EDIT_PLUS.fit(image.size, sampler.family.vae_area_px) for image in images]
     vae = LatentEncoder(recipe.model, revision=None, dtype=torch.float32, device=torch.device("cpu"))
     latents = [vae([to_pixels(EDIT_PLUS.resize(image, s))])[0] for image, s in zip(images, sizes, strict=True)]
@@ -121,13 +121,13 @@ def test_the_loop_is_the_official_pipelines(tiny, extracted, photos, num_sources
     c, h, w = theirs.shape
     theirs = theirs.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 0, 2, 4).reshape(1, -1, 4 * c)
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-    levels = np.asarray(vae.decode(mine[0], EDIT_PLUS.grid_of(size)), int) - np.asarray(picture, int)
+    levels = np.asarray(vae.decode(mine[0], EDIT_PLUS.grid_of(size)), int) - np.asarray(image, int)
     assert abs(levels).max() <= 1
 
 
 @pytest.fixture
 def drawn(extracted, built_once, family) -> Path:
-    """The folder of a run on extracted edits, with pictures of two rows."""
+    """The folder of a run on extracted edits, with images of two rows."""
     return built_once(f"drawn_{family}", lambda folder: draw(extracted, folder / "run")) / "run"
 
 
@@ -142,7 +142,7 @@ def draw(recipe: Path, folder: Path) -> None:
 
 @both_families
 @pytest.mark.parametrize(("step", "checkpoint"), [(0, "base"), (2, None)])
-def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, step, checkpoint):
+def test_an_image_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, step, checkpoint):
     recipe = load_recipe(drawn / "recipe.yaml")
     sampler, sets = Sampler(recipe, checkpoint=checkpoint), open_sets(recipe)
     recipe_family = read_family(recipe.model)
@@ -161,12 +161,12 @@ def test_a_picture_on_disk_is_what_sampling_makes_of_that_row(drawn, extracted, 
         height, width = row["target_grid"]
         size = (16 * width, 16 * height)
         theirs = sampler.generate(embeddings, images, seed=recipe.seed, num_inference_steps=2, size=size)
-        with Image.open(drawn / "pictures" / f"step-{step:06d}" / f"{task}-{row['row']}.png") as picture:
-            levels = np.abs(np.asarray(picture, int) - np.asarray(theirs, int))
+        with Image.open(drawn / "pictures" / f"step-{step:06d}" / f"{task}-{row['row']}.png") as image:
+            levels = np.abs(np.asarray(image, int) - np.asarray(theirs, int))
         assert levels.mean() < 0.5  # stored source latents are rounded to float16
 
 
-def test_the_tracker_has_the_pictures_of_each_step(drawn):
+def test_the_tracker_has_the_images_of_each_step(drawn):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = drawn.rglob("events.out.tfevents.*")
@@ -206,8 +206,8 @@ def test_the_grid_has_sources_target_and_steps_in_columns(tmp_path):
 
 
 @both_families
-def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tiny, tmp_path, monkeypatch, family):
-    """Though something in the making of pictures draws from every generator."""
+def test_training_with_images_is_training_without_bit_for_bit(recipe, tiny, tmp_path, monkeypatch, family):
+    """Though something in the making of images draws from every generator."""
     calls, module = [], sys.modules[read_family(str(tiny(family))).denoise.__module__]
     predict = module.predict
 
@@ -230,11 +230,11 @@ def test_training_with_pictures_is_training_without_bit_for_bit(recipe, tiny, tm
     assert not (tmp_path / "without" / "pictures").exists()
     made = files(tmp_path / "run")
     assert [*made] == [f"pictures/step-{step:06d}/{name}" for step in (0, 2, 4) for name in NAMES]
-    assert len(set(made.values())) == len(made), "the model has learned, so each picture is another"
+    assert len(set(made.values())) == len(made), "the model has learned, so each image is another"
 
 
 @both_families
-def test_a_resumed_run_keeps_the_pictures_of_before_and_makes_the_same_grid(recipe, tmp_path):
+def test_a_resumed_run_keeps_the_images_of_before_and_makes_the_same_grid(recipe, tmp_path):
     run(recipe)
     folder = tmp_path / "run"
     straight, grid = files(folder), (folder / "pictures.png").read_bytes()
@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_the_pictures_of_before_and_makes_the_same_grid(reci
     assert (folder / "pictures" / "step-000000" / NAMES[0]).stat().st_mtime_ns == kept
 
 
-def test_a_run_from_the_start_leaves_out_the_pictures_of_another(recipe, tmp_path):
+def test_a_run_from_the_start_leaves_out_the_images_of_another(recipe, tmp_path):
     stale = tmp_path / "run" / "pictures" / "step-000009"
     stale.mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(stale / NAMES[0])
@@ -269,7 +269,7 @@ WAYS = {"ddp": ["training.use_cpu=true"], "sharded": SHARDED, "bare": [*SHARDED,
         pytest.param("qwen_image_21", ("ddp", "sharded", "bare"), marks=pytest.mark.soak),
     ],
 )
-def test_two_ranks_sharded_or_not_make_the_pictures_of_one_and_train_as_without(recipe, tiny, tmp_path, family, names):
+def test_two_ranks_sharded_or_not_make_the_images_of_one_and_train_as_without(recipe, tiny, tmp_path, family, names):
     training = {"use_cpu": None, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3}
     lora = {"lora": LORA["lora"] | {"dropout": 0.0}}
     path = write_recipe(
@@ -304,7 +304,7 @@ def test_two_ranks_sharded_or_not_make_the_pictures_of_one_and_train_as_without(
 # --- what people get wrong, and are told -----------------------------------------------------------------------------
 
 
-def test_pictures_without_held_out_rows_are_refused(recipe):
+def test_images_without_held_out_rows_are_refused(recipe):
     with pytest.raises(InputError, match=r"sampling\.every: no task holds out rows to evaluate on; set tasks"):
         load_recipe(recipe, ["tasks.edit.eval_rows=0", "tasks.text_to_image.eval_rows=0"])
 

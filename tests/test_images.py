@@ -1,4 +1,4 @@
-"""A picture file of any kind becomes the upright RGB pixels that its maker saw, or says why it cannot."""
+"""An image file of any kind becomes the upright RGB pixels that its maker saw, or says why it cannot."""
 
 import io
 import random
@@ -30,7 +30,7 @@ def quarters(width=40, height=20):
 def read(tmp_path):
     """`read(image, format, **options)` -> what `read_image` makes of `image` saved in that format."""
 
-    def save_and_read(image, name="picture.png", **options):
+    def save_and_read(image, name="image.png", **options):
         image.save(tmp_path / name, **options)
         return read_image(tmp_path / name)
 
@@ -39,7 +39,7 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
-def test_a_picture_stands_upright_whatever_its_exif_says(read, orientation, name):
+def test_an_image_stands_upright_whatever_its_exif_says(read, orientation, name):
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -185,7 +185,7 @@ def test_grey_of_16_bits_keeps_its_range(read, name):
     assert [image.getpixel((x, 0))[0] for x in range(5)] == [0, 1, 1, 128, 255]
 
 
-def test_a_dark_picture_of_16_bits_stays_dark(read):
+def test_a_dark_image_of_16_bits_stays_dark(read):
     assert read(Image.fromarray(np.full((4, 4), 200, np.uint16))).getpixel((0, 0)) == (1, 1, 1)
 
 
@@ -195,7 +195,7 @@ def test_floats_are_bad_since_nothing_says_their_range(read):
 
 
 @pytest.mark.parametrize(("name", "options"), [("moving.gif", {}), ("moving.webp", {"lossless": True})])
-def test_of_a_moving_picture_the_first_frame_counts(read, name, options):
+def test_of_a_moving_image_the_first_frame_counts(read, name, options):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     image = read(frames[0], name, save_all=True, append_images=frames[1:], **options)
     assert image.getpixel((4, 4)) == (255, 0, 0)
@@ -259,7 +259,7 @@ def test_a_folder_and_a_missing_file_are_bad(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_picture_of_too_many_pixels_is_bad_before_it_is_decoded(read, monkeypatch):
+def test_an_image_of_too_many_pixels_is_bad_before_it_is_decoded(read, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(BadImage, match=r"^40 x 20 pixels are more than 500$"):
         read(quarters())
@@ -297,12 +297,12 @@ def test_pixels_go_from_minus_one_to_one():
 # --- with alpha
 
 
-def read_rgba(tmp_path, image, name="picture.png", **options):
+def read_rgba(tmp_path, image, name="image.png", **options):
     image.save(tmp_path / name, **options)
     return read_image(tmp_path / name, "RGBA")
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.webp", "picture.tif"])
+@pytest.mark.parametrize("name", ["image.png", "image.webp", "image.tif"])
 def test_alpha_is_kept_to_the_bit(tmp_path, name):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 4), np.uint8)
     image = read_rgba(
@@ -316,7 +316,7 @@ def test_alpha_is_kept_to_the_bit(tmp_path, name):
 def test_an_image_without_alpha_is_opaque_and_else_as_in_rgb(tmp_path, mode):
     values = np.random.default_rng(0).integers(0, 65536, (9, 5), np.uint16)
     image = Image.fromarray(values) if mode == "I;16" else quarters().convert(mode)
-    name = "picture.tif" if mode in ("CMYK", "RGBX") else "picture.png"
+    name = "image.tif" if mode in ("CMYK", "RGBX") else "image.png"
     seen = read_rgba(tmp_path, image, name)
     assert (np.asarray(seen)[..., 3] == 255).all()
     np.testing.assert_array_equal(np.asarray(seen)[..., :3], np.asarray(read_image(tmp_path / name)))
@@ -338,7 +338,7 @@ def test_an_image_with_alpha_stands_upright(tmp_path, orientation):
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     exif[ORIENTATION] = orientation
     seen = read_rgba(tmp_path, image, exif=exif)
-    assert seen.size == header_size(tmp_path / "picture.png")
+    assert seen.size == header_size(tmp_path / "image.png")
     turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
     assert seen.tobytes() == (image.transpose(turns[orientation]) if orientation in turns else image).tobytes()
 

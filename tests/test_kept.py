@@ -21,6 +21,7 @@ from small_recipes import write_recipe
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.provenance import PROVENANCE, read_provenance
+from hf_qie.data.schema import shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.extract import main
 from hf_qie.extraction import run as extraction
@@ -40,8 +41,14 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, tiny) -> Models:
-    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), tiny(), {"task": Path("none.jsonl")}))
+def model(tiny, request) -> Path:
+    """The checkpoint; tests of both families give others."""
+    return tiny(getattr(request, "param", "edit_plus"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, model) -> Models:
+    recipe = load_recipe(write_recipe(tmp_path_factory.mktemp("models"), model, {"task": Path("none.jsonl")}))
     device = torch.device("cpu")
     return extraction.load_models(
         recipe, read_family(recipe.model), dtype=compute_dtype(recipe.extract.dtype, device), device=device
@@ -102,9 +109,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def task(tmp_path, tiny, models, monkeypatch) -> Task:
-    """A task that is extracted; models are loaded once for all tests."""
-    made, encode_prompts = Task(tmp_path, tiny()), ChunkWriter.encode_prompts
+def task(tmp_path, model, models, monkeypatch) -> Task:
+    """A task that is extracted; models are loaded once for all tests of a family."""
+    made, encode_prompts = Task(tmp_path, model), ChunkWriter.encode_prompts
 
     def noted(self, rows, *rest):
         made.encoded.extend(row.columns["row"] for row in rows)
@@ -137,7 +144,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+CASES = [("edit_plus", change) for change in CHANGES]
+CASES += [("qwen_image_21", "an image"), ("qwen_image_21", "an inverse")]
+
+
+@pytest.mark.parametrize(("model", "change"), CASES, indirect=["model"])
 def test_only_rows_that_changed_pass_the_models_and_the_set_is_that_of_a_first_extraction(task, change):
     before = load_from_disk(task.folder)._fingerprint
     edit, redone = CHANGES[change]
@@ -149,10 +160,12 @@ def test_only_rows_that_changed_pass_the_models_and_the_set_is_that_of_a_first_e
     task.check()
 
 
+@pytest.mark.parametrize("model", ["edit_plus", "qwen_image_21"], indirect=True)
 def test_columns_of_inverses_come_and_go_with_the_rows_that_have_them(task):
     task.rows[5].update(source_image="0.png", inverse_instruction="undo")
     task.run()
-    assert "inverse_image_embeds" in load_from_disk(task.folder).column_names
+    names = load_from_disk(task.folder).column_names
+    assert f"inverse_{shared_embeds(names)}" in names
     task.rows.pop(5)
     task.run()
     assert task.encoded == []

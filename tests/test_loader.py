@@ -14,6 +14,7 @@ from hf_qie.config.recipe import Mix
 from hf_qie.data.collate import collate
 from hf_qie.data.loader import Draws, RankBatches, TaskRows, open_loader, text_weights
 from hf_qie.data.mixture import group_shares, mixture_plan, read_groups
+from hf_qie.data.schema import PROMPT_COLUMNS, shared_embeds
 from hf_qie.errors import InputError
 
 A, B = (2, 3), (3, 2)
@@ -34,11 +35,19 @@ def draws_of(sets, mix, *, num_steps=4, same_shape=4, seed=0):
     return Draws(sets, plan, seed=seed, mix=mix)
 
 
+every_way = pytest.mark.parametrize("sets", PROMPT_COLUMNS, indirect=True, ids=lambda way: way[0])
+
+
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets")
-    edits = embedding_set([(A, B)] * 5 + [(B, A)] * 4 + [(A, A, B)] * 3, inverse=range(0, 9, 2))
-    return {"edits": opened(edits, folder / "edits"), "texts": opened(embedding_set([(B,)] * 3), folder / "texts")}
+def sets(tmp_path_factory, request):
+    """Sets with the columns of the older family; `every_way` gives those of others."""
+    folder, way = tmp_path_factory.mktemp("sets"), getattr(request, "param", PROMPT_COLUMNS[0])
+    shapes = [(A, B)] * 5 + [(B, A)] * 4 + [(A, A, B)] * 3
+    edits, texts = (
+        embedding_set(given, inverse=inverse, prompt_columns=way)
+        for given, inverse in ((shapes, range(0, 9, 2)), ([(B,)] * 3, ()))
+    )
+    return {"edits": opened(edits, folder / "edits"), "texts": opened(texts, folder / "texts")}
 
 
 def rank_batches(rank=0, world_size=1, micro_batch=4, num_steps=4):
@@ -54,6 +63,7 @@ def assert_prompt(row, images, texts):
     assert any(np.array_equal(row["prompt_parts"][1], text) for text in texts)
 
 
+@every_way
 def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
     draws = draws_of(sets, NEVER_DROP)
     for number in range(len(draws)):
@@ -63,7 +73,8 @@ def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
         assert row["grids"] == [tuple(grid) for grid in (data[index]["target_grid"], *data[index]["source_grids"])]
         for name in ("target_latents", "source_latents"):
             np.testing.assert_array_equal(row[name], stored(data, index, name))
-        images = stored(data, index, "image_embeds")
+        assert row["image_slots"] == data[index].get("image_slots", [])
+        images = stored(data, index, shared_embeds(data.features))
         texts = [stored(data, index, f"text_embeds_{caption}") for caption in CAPTIONS]
         assert_prompt(row, images, texts)
 
@@ -82,6 +93,7 @@ def test_rows_are_float16_whatever_their_number_of_sources(sets):
     assert num_sources == {0, 1, 2}
 
 
+@every_way
 def test_a_row_is_views_of_the_arrow_file(sets):
     columns = sets["edits"].data.columns
     buffers = [buffer for column in columns for chunk in column.chunks for buffer in chunk.buffers() if buffer]
@@ -115,7 +127,7 @@ def inverse_draws(data):
     return [draws[number] for number in numbers]
 
 
-def test_the_inverse_of_a_row_has_its_pictures_swapped_and_prompts_of_its_own():
+def test_the_inverse_of_a_row_has_its_images_swapped_and_prompts_of_its_own():
     data = embedding_set([(A, B)] * 3, inverse=range(3))
     for row in inverse_draws(data):
         assert row["grids"] == [B, A]
@@ -126,7 +138,7 @@ def test_the_inverse_of_a_row_has_its_pictures_swapped_and_prompts_of_its_own():
         assert_prompt(row, images, texts)
 
 
-def test_the_inverse_of_a_row_has_its_own_pictures_where_the_areas_differ():
+def test_the_inverse_of_a_row_has_its_own_images_where_the_areas_differ():
     data = embedding_set([(A, B)] * 3, inverse=range(3), inverse_grids=((4, 4), (5, 2)))
     for row in inverse_draws(data):
         assert row["grids"] == [(4, 4), (5, 2)]
@@ -274,6 +286,7 @@ def test_a_batch_has_each_row_once_and_all_its_draws(sets, monkeypatch, num_work
     assert seen == {number: summary(draws[number])[:2] for number in range(len(draws))}
 
 
+@every_way
 def test_workers_change_nothing(sets):
     alone, shared = all_batches(sets, 0), all_batches(sets, 2)
     assert len(alone) == len(shared) == 16
@@ -291,6 +304,7 @@ def test_loading_leaves_the_global_generators_alone(sets, num_workers):
     assert (np.random.get_state()[1] == state[1]).all()
 
 
+@every_way
 def test_draws_are_pickled_without_their_rows_and_read_the_same_again(sets):
     """What a spawned worker is given."""
     draws = draws_of(sets, NEVER_DROP)

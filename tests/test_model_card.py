@@ -160,7 +160,7 @@ def script(hub: Hub, home: Path, *command: object, cwd: Path, token: str | None 
 
 @pytest.fixture(scope="module")
 def run(built_once, tiny) -> Path:
-    """The folder `run` of a LoRA with evaluation and pictures, on a base whose name is org/base on the Hub."""
+    """The folder `run` of a LoRA with evaluation and images, on a base whose name is org/base on the Hub."""
 
     def build(folder: Path) -> None:
         folder.mkdir()
@@ -244,16 +244,16 @@ def test_no_token_and_no_folder_of_this_machine_leaves_it(pushed, run):
     assert TOKEN not in (pushed / "said.txt").read_text(encoding="utf-8")
 
 
-def test_the_code_on_the_cards_runs_and_all_forms_give_one_picture(pushed, tmp_path):
+def test_the_code_on_the_cards_runs_and_all_forms_give_one_image(pushed, tmp_path):
     Image.effect_noise((80, 64), 64).convert("RGB").save(tmp_path / "input.png")
     with Hub(pushed / "hub") as hub:
         done = script(hub, tmp_path / "home", "-c", EDIT, *KINDS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    base, *pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("base", *KINDS)]
+    base, *images = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("base", *KINDS)]
     assert base.shape == (64, 64, 3)
-    assert abs(base - pictures[0]).max() > 10, "what was trained shows"
-    for kind, picture in zip(KINDS, pictures, strict=True):
-        assert abs(picture - pictures[0]).max() <= 1, kind  # float32 in another order, rounded to 8 bits
+    assert abs(base - images[0]).max() > 10, "what was trained shows"
+    for kind, image in zip(KINDS, images, strict=True):
+        assert abs(image - images[0]).max() <= 1, kind  # float32 in another order, rounded to 8 bits
     assert done.stdout.split()[-1] == hub.repository("models", "org/base")["refs"]["main"]
 
 

@@ -81,10 +81,11 @@ def test_a_precision_that_is_named_is_obeyed(settled, launch, training, found):
     assert chosen == found
 
 
-def test_the_precision_chosen_is_that_of_model_and_arithmetic(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
+def test_the_precision_chosen_is_that_of_model_and_arithmetic(tiny, tmp_path, monkeypatch, family):
     """On a CPU that is taken for an accelerator."""
     trainable = {"lora": {"rank": 4, "target_modules": "attention"}}
-    recipe = load_recipe(write_recipe(tmp_path, tiny(), trainable=trainable, training={"save_strategy": "no"}))
+    recipe = load_recipe(write_recipe(tmp_path, tiny(family), trainable=trainable, training={"save_strategy": "no"}))
 
     def chosen(arguments, given):
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Prompt tokens with the real vocabulary: what templates and pictures cost, and that sharing loses none."""
+"""Prompt tokens with the real vocabulary: what templates and images cost, and that sharing loses none."""
 
 import json
 
@@ -39,8 +39,8 @@ def processor(built_once, tiny):
     return Qwen2VLProcessor(parts.image_processor, tokenizer, parts.video_processor)
 
 
-def pictures(*sizes):
-    """Pictures as the encoder sees them."""
+def images_of(*sizes):
+    """Images as the encoder sees them."""
     return [
         EDIT_PLUS.resize(Image.new("RGB", size, "teal"), EDIT_PLUS.fit(size, EDIT_PLUS.vlm_area_px)) for size in sizes
     ]
@@ -72,21 +72,21 @@ def test_a_vocabulary_that_splits_a_template_otherwise_is_refused(processor):
         check_drop(letters, EDIT_PLUS_TEMPLATE)
 
 
-def test_a_picture_costs_its_label_its_marks_and_its_patches(processor):
+def test_an_image_costs_its_label_its_marks_and_its_patches(processor):
     assert len(processor.tokenizer("Picture 1: ").input_ids) == 5
-    prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, pictures((384, 384), (448, 320)), ["x"])
+    prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, images_of((384, 384), (448, 320)), ["x"])
     # 384 x 384 becomes 392 x 392 and 448 x 320 becomes 448 x 308, in patches of 28 x 28
     assert prompt.split == 64 + (5 + 2 + 14 * 14) + (5 + 2 + 16 * 11)
     assert prompt.vision["image_grid_thw"].tolist() == [[1, 28, 28], [1, 22, 32]]
     assert len(prompt.vision["pixel_values"]) == 28 * 28 + 22 * 32
 
 
-@pytest.mark.parametrize("num_pictures", [0, 1, 3])
-def test_shared_and_branch_tokens_are_those_of_the_whole_text(processor, num_pictures):
-    template, images = EDIT_PLUS.template(num_pictures), pictures(*[(300, 200)] * num_pictures)
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_shared_and_branch_tokens_are_those_of_the_whole_text(processor, num_images):
+    template, images = EDIT_PLUS.template(num_images), images_of(*[(300, 200)] * num_images)
     prompt = make_prompt(processor, template, images, WEIRD_CAPTIONS)
     for caption, branch in zip(WEIRD_CAPTIONS, prompt.branches, strict=True):
-        text = template.shared(num_pictures) + caption + template.after
+        text = template.shared(num_images) + caption + template.after
         inputs = processor(text=[text], images=images or None)  # as the pipelines call it
         assert prompt.shared + branch == list(inputs["input_ids"][0])
     if images:
@@ -94,20 +94,20 @@ def test_shared_and_branch_tokens_are_those_of_the_whole_text(processor, num_pic
 
 
 @pytest.mark.parametrize("captions", [WEIRD_CAPTIONS[:1], WEIRD_CAPTIONS[3:4]])
-def test_one_caption_alone_shares_no_more_than_the_pictures(processor, captions):
-    for num_pictures in (0, 1):
-        images = pictures(*[(300, 200)] * num_pictures)
-        prompt = make_prompt(processor, EDIT_PLUS.template(num_pictures), images, captions)
+def test_one_caption_alone_shares_no_more_than_the_images(processor, captions):
+    for num_images in (0, 1):
+        images = images_of(*[(300, 200)] * num_images)
+        prompt = make_prompt(processor, EDIT_PLUS.template(num_images), images, captions)
         assert len(prompt.shared) <= prompt.split and len(prompt.branches) == 1
         assert prompt.num_tokens == prompt.num_tokens_apart == len(prompt.shared + prompt.branches[0])
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
-@pytest.mark.parametrize("num_pictures", [0, 1])
-def test_a_caption_that_holds_a_picture_token_is_bad(processor, token, num_pictures):
-    images = pictures(*[(300, 200)] * num_pictures)
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_caption_that_holds_an_image_token_is_bad(processor, token, num_images):
+    images = images_of(*[(300, 200)] * num_images)
     with pytest.raises(BadPrompt) as bad:
-        make_prompt(processor, EDIT_PLUS.template(num_pictures), images, ["fine", f"put {token} here"])
+        make_prompt(processor, EDIT_PLUS.template(num_images), images, ["fine", f"put {token} here"])
     assert str(bad.value) == f"the caption holds {token}, which stands for an image"
     assert bad.value.place == 1
 
@@ -118,7 +118,7 @@ def test_the_encoder_sees_at_most_45_percent_of_one_pass_per_prompt(processor, p
     for line in (photos / "portrait_edit.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         with Image.open(photos / row["source_image"]) as image:
-            images = pictures(image.size)
+            images = images_of(image.size)
         prompt = make_prompt(processor, EDIT_PLUS_TEMPLATE, images, [row["instruction"], row["instruction_cn"], " "])
         texts = [prompt.shared + branch for branch in prompt.branches]
         run, apart = run + prompt.num_tokens, apart + sum(map(len, texts))
@@ -126,6 +126,6 @@ def test_the_encoder_sees_at_most_45_percent_of_one_pass_per_prompt(processor, p
 
 
 def test_pixels_do_not_depend_on_the_captions(processor):
-    images = pictures((300, 200))
+    images = images_of((300, 200))
     one, other = (make_prompt(processor, EDIT_PLUS_TEMPLATE, images, captions) for captions in (["a"], WEIRD_CAPTIONS))
     assert torch.equal(one.vision["pixel_values"], other.vision["pixel_values"]) and one.shared == other.shared

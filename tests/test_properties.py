@@ -1,4 +1,4 @@
-"""Whatever a recipe, a row or a picture may be: a message or a bad row, never a traceback, and no row is lost."""
+"""Whatever a recipe, a row or an image may be: a message or a bad row, never a traceback, and no row is lost."""
 
 import json
 from functools import cache
@@ -180,11 +180,11 @@ def test_any_line_of_jsonl_is_a_row_or_refused_with_a_message(tmp_path, number):
     hold(law, lines(), number)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 @cache
-def pictures() -> list[bytes]:
+def image_contents() -> list[bytes]:
     """One of each of the formats that people have, with what may stand in a header."""
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 4), dtype=np.uint8)
     image, contents = Image.fromarray(noise), []
@@ -217,8 +217,8 @@ def pictures() -> list[bytes]:
 
 @st.composite
 def broken(draw) -> bytes:
-    """A picture that is cut, has bytes changed, put in or taken out, mostly in its header."""
-    content = bytearray(draw(st.sampled_from(pictures())))
+    """An image that is cut, has bytes changed, put in or taken out, mostly in its header."""
+    content = bytearray(draw(st.sampled_from(image_contents())))
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(0, min(64, len(content))) | st.integers(0, len(content)))
         deed = draw(st.sampled_from(["flip", "flip", "set", "insert", "remove", "cut"]))
@@ -237,8 +237,8 @@ def broken(draw) -> bytes:
 
 @examples(200, 500)
 @pytest.mark.filterwarnings("ignore")  # Pillow's, on damage that it reads all the same
-def test_any_picture_is_read_whole_or_bad_with_a_reason(tmp_path, number):
-    file = tmp_path / "picture"
+def test_any_image_is_read_whole_or_bad_with_a_reason(tmp_path, number):
+    file = tmp_path / "image"
 
     def law(content: bytes) -> None:
         file.write_bytes(content)
@@ -281,7 +281,7 @@ def test_no_metadata_make_an_image_bad_or_differ_from_its_header(number):
 
 @examples(24, 500)
 @pytest.mark.filterwarnings("ignore")
-def test_every_row_with_a_broken_picture_is_in_the_set_or_among_the_bad_ones(tiny, tmp_path, number):
+def test_every_row_with_a_broken_image_is_in_the_set_or_among_the_bad_ones(tiny, tmp_path, number):
     rows, contents = [], []
     hold(lambda content: contents.append(content), broken(), number)
     Image.new("RGB", (32, 24)).save(tmp_path / "good.png")

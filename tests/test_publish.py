@@ -86,7 +86,7 @@ def write_data(folder: Path, edits: Path) -> None:
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(next((folder / "images").iterdir()), elsewhere / "target.png")
-    (elsewhere / "broken.png").write_bytes(b"no picture")
+    (elsewhere / "broken.png").write_bytes(b"no image")
 
 
 @pytest.fixture(scope="session")
@@ -272,10 +272,10 @@ def test_a_push_of_one_more_task_keeps_the_others_and_what_people_wrote(work, lo
     push(loopback_hub, work, "text_to_image")
     metadata, text = card_of(loopback_hub)
     head = f"---\nlanguage: [en, zh]\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
-    loopback_hub.write("org/edits", "README.md", f"{head}\nOur pictures.\n\n{text.strip()}\nAsk us.\n".encode())
+    loopback_hub.write("org/edits", "README.md", f"{head}\nOur images.\n\n{text.strip()}\nAsk us.\n".encode())
     push(loopback_hub, work, "edit", "extract.license=mit")
     after, text = card_of(loopback_hub)
-    assert text.strip().startswith(f"Our pictures.\n\n{BEGIN}")
+    assert text.strip().startswith(f"Our images.\n\n{BEGIN}")
     assert text.endswith(f"{END}Ask us.\n")
     assert after["language"] == ["en", "zh"]
     assert after["license"] == "mit"

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, List, V
 from datasets.info import DatasetInfosDict
 from hub import Hub
 from huggingface_hub import DatasetCardData
-from picture_server import PictureServer, picture_server
+from image_server import ImageServer, image_server
 from pyarrow import parquet
 
 from hf_qie.config.data import Columns
@@ -70,9 +70,9 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 
 
 def embedded(rows: list[dict], folder: Path, *, names: bool = False) -> Dataset:
-    """The rows with the pictures in them, all under one file name or none, as `datasets.Image` stores them."""
+    """The rows with the images in them, all under one file name or none, as `datasets.Image` stores them."""
 
-    def picture(path: str) -> dict:
+    def stored_image(path: str) -> dict:
         return {"bytes": (folder / path).read_bytes(), "path": "image.png" if names else None}
 
     texts = dict.fromkeys(TEXTS, Value("string"))
@@ -81,8 +81,8 @@ def embedded(rows: list[dict], folder: Path, *, names: bool = False) -> Dataset:
         [
             row
             | {
-                "source_image": row["source_image"] and [picture(path) for path in as_list(row["source_image"])],
-                "target_image": picture(row["target_image"]),
+                "source_image": row["source_image"] and [stored_image(path) for path in as_list(row["source_image"])],
+                "target_image": stored_image(row["target_image"]),
             }
             for row in rows
         ],
@@ -139,7 +139,7 @@ def test_a_table_of_paths_gives_the_rows_of_jsonl(tmp_path, edits, rows):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_pictures_in_the_data_are_read_by_their_names(tmp_path, edits, rows, kind):
+def test_images_in_the_data_are_read_by_their_names(tmp_path, edits, rows, kind):
     data = embedded(rows, edits, names=True)
     if kind == "saved":
         data.save_to_disk(tmp_path / "a.saved")
@@ -156,10 +156,10 @@ def test_pictures_in_the_data_are_read_by_their_names(tmp_path, edits, rows, kin
     assert found.stored.read("images/1.png") is None
 
 
-def test_one_picture_column_holds_bytes_paths_and_nulls(tmp_path):
-    pictures = [b"bare", None]
+def test_one_image_column_holds_bytes_paths_and_nulls(tmp_path):
+    images = [b"bare", None]
     structs = [{"bytes": b"in a struct", "path": "x.png"}, {"bytes": None, "path": "b.png"}]
-    data = {"source_image": pa.array(pictures, pa.large_binary()), "target_image": structs, "instruction": ["x", "y"]}
+    data = {"source_image": pa.array(images, pa.large_binary()), "target_image": structs, "instruction": ["x", "y"]}
     parquet.write_table(pa.table(data), tmp_path / "a.parquet")
     task = task_of(tmp_path / "a.parquet")
     lines, table = open_data(task, hashlib.sha256())
@@ -171,7 +171,7 @@ def test_one_picture_column_holds_bytes_paths_and_nulls(tmp_path):
         False,
     ]
     assert (table.read("row-0-source"), table.read("row-0-target")) == (b"bare", b"in a struct")
-    assert table.read("row-1-target") is None  # a file of that name is no picture of the data
+    assert table.read("row-1-target") is None  # a file of that name is no image of the data
 
 
 def test_several_files_of_a_kind_follow_each_other_in_order(tmp_path, rows):
@@ -436,7 +436,7 @@ def test_data_without_rows_is_refused(tmp_path, kind):
         read_rows(task_of(tmp_path / f"a.{kind}"), folder=tmp_path)
 
 
-def test_a_picture_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
+def test_an_image_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
     table = {"source_image": [None, None], "target_image": ["a.png", "b.png"], "instruction": ["x", "y"]}
     parquet.write_table(pa.table(table), tmp_path / "a.parquet")
     (tmp_path / "a.png").touch()
@@ -452,20 +452,20 @@ def test_a_picture_file_that_a_table_lacks_is_named_with_its_row(tmp_path):
 
 @pytest.mark.parametrize("whole_bytes", [tables.WHOLE_BYTES, 0], ids=["whole", "sampled"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
-def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
+def test_the_digest_tells_another_caption_or_image_and_nothing_else(
     tmp_path, edits, rows, monkeypatch, kind, whole_bytes
 ):
     monkeypatch.setattr(tables, "WHOLE_BYTES", whole_bytes)
 
-    def digest(name: str, rows: list[dict], pictures: Path = edits) -> str:
+    def digest(name: str, rows: list[dict], images: Path = edits) -> str:
         folder = tmp_path / name
         folder.mkdir()
         if kind in ("jsonl", "csv"):
             data = {"jsonl": write_jsonl, "csv": write_csv}[kind](folder / f"a.{kind}", rows)
         elif kind == "saved":
-            embedded(rows, pictures).save_to_disk(data := folder / "set")
+            embedded(rows, images).save_to_disk(data := folder / "set")
         else:
-            parquet.write_table(embedded(rows, pictures).with_format("arrow")[:], data := folder / "a.parquet")
+            parquet.write_table(embedded(rows, images).with_format("arrow")[:], data := folder / "a.parquet")
         return digest_of(task_of(data))
 
     first = digest("first", rows)
@@ -476,7 +476,7 @@ def test_the_digest_tells_another_caption_or_picture_and_nothing_else(
         (tmp_path / "images").mkdir()
         for path in (edits / "images").iterdir():  # of the same length, so that no size tells
             (tmp_path / "images" / path.name).write_bytes(path.read_bytes()[:-1] + b"x")
-        assert digest("picture", rows, tmp_path) != first
+        assert digest("image", rows, tmp_path) != first
 
 
 def test_samples_of_data_reach_its_first_and_last_byte(tmp_path, monkeypatch):
@@ -517,9 +517,9 @@ try:
 except InputError as error:
     print(json.dumps({"error": str(error)}))
 else:
-    pictures = [found.stored.read(row["target"]) for row in found.table]
+    images = [found.stored.read(row["target"]) for row in found.table]
     told = {"sources": found.table["sources"][:], "digest": found.digest}
-    print(json.dumps(told | {"pictures": [hashlib.sha256(picture).hexdigest() for picture in pictures]}))
+    print(json.dumps(told | {"images": [hashlib.sha256(image).hexdigest() for image in images]}))
 """
 
 
@@ -549,8 +549,8 @@ def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
         names = [[f"row-{row}-source-{place}" for place in range(count)] for row, count in ((3, 2), (4, 3), (5, 0))]
         assert found["sources"][3:] == names
         paths = [edits / row["target_image"] for row in rows]
-        assert found["pictures"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-        assert read_from(hub, tmp_path / "home", "org/edits@v1", split="test")["pictures"] == found["pictures"][:1]
+        assert found["images"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        assert read_from(hub, tmp_path / "home", "org/edits@v1", split="test")["images"] == found["images"][:1]
         # on another machine, and without internet once it is in the cache
         assert read_from(hub, tmp_path / "other", "org/edits:default@v1") == found
         assert read_from(hub, tmp_path / "home", "org/edits", HF_HUB_OFFLINE="1") == found
@@ -571,7 +571,7 @@ def test_a_dataset_of_the_hub_is_read_at_its_commit(tmp_path, edits, rows):
 
 
 def test_states_and_latents_do_not_depend_on_the_kind_of_data(tmp_path, edits, rows, tiny):
-    with picture_server() as server:
+    with image_server() as server:
         server.put_folder(edits)
         data = embedded(rows, edits)
         data.save_to_disk(tmp_path / "saved")
@@ -621,7 +621,7 @@ def with_list(row: dict) -> dict:
     return row | {"instruction": [row["instruction"], row["instruction_cn"]]}
 
 
-def with_urls(row: dict, server: PictureServer) -> dict:
+def with_urls(row: dict, server: ImageServer) -> dict:
     sources = [server.url(f"/{path}") for path in as_list(row["source_image"])]
     return row | {"source_image": sources, "target_image": server.url(f"/{row['target_image']}")}
 

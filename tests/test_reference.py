@@ -1,4 +1,4 @@
-"""Prompt states, latents and the pictures behind them equal the official pipelines', on the same weights in float32.
+"""Prompt states, latents and the images behind them equal the official pipelines', on the same weights in float32.
 
 Tolerance 1e-5 on states of order 1: sharing a pass changes the order of float32 sums, which moves them by about 2e-6.
 """
@@ -41,7 +41,7 @@ def official(tiny):
 
 
 @pytest.fixture(scope="session")
-def pictures(photos):
+def photo_images(photos):
     """Photos of different shapes."""
     images = [read_image(photos / "images" / f"source_{i:02d}.jpg") for i in range(1, 11)]
     by_shape = {image.size: image for image in images}
@@ -86,25 +86,25 @@ def our_states(encoder, prompts):
 
 
 def seen(family, images):
-    """The pictures as the encoder sees them."""
+    """The images as the encoder sees them."""
     return [EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vlm_area_px)) for image in images]
 
 
 @pytest.mark.parametrize(
     ("kind", "num_sources"), [("edit_plus", 1), ("edit_plus", 2), ("edit_plus", 3), ("edit_plus_2511", 2), ("edit", 1)]
 )
-def test_states_of_edits_equal_the_pipelines(ours, official, pictures, kind, num_sources):
+def test_states_of_edits_equal_the_pipelines(ours, official, photo_images, kind, num_sources):
     (family, processor, encoder), pipeline = ours(kind), official(kind)
-    images = seen(family, pictures[-num_sources:])
+    images = seen(family, photo_images[-num_sources:])
     (states,) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS)])
     with token_types_handed_through(pipeline):
         for caption, mine in zip(CAPTIONS, states, strict=True):
             torch.testing.assert_close(mine, official_states(pipeline, caption, images), **CLOSE)
 
 
-def test_without_token_types_the_states_are_others(ours, official, pictures):
+def test_without_token_types_the_states_are_others(ours, official, photo_images):
     (family, processor, encoder), pipeline = ours("edit_plus"), official("edit_plus")
-    images = seen(family, pictures[:2])
+    images = seen(family, photo_images[:2])
     ((mine,),) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS[:1])])
     theirs = official_states(pipeline, CAPTIONS[0], images)
     assert (mine - theirs).abs().max() > 0.01  # a thousand times the tolerance: the tests above would fail
@@ -124,12 +124,12 @@ def test_states_of_text_to_image_equal_the_pipelines(ours, official, kind, capti
     assert encoder([prompt])[0].shared.shape[0] == 0
 
 
-def test_a_batch_of_unequal_lengths_equals_single_rows(ours, pictures):
+def test_a_batch_of_unequal_lengths_equals_single_rows(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
     prompts = [
-        make_prompt(processor, family.edit, seen(family, pictures), ["word " * 300, "x"]),
+        make_prompt(processor, family.edit, seen(family, photo_images), ["word " * 300, "x"]),
         make_prompt(processor, family.text_to_image, [], ["a red boat"]),
-        make_prompt(processor, family.edit, seen(family, pictures[:1]), CAPTIONS),
+        make_prompt(processor, family.edit, seen(family, photo_images[:1]), CAPTIONS),
     ]
     together = our_states(encoder, prompts)
     for prompt, states in zip(prompts, together, strict=True):
@@ -138,18 +138,18 @@ def test_a_batch_of_unequal_lengths_equals_single_rows(ours, pictures):
             torch.testing.assert_close(a, b, **CLOSE)
 
 
-def test_a_caption_does_not_depend_on_its_fellows(ours, pictures):
+def test_a_caption_does_not_depend_on_its_fellows(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
-    images = seen(family, pictures[:2])
+    images = seen(family, photo_images[:2])
     (together,) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS)])
     for caption, states in zip(CAPTIONS, together, strict=True):
         ((alone,),) = our_states(encoder, [make_prompt(processor, family.edit, images, [caption])])
         torch.testing.assert_close(states, alone, **CLOSE)
 
 
-def test_states_change_with_each_source_and_with_their_order(ours, pictures):
+def test_states_change_with_each_source_and_with_their_order(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
-    a, b, c = seen(family, pictures)
+    a, b, c = seen(family, photo_images)
 
     def states(*images):
         return our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS[:1])])[0][0]
@@ -165,15 +165,15 @@ class Reached(Exception):
 
 
 def call(pipeline, images, **kwargs):
-    """Call an edit pipeline on one or several pictures until a patched part raises Reached."""
+    """Call an edit pipeline on one or several images until a patched part raises Reached."""
     image = images if isinstance(pipeline, diffusers.QwenImageEditPlusPipeline) else images[0]
     with pytest.raises(Reached):
         pipeline(image=image, prompt=CAPTIONS[0], num_inference_steps=2, **kwargs)
 
 
 @pytest.mark.parametrize(("kind", "num_sources"), [("edit_plus", 3), ("edit", 1)])
-def test_encoder_and_vae_see_the_pipelines_pixels(ours, official, pictures, monkeypatch, kind, num_sources):
-    (family, _, _), pipeline, images = ours(kind), official(kind), pictures[:num_sources]
+def test_encoder_and_vae_see_the_pipelines_pixels(ours, official, photo_images, monkeypatch, kind, num_sources):
+    (family, _, _), pipeline, images = ours(kind), official(kind), photo_images[:num_sources]
     shown = {}
 
     def encode_prompt(image, **kwargs):
@@ -195,11 +195,11 @@ def test_encoder_and_vae_see_the_pipelines_pixels(ours, official, pictures, monk
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3])
 def test_latents_grids_and_their_order_equal_what_the_transformer_is_shown(
-    ours, official, pictures, monkeypatch, tiny, num_sources
+    ours, official, photo_images, monkeypatch, tiny, num_sources
 ):
     area_px = 256 * 256  # the pipeline's own constant, smaller: 1024 x 1024 says no more and takes a minute
     monkeypatch.setattr(edit_plus, "VAE_IMAGE_SIZE", area_px)
-    pipeline, images, shown = official("edit_plus"), pictures[:num_sources], {}
+    pipeline, images, shown = official("edit_plus"), photo_images[:num_sources], {}
 
     def forward(**kwargs):
         shown.update(kwargs)
@@ -217,8 +217,8 @@ def test_latents_grids_and_their_order_equal_what_the_transformer_is_shown(
     assert shown["img_shapes"] == [[(1, 8, 10), *((1, *EDIT_PLUS.grid_of(size)) for size in sizes)]]
 
 
-def test_pictures_of_one_size_share_a_vae_pass(pictures, tiny):
+def test_images_of_one_size_share_a_vae_pass(photo_images, tiny):
     encode = LatentEncoder(str(tiny("edit_plus")), **CPU)
-    pixels = [to_pixels(EDIT_PLUS.resize(image, (96, 64))) for image in pictures]
+    pixels = [to_pixels(EDIT_PLUS.resize(image, (96, 64))) for image in photo_images]
     for alone, together in zip(pixels, encode(pixels), strict=True):
         torch.testing.assert_close(together, encode([alone])[0], **CLOSE)

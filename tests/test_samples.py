@@ -11,14 +11,14 @@ from hf_qie.config.recipe import Extract, Task
 from hf_qie.data.samples import Rows, read_rows
 from hf_qie.errors import InputError
 
-PICTURES = ("a.png", "b.png", "c.png")
+IMAGES = ("a.png", "b.png", "c.png")
 ROW = {"source_image": "a.png", "target_image": "b.png", "instruction": "Paint it red."}
 
 
 @pytest.fixture
 def data(tmp_path):
-    """`data(lines, name)` -> a JSONL file of `lines`, dicts or raw text, beside three files for pictures."""
-    for name in PICTURES:
+    """`data(lines, name)` -> a JSONL file of `lines`, dicts or raw text, beside three files for images."""
+    for name in IMAGES:
         (tmp_path / name).touch()
 
     def write(lines, name="data.jsonl"):
@@ -110,8 +110,8 @@ def test_a_file_name_may_have_brackets(data, tmp_path):
 def test_each_file_starts_paths_at_its_own_folder(data, tmp_path):
     for name in ("one", "two"):
         data([ROW], f"{name}/data.jsonl")
-        for picture in PICTURES:
-            (tmp_path / name / picture).touch()
+        for image in IMAGES:
+            (tmp_path / name / image).touch()
     rows = read(tmp_path, tmp_path / "*" / "data.jsonl")
     assert rows.table["root"][:] == [str(tmp_path / "one"), str(tmp_path / "two")]
 

@@ -32,7 +32,6 @@ from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image
 from hf_qie.errors import InputError
 from hf_qie.hub.sampler import Sampler
-from hf_qie.models.prompts import PromptEmbeddings
 from hf_qie.models.qwen_image.family import EDIT_PLUS
 from hf_qie.models.qwen_image.pipeline import hand_token_types_through, sources_at
 from hf_qie.sampling import main
@@ -50,7 +49,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 
 
 @pytest.fixture(scope="module")
-def pictures(photos) -> list[Path]:
+def image_paths(photos) -> list[Path]:
     """Photos of different shapes."""
     return [photos / "images" / f"source_{i:02d}.jpg" for i in (1, 2, 4)]
 
@@ -95,7 +94,7 @@ def decoded(pipeline) -> Iterator[list[torch.Tensor]]:
 
 
 def official(pipeline, sampler: Sampler, images: list[Path]) -> tuple[torch.Tensor, Image.Image]:
-    """The latents and the picture that a pipeline makes by itself at the sampler's sizes, as QUICK says."""
+    """The latents and the image that a pipeline makes by itself at the sampler's sizes, as QUICK says."""
     opened = [read_image(path) for path in images]
     width, height = sampler.size(opened)
     if images:
@@ -107,16 +106,14 @@ def official(pipeline, sampler: Sampler, images: list[Path]) -> tuple[torch.Tens
     options |= {"height": height, "width": width, "negative_prompt": " ", "true_cfg_scale": 4.0}
     options |= {"num_inference_steps": QUICK["num_inference_steps"]}
     with decoded(pipeline) as latents, sources_at(sampler.family.vae_area_px):
-        picture = pipeline(
-            prompt=INSTRUCTION, generator=torch.Generator().manual_seed(QUICK["seed"]), **options
-        ).images[0]
-    return latents[0], picture
+        made = pipeline(prompt=INSTRUCTION, generator=torch.Generator().manual_seed(QUICK["seed"]), **options)
+    return latents[0], made.images[0]
 
 
 def ours(sampler: Sampler, images: list[Path], **options) -> tuple[torch.Tensor, Image.Image]:
     with decoded(sampler.pipeline) as latents:
-        picture = sampler(INSTRUCTION, images=images, **QUICK | options)
-    return latents[0], picture
+        image = sampler(INSTRUCTION, images=images, **QUICK | options)
+    return latents[0], image
 
 
 def hold(one: tuple[torch.Tensor, Image.Image], other: tuple[torch.Tensor, Image.Image]) -> None:
@@ -129,15 +126,15 @@ def hold(one: tuple[torch.Tensor, Image.Image], other: tuple[torch.Tensor, Image
 
 
 @pytest.mark.parametrize(("kind", "num_sources"), [("edit_plus", 1), ("edit_plus", 2), ("edit_plus_2511", 2)])
-def test_edits_equal_the_official_pipelines(tiny, recipe_of, pictures, kind, num_sources):
-    sampler, images = Sampler(recipe_of(tiny(kind), SMALL_SOURCES), checkpoint="base"), pictures[:num_sources]
+def test_edits_equal_the_official_pipelines(tiny, recipe_of, image_paths, kind, num_sources):
+    sampler, images = Sampler(recipe_of(tiny(kind), SMALL_SOURCES), checkpoint="base"), image_paths[:num_sources]
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny(kind), dtype=torch.float32)
     mine = ours(sampler, images)
     assert type(sampler.pipeline) is type(stock) is diffusers.QwenImageEditPlusPipeline
     hold(mine, official(stock, sampler, images))
 
 
-def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, pictures, monkeypatch):
+def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, image_paths, monkeypatch):
     """At a smaller area than it is built for: 1024 x 1024 says no more and takes a minute."""
     monkeypatch.setattr(
         edit_v1, "calculate_dimensions", lambda _, ratio: (*EDIT_PLUS.fit((ratio, 1), SIDE_PX**2), None)
@@ -145,9 +142,9 @@ def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, pictures, monkeyp
     sampler = Sampler(recipe_of(tiny("edit")), checkpoint="base")
     sampler.family = replace(sampler.family, vlm_area_px=SIDE_PX**2, vae_area_px=SIDE_PX**2)
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny("edit"), dtype=torch.float32)
-    mine = ours(sampler, pictures[:1])
+    mine = ours(sampler, image_paths[:1])
     assert type(sampler.pipeline) is type(stock) is diffusers.QwenImageEditPipeline
-    hold(mine, official(stock, sampler, pictures[:1]))
+    hold(mine, official(stock, sampler, image_paths[:1]))
 
 
 @pytest.mark.parametrize("kind", ["text_to_image", "edit_plus"])
@@ -158,12 +155,12 @@ def test_text_to_image_equals_the_official_pipeline(tiny, recipe_of, kind):
     hold(ours(sampler, []), official(diffusers.QwenImagePipeline(**parts), sampler, []))
 
 
-def test_without_3d_positions_the_edit_is_another(tiny, recipe_of, pictures, monkeypatch):
+def test_without_3d_positions_the_edit_is_another(tiny, recipe_of, image_paths, monkeypatch):
     sampler = Sampler(recipe_of(tiny(), SMALL_SOURCES), checkpoint="base")
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny(), dtype=torch.float32)
     monkeypatch.setitem(globals(), "hand_token_types_through", lambda pipeline, device: None)
-    latents, _ = official(stock, sampler, pictures[:2])
-    assert (latents - ours(sampler, pictures[:2])[0]).abs().max() > 0.01  # a hundred times the tolerance
+    latents, _ = official(stock, sampler, image_paths[:2])
+    assert (latents - ours(sampler, image_paths[:2])[0]).abs().max() > 0.01  # a hundred times the tolerance
 
 
 def test_it_takes_the_pipelines_own_steps_and_its_guidance(tiny, recipe_of):
@@ -185,10 +182,10 @@ def test_without_guidance_the_negative_prompt_counts_for_nothing(tiny, recipe_of
     assert plain == same != guided
 
 
-def test_a_picture_is_a_function_of_its_seed(tiny, recipe_of, pictures):
+def test_an_image_is_a_function_of_its_seed(tiny, recipe_of, image_paths):
     sampler = Sampler(recipe_of(tiny(), SMALL_SOURCES), checkpoint="base")
     first, again, other = (
-        sampler(INSTRUCTION, images=pictures[:1], num_inference_steps=2, seed=seed).tobytes() for seed in (3, 3, 4)
+        sampler(INSTRUCTION, images=image_paths[:1], num_inference_steps=2, seed=seed).tobytes() for seed in (3, 3, 4)
     )
     assert first == again != other
 
@@ -196,8 +193,8 @@ def test_a_picture_is_a_function_of_its_seed(tiny, recipe_of, pictures):
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_has_the_size_of_training_and_at_1024_the_pipelines_own(tiny, recipe_of, pictures):
-    images = [read_image(path) for path in pictures]
+def test_the_image_has_the_size_of_training_and_at_1024_the_pipelines_own(tiny, recipe_of, image_paths):
+    images = [read_image(path) for path in image_paths]
     for side_px in (512, 1024):
         sampler = Sampler(recipe_of(tiny(), f"extract.image_sample_size={side_px}"), checkpoint="base")
         ratio = images[-1].width / images[-1].height
@@ -205,7 +202,7 @@ def test_the_picture_has_the_size_of_training_and_at_1024_the_pipelines_own(tiny
         assert sampler.size([]) == (side_px, side_px)
 
 
-def test_the_pipelines_constant_is_that_of_training_for_the_call_alone(tiny, recipe_of, pictures, monkeypatch):
+def test_the_pipelines_constant_is_that_of_training_for_the_call_alone(tiny, recipe_of, image_paths, monkeypatch):
     sampler, stock = Sampler(recipe_of(tiny(), SMALL_SOURCES), checkpoint="base"), edit_plus.VAE_IMAGE_SIZE
     encode, shown = sampler.pipeline.vae.encode, []
 
@@ -216,7 +213,7 @@ def test_the_pipelines_constant_is_that_of_training_for_the_call_alone(tiny, rec
         return encode(pixels)
 
     monkeypatch.setattr(sampler.pipeline.vae, "encode", encode_or_break)
-    image = read_image(pictures[0])
+    image = read_image(image_paths[0])
     sampler(INSTRUCTION, images=[image], **QUICK)
     assert edit_plus.VAE_IMAGE_SIZE == stock == 1024**2
     with pytest.raises(RuntimeError, match="the second breaks"):
@@ -234,18 +231,18 @@ def test_edit_v1_allows_no_other_size_of_sources(tiny, recipe_of):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_what_was_trained_moves_the_picture_as_in_the_official_pipeline(runs, tiny, pictures, kind):
+def test_what_was_trained_moves_the_image_as_in_the_official_pipeline(runs, tiny, image_paths, kind):
     recipe = load_recipe(runs / kind / "recipe.yaml", [*SMALL, SMALL_SOURCES])
     sampler = Sampler(recipe)
-    mine = ours(sampler, pictures[:1])
-    before, _ = ours(Sampler(recipe, checkpoint="base"), pictures[:1])
+    mine = ours(sampler, image_paths[:1])
+    before, _ = ours(Sampler(recipe, checkpoint="base"), image_paths[:1])
     assert (mine[0] - before).abs().max() > 0.01
     stock = diffusers.DiffusionPipeline.from_pretrained(tiny(), dtype=torch.float32)
     if kind == "lora":
         stock.load_lora_weights(runs / kind / "run")
     else:
         stock.transformer = stock.transformer.from_pretrained(runs / kind / "run", subfolder="transformer")
-    hold(mine, official(stock, sampler, pictures[:1]))
+    hold(mine, official(stock, sampler, image_paths[:1]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -269,12 +266,13 @@ def test_a_sampler_may_be_called_from_a_notebook(tiny, recipe_of):
     assert asyncio.run(cell()).size == (64, 64)
 
 
-def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, pictures):
-    recipe = recipe_of(tiny(), SMALL_SOURCES)
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, image_paths, kind):
+    recipe = recipe_of(tiny(kind), SMALL_SOURCES)
     sampler = Sampler(recipe, checkpoint="base")
-    images = sampler.read(pictures[:1])
+    images = sampler.read(image_paths[:1])
     embeddings = sampler.embed(INSTRUCTION, images)
-    stored = PromptEmbeddings(shared=embeddings.shared.clone(), texts=[text.clone() for text in embeddings.texts])
+    stored = replace(embeddings, shared=embeddings.shared.clone(), texts=[text.clone() for text in embeddings.texts])
     other = Sampler(recipe, checkpoint="base")
     assert other.generate(stored, images, **QUICK).tobytes() == sampler(INSTRUCTION, images=images, **QUICK).tobytes()
     assert "encoder" not in vars(other)
@@ -299,15 +297,15 @@ def test_embeddings_that_are_there_already_give_the_same(tiny, recipe_of, pictur
     ],
 )
 def test_what_the_pipeline_cannot_take_is_told_before_a_model_loads(
-    tiny, recipe_of, pictures, tmp_path, kind, instruction, num_images, message
+    tiny, recipe_of, image_paths, tmp_path, kind, instruction, num_images, message
 ):
     recipe = recipe_of(weightless(tiny(kind), tmp_path / "weightless"))
     with pytest.raises(InputError) as error:
-        Sampler(recipe, checkpoint="base")(instruction, images=pictures[:num_images])
+        Sampler(recipe, checkpoint="base")(instruction, images=image_paths[:num_images])
     assert message in str(error.value)
 
 
-def test_a_picture_that_cannot_be_read_is_named(tiny, recipe_of, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(tiny, recipe_of, tmp_path):
     (tmp_path / "page.png").write_text("<html>not found</html>")
     sampler = Sampler(recipe_of(weightless(tiny(), tmp_path / "weightless")), checkpoint="base")
     with pytest.raises(InputError, match=r"--image: \S+page.png: cannot read the image .* it begins with '<html>"):
@@ -344,11 +342,11 @@ def test_a_lora_that_is_not_of_this_model_is_refused(runs, tiny, recipe_of, tmp_
     ],
 )
 def test_numbers_that_the_pipeline_cannot_take_are_told_before_a_model_loads(
-    tiny, recipe_of, tmp_path, pictures, options, told
+    tiny, recipe_of, tmp_path, image_paths, options, told
 ):
     sampler = Sampler(recipe_of(weightless(tiny(), tmp_path / "weightless")), checkpoint="base")
     with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
-        sampler(INSTRUCTION, images=pictures[:1], **options)
+        sampler(INSTRUCTION, images=image_paths[:1], **options)
     with pytest.raises(InputError, match=rf"^{re.escape(told)}"):
         sampler.generate(None, [], **options)
 
@@ -369,15 +367,15 @@ def start(root: Path, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([str(p) for p in command], capture_output=True, text=True, env=environment, timeout=240)
 
 
-def test_the_script_edits_two_pictures(root, runs, pictures, tmp_path):
+def test_the_script_edits_two_images(root, runs, image_paths, tmp_path):
     recipe = runs / "lora" / "recipe.yaml"
-    images = [part for path in pictures[:2] for part in ("--image", path)]
+    images = [part for path in image_paths[:2] for part in ("--image", path)]
     more = ["--instruction", INSTRUCTION, "--output", tmp_path / "out.png", "--seed", 3, "--num_inference_steps", 2]
     done = start(root, recipe, *SMALL, SMALL_SOURCES, *images, *more)
     assert done.returncode == 0, done.stderr
     sampler = Sampler(load_recipe(recipe, [*SMALL, SMALL_SOURCES]))
     with Image.open(tmp_path / "out.png") as made:
-        assert made.tobytes() == sampler(INSTRUCTION, images=pictures[:2], **QUICK).tobytes()
+        assert made.tobytes() == sampler(INSTRUCTION, images=image_paths[:2], **QUICK).tobytes()
     assert f"INFO hf_qie.sampling: saved: {tmp_path / 'out.png'}\n" in done.stderr
 
 

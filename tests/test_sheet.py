@@ -17,7 +17,7 @@ def checkpoint(built_once, tiny) -> Path:
 
 @pytest.fixture
 def sheet_of(tmp_path, checkpoint):
-    """`sheet_of(rows)` -> the contact sheet of rows that show red, green and blue pictures."""
+    """`sheet_of(rows)` -> the contact sheet of rows that show red, green and blue images."""
     for name, colour in {"red": RED, "green": GREEN, "blue": BLUE}.items():
         Image.new("RGB", (128, 128), colour).save(tmp_path / f"{name}.png")
 
@@ -49,9 +49,9 @@ def test_text_to_image_has_nothing_left_of_the_arrow(sheet_of):
     assert len(columns_of(image, BLUE)) == 1
 
 
-def test_a_picture_that_cannot_be_read_leaves_its_box_and_the_reason(sheet_of, tmp_path):
+def test_an_image_that_cannot_be_read_leaves_its_box_and_the_reason(sheet_of, tmp_path):
     image = sheet_of([{"source_image": "red.png", "target_image": "blue.png", "instruction": "a"}])
-    (tmp_path / "blue.png").write_bytes(b"no picture")
+    (tmp_path / "blue.png").write_bytes(b"no image")
     broken = sheet_of([{"source_image": "red.png", "target_image": "blue.png", "instruction": "a"}])
     assert broken.size == image.size
     assert columns_of(broken, RED) == columns_of(image, RED)

@@ -69,7 +69,7 @@ def test_another_seed_gives_other_weights(tiny, tmp_path, kind, more, same):
 
 @pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
 def test_a_checkpoint_takes_some_megabytes(tiny, kind):
-    # most of it the VAE, in float32 and, in Qwen-Image, with slices in time that no picture meets
+    # most of it the VAE, in float32 and, in Qwen-Image, with slices in time that no image meets
     assert sum(map(len, file_bytes(tiny(kind)).values())) < 40e6
 
 
@@ -83,7 +83,7 @@ def test_the_templates_have_the_real_token_counts(pipeline, template, num_tokens
     assert len(pipeline.tokenizer(suffix).input_ids) == 5
 
 
-def test_a_picture_label_has_five_tokens(pipeline):
+def test_an_image_label_has_five_tokens(pipeline):
     for number in (1, 2, 9):
         assert len(pipeline.tokenizer(f"Picture {number}: ").input_ids) == 5
 
@@ -115,7 +115,7 @@ def test_padding_is_on_the_right_with_endoftext(pipeline):
         assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", "<|endoftext|>")
 
 
-def test_the_processor_bounds_pictures_as_the_real_one(pipeline):
+def test_the_processor_bounds_images_as_the_real_one(pipeline):
     size = pipeline.processor.image_processor.size
     assert (size.shortest_edge, size.longest_edge) == (3136, 12845056)
 
@@ -125,7 +125,7 @@ def test_the_processor_bounds_pictures_as_the_real_one(pipeline):
 
 @pytest.fixture(scope="module")
 def encode(pipeline, edits):
-    """`encode(*prompts, without=...)` -> states `[B, L, D]` of two pictures and each prompt, some input left out."""
+    """`encode(*prompts, without=...)` -> states `[B, L, D]` of two images and each prompt, some input left out."""
     rows = read_rows(edits / "combine.jsonl")
     images = [Image.open(edits / path).resize((448, 320)) for path in rows[0]["source_image"]]
     label = prompt_templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE
@@ -170,7 +170,7 @@ def test_normalised_latents_of_the_edits_are_of_order_one(pipeline, edits):
     latents = pipeline.vae.encode(pixels / 127.5 - 1).latent_dist.mode()
     mean, std = (torch.tensor(pipeline.vae.config[f"latents_{k}"]).view(1, 16, 1, 1, 1) for k in ("mean", "std"))
     assert latents.shape == (24, 16, 1, 16, 16)
-    # scaled on pictures of any colours, so that those of a few colours lie beside 0 in some channels
+    # scaled on images of any colours, so that those of a few colours lie beside 0 in some channels
     assert 0.5 < ((latents - mean) / std).square().mean().sqrt() < 2
 
 
@@ -235,7 +235,7 @@ def test_a_lora_lowers_the_loss(transformer):
 
 
 @pytest.mark.parametrize("task", ["edit", "combine", "text_to_image"])
-def test_every_row_names_pictures_that_open_and_has_both_languages(edits, task):
+def test_every_row_names_images_that_open_and_has_both_languages(edits, task):
     rows = read_rows(edits / f"{task}.jsonl")
     assert len(rows) == 24
     for row in rows:
@@ -265,9 +265,9 @@ def test_an_inverse_leads_back_where_one_can(edits):
     assert not any("inverse_instruction" in row for row in read_rows(edits / "combine.jsonl"))
 
 
-def colour_at(picture: Path, corner: str) -> tuple[int, ...]:
+def colour_at(path: Path, corner: str) -> tuple[int, ...]:
     right, down = CORNERS[corner]
-    with Image.open(picture) as image:
+    with Image.open(path) as image:
         return image.getpixel((right * image.width, down * image.height))
 
 
@@ -280,7 +280,7 @@ def test_what_is_added_stands_where_the_instruction_says(edits):
         assert target == COLOURS[colour][1] != source
 
 
-def test_pictures_have_several_aspects_and_one_area(edits):
+def test_images_have_several_aspects_and_one_area(edits):
     sizes = {Image.open(path).size for path in (edits / "images").glob("*.png")}
     assert {round(width / height, 1) for width, height in sizes} == {1.0, 1.5, 0.7}
     assert all(abs(width * height / 128**2 - 1) < 0.02 for width, height in sizes)
@@ -301,7 +301,7 @@ def test_the_script_builds_what_it_is_asked_for(tmp_path):
 # --- photos
 
 
-def test_photo_rows_name_pictures_that_exist(photos):
+def test_photo_rows_name_images_that_exist(photos):
     for name, counts in {"edit": {1: 10}, "multi": {2: 5, 3: 3}, "t2i": {0: 10}}.items():
         rows = read_rows(photos / f"portrait_{name}.jsonl")
         sources = [[s] if isinstance(s, str) else s or [] for s in (row["source_image"] for row in rows)]

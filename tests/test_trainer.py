@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from embedding_sets import write_recipe, write_set
 from ranks import without_pace
 from safetensors import safe_open
+from test_packed import by_diffusers, one_row
 from training_runs import run, trainer_of
 from transformers import Trainer, TrainerCallback
 
@@ -34,6 +35,8 @@ from hf_qie.training.trainer import PRIVATE, EditTrainer
 LORA = {"lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear"}}
 both_families = pytest.mark.parametrize("family", ["edit_plus", "qwen_image_21"])
 CUTS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}  # rows x accumulation
+# beside the sets of one source and of none, two of this test's own
+SOURCES_0_TO_3 = {"tasks": {name: {"data": f"{name}.jsonl"} for name in ("edit", "text_to_image", "two", "three")}}
 
 
 @pytest.fixture(autouse=True)
@@ -92,27 +95,35 @@ def test_every_private_method_that_is_overridden_or_called_is_listed():
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["edit_plus", "edit_plus_2511"])
+def plain_velocity(transformer: torch.nn.Module, batch: dict, noised: torch.Tensor, sigma: torch.Tensor):
+    """What diffusers' transformer of the older family gives for a batch of one row without padding."""
+    return transformer(
+        hidden_states=torch.cat([noised, batch["source_latents"]], dim=1),
+        encoder_hidden_states=batch["prompt_embeds"],
+        timestep=sigma,
+        img_shapes=[[(1, *grid) for grid in batch["grids"]]],
+    ).sample[:, : noised.shape[1]]
+
+
+@pytest.mark.parametrize("kind", ["edit_plus", "edit_plus_2511", "qwen_image_21"])
 def test_the_loss_of_a_batch_is_the_plain_one_of_its_rows(tiny, tmp_path, kind):
-    """Recomputed row by row and unpadded, with the checkpoint's scheduler and transformer."""
+    """Recomputed row by row and unpadded, with the checkpoint's scheduler and diffusers' transformer."""
     trainer = trainer_of(write_recipe(tmp_path, tiny(kind)), "seed=3")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny(kind), subfolder="scheduler")
-    transformer = QwenImageTransformer2DModel.from_pretrained(tiny(kind), subfolder="transformer")
-    batch = next(iter(trainer.get_train_dataloader()))
+    transformer = AutoModel.from_pretrained(str(tiny(kind)), subfolder="transformer")
+    velocity = by_diffusers if kind == "qwen_image_21" else plain_velocity
+    batch = next(one for one in trainer.get_train_dataloader() if len(one["grids"]) > 1)
     assert len(set(batch["prompt_lengths"])) > 1, "the rows should differ in prompt length"
     num_tokens, losses = batch["target_latents"].shape[1], []
     mu = calculate_shift(num_tokens, 256, 8192, 0.5, 0.9)  # the values of scheduler_config.json
     for i, draw in enumerate(batch["draw"]):
         u = torch.tensor(draw_rng(3, "sigma", draw).random(), dtype=torch.float32)
         sigma = scheduler.time_shift(mu, 1.0, u)
-        latents = batch["target_latents"][i].float()
-        noise = noise_for([draw], latents.shape, seed=3)[0]
-        prediction = transformer(
-            hidden_states=torch.cat([(1 - sigma) * latents + sigma * noise, batch["source_latents"][i].float()])[None],
-            encoder_hidden_states=batch["prompt_embeds"][i][None, : batch["prompt_lengths"][i]].float(),
-            timestep=sigma[None],
-            img_shapes=[[(1, *grid) for grid in batch["grids"]]],
-        ).sample[0, :num_tokens]
+        latents = batch["target_latents"][i : i + 1].float()
+        noise = noise_for([draw], latents.shape[1:], seed=3)
+        row = one_row(batch, i)
+        row |= {name: row[name].float() for name in ("prompt_embeds", "source_latents")}
+        prediction = velocity(transformer, row, (1 - sigma) * latents + sigma * noise, sigma[None])
         losses.append((prediction - (noise - latents)).square().mean())
     # float32 attention over a padded length adds up in another order
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), sum(losses) / 4, atol=1e-5, rtol=1e-5)
@@ -267,8 +278,12 @@ def test_the_shares_that_were_drawn_are_logged_with_each_loss_and_at_the_end(tin
 @pytest.mark.parametrize("trainable", [{}, LORA], ids=["full", "lora"])
 def test_the_cut_of_a_step_changes_nothing(tiny, tmp_path, family, trainable):
     """Under SGD: AdamW divides a gradient by its own size, and so blows up the rounding of one that is nearly 0."""
-    path = write_recipe(tmp_path, tiny(family), trainable=trainable, training={"optim": "sgd", "learning_rate": 0.1})
+    training = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 6, "save_strategy": "no"}
+    path = write_recipe(tmp_path, tiny(family), trainable=trainable, training=training, **SOURCES_0_TO_3)
+    for name, grids in (("two", ((2, 4), (4, 4), (4, 2))), ("three", ((4, 4), (2, 2), (4, 6), (2, 2)))):
+        write_set(tmp_path / "sets" / name, tiny(family), grids=grids)
     whole, *parts = (run(path, f"training.output_dir={tmp_path / name}", *cut(*c)) for name, c in CUTS.items())
+    assert {len(whole.train_dataset[draw]["grids"]) for draw in range(24)} == {1, 2, 3, 4}
     for part in parts:
         hold(part, whole, atol=1e-5)  # float32 sums in another order
 
@@ -305,8 +320,9 @@ def test_a_resumed_run_reads_only_the_rows_it_trains_on(tiny, tmp_path, monkeypa
     assert read == list(range(8, 16))
 
 
-def test_a_resumed_run_may_be_cut_otherwise_and_go_on_for_longer(tiny, tmp_path):
-    path = write_recipe(tmp_path, tiny(), trainable=LORA)
+@both_families
+def test_a_resumed_run_may_be_cut_otherwise_and_go_on_for_longer(tiny, tmp_path, family):
+    path = write_recipe(tmp_path, tiny(family), trainable=LORA)
     # other schedules depend on the number of steps; a large epsilon keeps AdamW from blowing up rounding
     same = "training.lr_scheduler_type=constant", "training.adam_epsilon=1e-3"
     run(path, *same, "training.max_steps=2")

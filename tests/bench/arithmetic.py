@@ -1,15 +1,15 @@
 """Point 1: arithmetic of extraction, counted on the meta device with the released 7B encoder's shapes.
 
-Ours is the encoder as it runs: one packed pass over pictures, captions and the drop caption, without the language
+Ours is the encoder as it runs: one packed pass over images, captions and the drop caption, without the language
 head. The usual way is what the official pipeline's `encode_prompt` does for each prompt: the whole model, logits
-included, over system text, pictures and one caption. Pictures are 392 x 392 pixels, as a square one becomes.
+included, over system text, images and one caption. Images are 392 x 392 pixels, as a square one becomes.
 """
 
 from functools import cache
 from pathlib import Path
 
 import torch
-from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, PICTURE_TOKENS, SYSTEM_TOKENS, Figure, at_most
+from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, IMAGE_TOKENS, SYSTEM_TOKENS, Figure, at_most
 from released import ENCODER
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from hf_qie.models.prompts import Prompt
 from hf_qie.models.qwen_image.text_encoder import Encoder
 
-GRID = 28  # patches of 14 pixels along the side of a picture, four of them to a token
+GRID = 28  # patches of 14 pixels along the side of an image, four of them to a token
 PATCH_VALUES = 3 * 2 * 14 * 14
 
 
@@ -31,20 +31,20 @@ def whole_model() -> Qwen2_5_VLForConditionalGeneration:
 
 
 class EncoderOnPaper(Encoder):
-    """The encoder over a model without values, which has to be told what it would read from pictures' grids."""
+    """The encoder over a model without values, which has to be told what it would read from images' grids."""
 
     def __init__(self):
         self.model, self.device = whole_model().model, torch.device("meta")
 
     def embed(self, prompts: list[Prompt], ids: Tensor) -> tuple[Tensor, None]:
-        """Embeddings of tokens; the pictures are seen, and nothing of them is kept."""
+        """Embeddings of tokens; the images are seen, and nothing of them is kept."""
         for prompt in prompts:
-            see_pictures(prompt)
+            see_images(prompt)
         return self.model.get_input_embeddings()(ids), None
 
 
-def see_pictures(prompt: Prompt) -> None:
-    """The vision tower over all pictures of a prompt."""
+def see_images(prompt: Prompt) -> None:
+    """The vision tower over all images of a prompt."""
     if prompt.vision:
         pixel_values, grids = prompt.vision["pixel_values"], prompt.vision["image_grid_thw"]
         places = torch.empty(len(pixel_values), 2, dtype=torch.long, device="meta")
@@ -52,11 +52,11 @@ def see_pictures(prompt: Prompt) -> None:
 
 
 def prompt_of(num_sources: int, branches: list[int]) -> Prompt:
-    """A prompt with that many pictures and branches of those lengths."""
-    picture = [whole_model().config.image_token_id] * (GRID * GRID // 4)
-    around = PICTURE_TOKENS - len(picture)
+    """A prompt with that many images and branches of those lengths."""
+    image = [whole_model().config.image_token_id] * (GRID * GRID // 4)
+    around = IMAGE_TOKENS - len(image)
     vision_start = whole_model().config.vision_start_token_id
-    one = [1] * (around - 2) + [vision_start, *picture, 1]
+    one = [1] * (around - 2) + [vision_start, *image, 1]
     shared = [1] * SYSTEM_TOKENS + one * num_sources
     return Prompt(
         shared=shared,
@@ -83,7 +83,7 @@ def usual(num_sources: int, branch: int) -> int:
     """Operations of one pass of the whole model for one prompt."""
     model, prompt = whole_model(), prompt_of(num_sources, [branch])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        see_pictures(prompt)
+        see_images(prompt)
         ids = torch.empty(1, prompt.num_tokens, dtype=torch.long, device="meta")
         positions = torch.empty(3, 1, prompt.num_tokens, dtype=torch.long, device="meta")
         embeds = model.get_input_embeddings()(ids)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SYSTEM_TOKENS, PICTURE_TOKENS, AFTER_TOKENS = 64, 5 + 1 + 196 + 1, 5  # of the template of Qwen-Image-Edit-2509
+SYSTEM_TOKENS, IMAGE_TOKENS, AFTER_TOKENS = 64, 5 + 1 + 196 + 1, 5  # of the template of Qwen-Image-Edit-2509
 CAPTION_TOKENS, DROP_TOKENS = 50, 1
 
 

@@ -1,6 +1,6 @@
 """Point 4: the share of extraction in which a model is at work, when preparing and encoding cost the same.
 
-The real chunk writer over real pictures and models, tiny ones. A model takes longer than it does here: it sleeps, as a
+The real chunk writer over real images and models, tiny ones. A model takes longer than it does here: it sleeps, as a
 thread does that waits for a GPU. Preparing a row is made as slow as the models are with one, by as many threads as a
 recipe has; it sleeps too, which stands for cores that this machine need not have. The usual way prepares a batch with
 the same threads, encodes it, and goes on to the next.
@@ -92,8 +92,8 @@ def one_after_the_other(rows: Iterable[dict], prepare_row: Callable, models: Mod
             ready = list(threads.map(prepare_row, batch))
             models.encoder([direction.prompt for one in ready for direction in one.directions])
             for one in ready:
-                for picture in one.resized.values():
-                    models.latents([to_pixels(picture)])
+                for image in one.resized.values():
+                    models.latents([to_pixels(image)])
 
 
 def recipe_of(folder: Path) -> Recipe:

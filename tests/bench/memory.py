@@ -1,6 +1,6 @@
 """Point 7: the most memory that extraction and training take, over 100, 1,000 and 10,000 rows.
 
-Each size in a process of its own, the real scripts on the tiny checkpoint: rows of a small picture each, in chunks of
+Each size in a process of its own, the real scripts on the tiny checkpoint: rows of a small image each, in chunks of
 one size, and then a number of training steps over the set that was made. Counted is anonymous memory, looked at twenty
 times a second: mapped files are the system's to drop. The usual way here is
 ours at 100 rows.
@@ -67,7 +67,7 @@ def quiet() -> None:
 
 
 def recipe_of(folder: Path, model: Path, edits: Path, num_rows: int) -> Path:
-    """That many text-to-image rows, over a hundred pictures."""
+    """That many text-to-image rows, over a hundred images."""
     folder.mkdir()
     rows = [json.loads(line) for line in (edits / "text_to_image.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row | {"target_image": str(edits / row["target_image"])} for row in islice(cycle(rows), num_rows)]

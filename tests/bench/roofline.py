@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import arithmetic  # noqa: E402
 import torch  # noqa: E402
-from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, PICTURE_TOKENS  # noqa: E402
+from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, IMAGE_TOKENS  # noqa: E402
 from released import TRANSFORMER, WIDTH, write_released  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -27,7 +27,7 @@ from hf_qie.training.model import build_model  # noqa: E402
 PEAK_FLOPS, PEAK_BYTES = 1e12 * PEAKS["H100"], 3.35e12  # of an H100 SXM a second: dense bfloat16, HBM3
 SHARE = 0.4  # of the peak that a well tuned run reaches
 COUNTED = 2  # blocks; all are alike, so that 60 follow from the difference of 1 and 2
-PROMPT = PICTURE_TOKENS + CAPTION_TOKENS + AFTER_TOKENS
+PROMPT = IMAGE_TOKENS + CAPTION_TOKENS + AFTER_TOKENS
 SOURCE = (64, 64)  # 1024 x 1024 pixels
 TARGETS = {512: (32, 32), 1024: (64, 64)}
 GPUS = (1, 8, 64)

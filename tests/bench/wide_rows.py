@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
-from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, PICTURE_TOKENS
+from figures import AFTER_TOKENS, CAPTION_TOKENS, DROP_TOKENS, IMAGE_TOKENS
 from released import WIDTH
 
 from hf_qie.data.schema import set_features, to_table
@@ -38,7 +38,7 @@ def wide_rows(num_rows: int, *, seed: int = 0) -> Iterator[dict]:
             "target_image": f"{row}_target.png",
             **dict.fromkeys(CAPTIONS, "edit"),
             "num_sources": 1,
-            "image_embeds": matrix(PICTURE_TOKENS),
+            "image_embeds": matrix(IMAGE_TOKENS),
             **{f"text_embeds_{caption}": matrix(CAPTION_TOKENS + AFTER_TOKENS) for caption in CAPTIONS},
             "text_embeds_drop": matrix(DROP_TOKENS + AFTER_TOKENS),
             "target_latents": matrix(TARGET[0] * TARGET[1], 64),

@@ -1,4 +1,4 @@
-"""Sets without stored latents: training that reads and encodes the pictures is training on stored latents."""
+"""Sets without stored latents: training that reads and encodes the images is training on stored latents."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def recipes(built_once, tiny, edits) -> dict[bool, Path]:
             assert extract([str(write_recipe(folder / str(latents), tiny(), edits, latents=latents))]) == 0
             AcceleratorState._reset_state(reset_partial_state=True)
 
-    folder = built_once("pictures", build)
+    folder = built_once("online_latents", build)
     return {latents: folder / str(latents) / "recipe.yaml" for latents in (True, False)}
 
 
@@ -97,7 +97,7 @@ def test_without_latents_a_set_has_everything_else(recipes):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_encoded_while_training_give_what_stored_latents_give(recipes, tmp_path, workers):
+def test_images_encoded_while_training_give_what_stored_latents_give(recipes, tmp_path, workers):
     stored = run(recipes[True], tmp_path / "stored")
     encoded = run(recipes[False], tmp_path / "encoded", f"training.dataloader_num_workers={workers}")
     draws = encoded.train_dataset
@@ -135,7 +135,7 @@ def refused(recipe: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-def test_pictures_that_are_not_there_are_told_by_the_first_before_a_model_is_loaded(recipes, tmp_path):
+def test_images_that_are_not_there_are_told_by_the_first_before_a_model_is_loaded(recipes, tmp_path):
     message = refused(recipes[False], f"tasks.edit.image_root={tmp_path}")
     assert message == (
         "tasks.edit: its embedding set has no latents, so training reads its images, but "
@@ -144,7 +144,7 @@ def test_pictures_that_are_not_there_are_told_by_the_first_before_a_model_is_loa
     )
 
 
-def test_a_ready_set_is_read_with_pictures_from_where_it_was_made_or_the_root_that_is_given(recipes, tmp_path, edits):
+def test_a_ready_set_is_read_with_images_from_where_it_was_made_or_the_root_that_is_given(recipes, tmp_path, edits):
     """As a set of the Hub, it may no more know where it was made."""
     shutil.copytree(recipes[False].parent / "sets" / "edit", tmp_path / "edit")
     ready = "tasks={edit: {embeddings: " + str(tmp_path / "edit") + ", eval_rows: 1}}"
@@ -161,7 +161,7 @@ def test_a_ready_set_is_read_with_pictures_from_where_it_was_made_or_the_root_th
     assert given._fingerprint == load_from_disk(tmp_path / "edit")._fingerprint
 
 
-def test_a_picture_under_two_roots_is_not_guessed(recipes, tmp_path, edits):
+def test_an_image_under_two_roots_is_not_guessed(recipes, tmp_path, edits):
     shutil.copytree(recipes[False].parent / "sets" / "edit", tmp_path / "edit")
     shutil.copytree(edits / "images", tmp_path / "images")
     provenance = json.loads((tmp_path / "edit" / "provenance.json").read_text())
@@ -174,7 +174,7 @@ def test_a_picture_under_two_roots_is_not_guessed(recipes, tmp_path, edits):
     )
 
 
-def test_a_picture_that_was_damaged_since_is_named(recipes, tmp_path, edits):
+def test_an_image_that_was_damaged_since_is_named(recipes, tmp_path, edits):
     shutil.copytree(edits / "images", tmp_path / "images")
     for path in (tmp_path / "images").glob("*target.png"):
         path.write_bytes(path.read_bytes()[:60])

@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class PictureServer(ThreadingHTTPServer):
+class ImageServer(ThreadingHTTPServer):
     """`put` an answer under a path, `url` it, and read in `asked` which paths were asked for."""
 
     def __init__(self):
@@ -57,8 +57,8 @@ class PictureServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def picture_server() -> Iterator[PictureServer]:
-    with PictureServer() as server:
+def image_server() -> Iterator[ImageServer]:
+    with ImageServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

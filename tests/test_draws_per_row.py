@@ -20,6 +20,7 @@ from hf_qie.errors import InputError
 from hf_qie.training.checkpoints import read_complete
 from hf_qie.training.fit import forecast_recipe
 from hf_qie.training.model import LORA_FILE, base_of, parameters
+from hf_qie.training.objective import noise_for, sigmas_for
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
 
@@ -135,6 +136,11 @@ def test_noise_and_level_of_a_draw_are_those_of_its_number(tiny, tmp_path):
         hook.remove()
         sigma = given["timestep"]
         seen[count] = sigma, given["hidden_states"] / sigma[:, None, None]
+        numbers, objective = list(range(8)), trainer.objective
+        of_step = {"loss": objective.loss, "seed": 0, "global_batch_size": 8}
+        assert batch["draw"] == numbers
+        assert torch.equal(sigma, sigmas_for(numbers, **of_step, mu=objective.mu(zero["target_latents"].shape[1])))
+        assert torch.equal(batch["noise"], noise_for(numbers, zero["target_latents"].shape[1:], seed=0))
     assert len(set(seen[4][0].tolist())) == 8
     assert torch.equal(seen[4][0], seen[1][0])
     torch.testing.assert_close(seen[4][1], seen[1][1], atol=1e-5, rtol=0)

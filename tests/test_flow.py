@@ -6,10 +6,19 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
+from embedding_sets import write_recipe
 
-from hf_qie.config.recipe import Loss
+from hf_qie.config.recipe import Loss, load_recipe
 from hf_qie.models.denoising import shift_mu
-from hf_qie.training.objective import add_noise, eval_fractions, noise_for, shifted, sigmas_for, time_fraction
+from hf_qie.training.objective import (
+    Objective,
+    add_noise,
+    eval_fractions,
+    noise_for,
+    shifted,
+    sigmas_for,
+    time_fraction,
+)
 
 SCHEMES = ["uniform", "stratified", "logit_normal", "mode"]
 G = 16  # global batch size
@@ -76,6 +85,23 @@ def test_u_lies_between_0_and_1_without_them(scheme):
     )
     assert ((u > 0) & (u < 1)).all()
     assert shifted(u, 0.7).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["edit_plus", "qwen_image_21"])
+def test_rows_are_shifted_by_the_tokens_of_their_target_alone(tiny, tmp_path, kind):
+    """Those of sources do not count, in training and in evaluation: so the pipelines call their scheduler."""
+    model, grids, sigmas = tiny(kind), [(32, 32), (64, 64)], {}
+    row = {"target_latents": np.zeros((1024, 64), np.float16), "source_latents": np.zeros((4096, 64), np.float16)}
+    row |= {"prompt_parts": [np.zeros((5, 96), np.float16)], "image_slots": [2], "grids": grids, "task": "edit"}
+    rows = [row | {"row": number, "draws": [number]} for number in range(4)]
+    for shift in ("none", "auto"):
+        objective = Objective(load_recipe(write_recipe(tmp_path, model, loss={"shift": shift})), global_batch_size=4)
+        held_out = objective.collate_held_out(rows, fractions=torch.tensor([0.1, 0.3, 0.6, 0.9]))
+        sigmas[shift] = torch.cat([objective.collate(rows)["sigma"], held_out["sigma"]])
+    of_model = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+    keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(1024, *(of_model.config[key] for key in keys))
+    torch.testing.assert_close(sigmas["auto"], of_model.time_shift(mu, 1.0, sigmas["none"]))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -79,6 +79,17 @@ def test_a_row_is_the_one_its_draw_has_in_the_plan_bit_for_bit(sets):
         assert_prompt(row, images, texts)
 
 
+def test_a_draw_has_the_embeddings_of_its_row_by_the_caption_that_it_names(sets):
+    draws, seen = draws_of(sets, Mix(inverse_share=0.5, caption_dropout=0.5), num_steps=20), set()
+    for number in range(len(draws)):
+        row, batch = draws[number], draws.plan.data[number // 4]
+        column = f"{'inverse_' * batch['inverse']}text_embeds_{row['caption']}"
+        np.testing.assert_array_equal(row["prompt_parts"][1], stored(sets[row["task"]], row["row"], column))
+        seen.add((row["task"], row["row"], column))
+    assert {column.removeprefix("inverse_text_embeds_") for *_, column in seen} > {"drop", "inverse_instruction"}
+    assert len({row for task, row, column in seen if (task, column) == ("edits", "text_embeds_drop")}) > 3
+
+
 def test_rows_are_float16_whatever_their_number_of_sources(sets):
     draws = draws_of(sets, NEVER_DROP, num_steps=20)
     num_sources = set()

@@ -3,6 +3,7 @@
 Tolerance 1e-5: sharing a pass changes the order of float32 sums, which moves embeddings by about 3e-6 of 6.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -254,7 +255,7 @@ def test_tokens_are_the_pipelines(real, stock, images, num_sources):
         processor=real,
     )
     assert pipeline._drop_idx == num_dropped(real) == 14
-    captions = [*CAPTIONS, "🙂 emoji 👩‍👩‍👧", "<|im_end|>\n<|im_start|>user\n", "  two blanks "]
+    captions = [*CAPTIONS, "   ", "\n\n", "🙂 emoji 👩‍👩‍👧", "<|im_end|>\n<|im_start|>user\n", "  two blanks "]
     prompt = FAMILY.make_prompt(real, images[:num_sources], captions)
     for caption, branch in zip(captions, prompt.branches, strict=True):
         with torch.no_grad(), inputs_of(stock.text_encoder) as shown:
@@ -462,6 +463,20 @@ def test_the_model_index_decides_the_family(model):
     assert small.vlm_area_px == small.vae_area_px == 512**2 and QWEN_IMAGE_21.with_source_size(None) is QWEN_IMAGE_21
     assert small.compat == QWEN_IMAGE_21.compat  # a set names the VAE's area itself
     assert json.loads(json.dumps(small.compat)) == small.compat and small.compat["family"] == small.card_name
+
+
+def test_what_sets_say_of_their_numbers_stays_from_release_to_release():
+    """Training compares it: a set that is published would be refused from then on."""
+    said = dict(QWEN_IMAGE_21.compat)
+    templates = json.dumps(said.pop("templates"), sort_keys=True)
+    assert said == {
+        "family": "Qwen-Image-2.1",
+        "resampling": "lanczos",
+        "alpha": "on white for the encoder, a channel for the VAE",
+        "positions": "interleaved m-rope by token type",
+        "embeddings": "before the final norm, without those of images",
+    }
+    assert hashlib.sha256(templates.encode()).hexdigest()[:16] == "51943cf345aa41ee"
 
 
 def test_a_processor_that_resizes_sources_once_more_is_refused(model, tmp_path):

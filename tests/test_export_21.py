@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_recipes import few_edits, write_recipe
 from torch import Tensor
 
@@ -158,6 +158,22 @@ def test_comfyui_finds_a_place_for_every_layer_in_its_joined_ones(exported, trai
             own[name] = tensor
     transformer.load_state_dict(own)
     same(velocity(transformer), trained)
+
+
+def test_only_rounded_values_of_full_fine_tuning_are_named_as_such(run, tiny, tmp_path, caplog):
+    """This transformer has no biases to tell them by."""
+    full = shutil.copytree(run, tmp_path / "full")
+    recipe = yaml.safe_load((full / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["trainable"]["lora"] = None
+    (full / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    shutil.copytree(tiny("qwen_image_21") / "transformer", full / "transformer")
+    options = ["--to", "merged", "--dtype", "float32", "--output"]
+    export.main([str(full), *options, str(tmp_path / "exact")])
+    assert "holds" not in caplog.text
+    path = full / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: one.bfloat16() for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    export.main([str(full), *options, str(tmp_path / "rounded")])
+    assert f"{full} holds rounded values" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)

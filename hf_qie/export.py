@@ -8,7 +8,7 @@ may have trained adapters or the transformer itself, sharded or not, and may hav
 
     lora      pytorch_lora_weights.safetensors for diffusers' load_lora_weights; the default for a LoRA
     comfyui   one file for ComfyUI's LoRA loader
-    merged    a transformer for QwenImageTransformer2DModel.from_pretrained; the default for full fine-tuning
+    merged    a transformer for its class in diffusers; the default for full fine-tuning
     pipeline  a complete checkpoint for DiffusionPipeline.from_pretrained
 
 The export is written to FOLDER, by default <output_dir>/export/<kind>, or <kind>-N of a checkpoint-N, in bfloat16,

@@ -184,7 +184,7 @@ def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(export
     metadata = yaml.safe_load(metadata)
     assert metadata["pipeline_tag"] == "image-to-image" and "qwen-image-2.1" in metadata["tags"]
     assert (metadata["license"], metadata["license_name"]) == ("other", "qwen-research")
-    assert f"\n## Licence\n\nother\n\n{LICENSE_NOTICE}\n" in text
+    assert f"\n## Licence\n\n[qwen-research]({metadata['license_link']})\n\n{LICENSE_NOTICE}\n" in text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "    output_resolution=96,  # sources are seen as in training\n" in blocks[1]
     assert "VAE_IMAGE_SIZE" not in text and "negative_prompt" not in text and "true_cfg_scale" not in blocks[1]

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_recipes import few_edits, write_recipe
 from torch import Tensor
 
@@ -171,6 +171,22 @@ def test_comfyui_knows_merged_weights_as_its_qwen_image_21(exported):
     assert {f"{layer}.weight" for layer in asked} <= merged.keys()
 
 
+def test_only_rounded_values_of_full_fine_tuning_are_named_as_such(run, tiny, tmp_path, caplog):
+    """This transformer has no biases to tell them by."""
+    full = shutil.copytree(run, tmp_path / "full")
+    recipe = yaml.safe_load((full / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["trainable"]["lora"] = None
+    (full / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    shutil.copytree(tiny("qwen_image_21") / "transformer", full / "transformer")
+    options = ["--to", "merged", "--dtype", "float32", "--output"]
+    export.main([str(full), *options, str(tmp_path / "exact")])
+    assert "holds" not in caplog.text
+    path = full / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: one.bfloat16() for name, one in load_file(path).items()}, path, metadata={"format": "pt"})
+    export.main([str(full), *options, str(tmp_path / "rounded")])
+    assert f"{full} holds rounded values" in caplog.text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(exported, tiny, tmp_path, kind, monkeypatch):
     folder = exported / kind
@@ -181,7 +197,7 @@ def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(export
     metadata = yaml.safe_load(metadata)
     assert metadata["pipeline_tag"] == "image-to-image" and "qwen-image-2.1" in metadata["tags"]
     assert (metadata["license"], metadata["license_name"]) == ("other", "qwen-research")
-    assert f"\n## Licence\n\nother\n\n{LICENSE_NOTICE}\n" in text
+    assert f"\n## Licence\n\n[qwen-research]({metadata['license_link']})\n\n{LICENSE_NOTICE}\n" in text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert "    output_resolution=96,  # sources are seen as in training\n" in blocks[1]
     assert "VAE_IMAGE_SIZE" not in text and "negative_prompt" not in text and "true_cfg_scale" not in blocks[1]

@@ -286,8 +286,9 @@ def test_the_licence_is_in_the_log_on_the_card_and_beside_a_pushed_set(made, tmp
     metadata = yaml.safe_load(metadata)
     assert metadata["license"] == "other" and metadata["license_name"] == "qwen-research"
     assert metadata["license_link"] == "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE"
+    named = f"[qwen-research]({metadata['license_link']})"
     assert "qwen-image-2.1" in metadata["tags"] and "qwen-image-edit" not in metadata["tags"]
-    assert text.rstrip().removesuffix(END.rstrip()).rstrip().endswith(f"other\n\n{LICENSE_NOTICE}")
+    assert text.rstrip().removesuffix(END.rstrip()).rstrip().endswith(f"{named}\n\n{LICENSE_NOTICE}")
     assert "What Qwen-Image-2.1 sees of 13 edits" in text
     assert "| `image_slots` | `List(int32)` | of each source, how many of `prefix_embeds` stand in front of" in text
     assert "pixels of a source: 9,216 for the prompt encoder, 9,216 for the VAE; the stock pipeline" in text

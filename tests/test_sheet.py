@@ -63,3 +63,10 @@ def test_rows_are_spread_over_the_data_and_fixed_by_the_seed():
     assert [row // 1000 for row in rows] == [0, 1, 2, 3, 4, 5]
     assert rows == sheet.spread(6000, seed=3, task="edit") != sheet.spread(6000, seed=4, task="edit")
     assert sheet.spread(3, seed=0, task="edit") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("num_rows", range(6, 30))
+def test_no_row_stands_twice_on_a_sheet(num_rows):
+    for seed in range(20):
+        rows = sheet.spread(num_rows, seed=seed, task="edit")
+        assert len(set(rows)) == sheet.NUM_ROWS and rows == sorted(rows) and rows[-1] < num_rows

@@ -4,6 +4,7 @@ Swapped sources and targets are the most frequent mistake in edit pairs, and no 
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,11 @@ def contact_sheet(plan: Plan, *, seed: int) -> Image.Image:
 
 
 def spread(num_rows: int, *, seed: int, task: str) -> list[int]:
-    """One row, drawn by the seed, of each of `NUM_ROWS` equal parts of the data."""
+    """One row, drawn by the seed, of each of `NUM_ROWS` parts of the data, none in two of them."""
     parts = min(NUM_ROWS, num_rows)
     shifts = draw_rng(seed, f"sheet of {task}").random(parts)
-    return [int((part + shift) * num_rows / parts) for part, shift in enumerate(shifts)]
+    ends = pairwise(part * num_rows // parts for part in range(parts + 1))
+    return [int(start + shift * (end - start)) for (start, end), shift in zip(ends, shifts, strict=True)]
 
 
 def given(row: Mapping[str, Any]) -> list[tuple[str, str]]:

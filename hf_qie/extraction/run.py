@@ -266,7 +266,8 @@ def log_set(recipe: Recipe, folder: Path, *, minutes: float | None = None) -> No
         cost = f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
         if num_tokens := counts["num_tokens"]:
             share, padding = num_tokens / counts["num_tokens_apart"], 1 - num_tokens / counts["num_tokens_padded"]
-            cost += f"{num_tokens:,} tokens run, {share:.3f} of one pass per prompt, {padding:.1%} padding; "
+            cost += f"{num_tokens:,} tokens encoded, {share:.3f} of those of one pass for each caption, "
+            cost += f"{padding:.1%} padding; "
         logger.info("%s: %s; %sleft in %s", folder.name, rows, cost, folder)
     if has_too_many_bad(recipe, folder):
         logger.error("%s: more bad rows than extract.max_bad_share allows", folder.name)

@@ -47,7 +47,7 @@ def dataset_card(
     DatasetInfosDict(infos).to_dataset_card_data(data)
     default = configs.get_default_config_name()
     infos = DatasetInfosDict.from_dataset_card_data(data)
-    body = _body(infos, provenances, default=default, repo=repo, license=data.license, makers=makers)
+    body = _body(infos, provenances, default=default, repo=repo, license=named_license(data), makers=makers)
     return DatasetCard(renewed(card.text if card else "", data, body))
 
 
@@ -74,6 +74,12 @@ def license_of(present: Any, makers: Iterable[Family], license: str | None) -> d
     if kept["license"] or not own:
         return kept
     return {"license": "other", "license_name": own[0].license_name, "license_link": own[0].license_link}
+
+
+def named_license(data: Any) -> str | None:
+    """The licence in a card's metadata, as its text names it."""
+    name, link = data.get("license_name") or data.get("license"), data.get("license_link")
+    return f"[{name}]({link})" if link else name
 
 
 def notice_of(makers: Iterable[Family]) -> str:

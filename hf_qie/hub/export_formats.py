@@ -87,12 +87,11 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     layers = trained.adapters.layers if trained.adapters else {}
     if unknown := sorted(layer for layer in layers if f"{layer}.weight" not in source):
         raise InputError(f"{trained.folder}: has adapters on {unknown[0]}, which {trained.recipe.model!r} lacks")
-    biases = (read for name, read in source.items() if name.endswith(".bias"))  # what is frozen may be bfloat16
-    if not layers and dtype == torch.float32 and all(read().dtype != dtype for read in biases):
-        logger.warning("%s holds rounded values; checkpoints of the run may hold float32 ones", trained.folder)
+    dtypes: set[torch.dtype] = set()  # of what was read
 
     def trained_tensor(key: str) -> Tensor:
         tensor, layer = source[key](), key.removesuffix(".weight")
+        dtypes.add(tensor.dtype)
         merged = tensor.float() + trained.adapters.delta(layer) if layer in layers else tensor
         return merged.to(dtype).contiguous()
 
@@ -107,6 +106,8 @@ def export_merged(trained: Trained, folder: Path, *, dtype: torch.dtype) -> str:
     split = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
     for name, keys in split.filename_to_tensors.items():
         save_file({key: trained_tensor(key) for key in keys}, folder / name, metadata={"format": "pt"})
+    if not layers and dtype == torch.float32 and dtype not in dtypes:  # what is frozen may be bfloat16, not all of it
+        logger.warning("%s holds rounded values; checkpoints of the run may hold float32 ones", trained.folder)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / f"{WEIGHTS_FILE}.index.json", index)

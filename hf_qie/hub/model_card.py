@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_qie.config.recipe import as_dict
-from hf_qie.hub.dataset_card import license_of, rendered, renewed
+from hf_qie.hub.dataset_card import license_of, named_license, rendered, renewed
 from hf_qie.hub.redact import public
 from hf_qie.hub.trained_run import Trained
 from hf_qie.measures.edits import FOREIGN, KNOWN
@@ -66,7 +66,7 @@ def model_card(
         scores=[_scores(summary, trained.step) for summary in trained.summaries()],
         images=IMAGES if (trained.output_dir / IMAGES).is_file() else None,
         recipe_yaml=write_yaml(public(as_dict(recipe))),
-        license=licence["license"],
+        license=named_license(licence),
     )
     return ModelCard(renewed(present.text if present else "", ModelCardData(**(kept | ours)), body))
 

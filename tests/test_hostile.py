@@ -214,10 +214,17 @@ def test_files_of_a_set_that_are_something_else_are_refused(tmp_path, tiny, spru
         open_sets(recipe)
 
 
-@pytest.mark.parametrize(("what", "width", "expected"), [("image_embeds", 48, 96), ("target_latents", 32, 64)])
-def test_a_set_of_another_width_is_refused(tmp_path, tiny, monkeypatch, what, width, expected):
-    monkeypatch.setattr(embedding_sets, {"image_embeds": "WIDTH", "target_latents": "LATENT_WIDTH"}[what], width)
-    recipe = load_recipe(write_recipe(tmp_path, tiny()))
+@pytest.mark.parametrize(
+    ("family", "what", "constant", "width", "expected"),
+    [
+        ("edit_plus", "image_embeds", "WIDTH", 48, 96),
+        ("edit_plus", "target_latents", "LATENT_WIDTH", 32, 64),
+        ("qwen_image_21", "prefix_embeds", "WIDTH", 48, 96),
+    ],
+)
+def test_a_set_of_another_width_is_refused(tmp_path, tiny, monkeypatch, family, what, constant, width, expected):
+    monkeypatch.setattr(embedding_sets, constant, width)
+    recipe = load_recipe(write_recipe(tmp_path, tiny(family)))
     with pytest.raises(InputError, match=rf"tasks.edit: its {what} have width {width}, but .* expects {expected}"):
         open_sets(recipe)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, family_name
+from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.files import samples
 from hf_qie.runtime.hub_errors import hub_errors
 
@@ -91,6 +93,30 @@ def checkpoint_compat(model: str, *, revision: str | None, family: Family, weigh
     folders = family.compat_folders.items()
     parts = {part: _identity(model, names, revision=revision, weights=weights) for part, names in folders}
     return {"format": FORMAT_VERSION, **parts, **family.compat}
+
+
+def check_transformer(model: str, *, revision: str | None, family: Family) -> tuple[int, int]:
+    """Widths of the latents and of the embeddings that the transformer of a checkpoint takes, by its config.
+
+    Raises InputError where it is not one of `family`.
+    """
+    config = read_config(model, "transformer/config.json", revision=revision)
+    if (found := config.get("_class_name")) != family.transformer_class:
+        raise InputError(
+            f"model: the transformer of {model} is a {found}, but {family.pipeline}, which its model_index.json "
+            f"names, has a {family.transformer_class}; take both from one checkpoint"
+        )
+    return family.widths(config)
+
+
+def check_weight_files(model: str, *, family: Family) -> None:
+    """Raise InputError where `model` is a folder that lacks weight files of the prompt encoder or the VAE."""
+    for folder in (Path(model, name) for names in family.compat_folders.values() for name in names):
+        names = [path.name for path in folder.glob("*.safetensors")]
+        of = [int(found[1]) for name in names if (found := re.search(r"-of-([0-9]+)[.]safetensors$", name))]
+        if (folder / "config.json").is_file() and len(names) < max(of, default=1):
+            found = f"has {len(names)} of {max(of, default=1)} .safetensors files of its weights"
+            raise InputError(f"model: {folder} {found}; fetch the checkpoint again")
 
 
 def _identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ from hf_qie.errors import InputError
 from hf_qie.extraction.contact_sheet import contact_sheet
 from hf_qie.extraction.estimate import check_space
 from hf_qie.extraction.pairs import compare_pairs
-from hf_qie.extraction.plan import Plan
+from hf_qie.extraction.plan import Plan, open_processor
 from hf_qie.extraction.stats import report, survey
 from hf_qie.models.base import Family
 
@@ -21,7 +21,7 @@ def folder_of(recipe: Recipe) -> Path:
 
 def first_look(recipe: Recipe, family: Family, plans: Mapping[str, Plan], show: Callable[[str], None]) -> list[str]:
     """`show` the report of every task and leave its sheet and findings; returns why extraction would stop."""
-    processor = family.load_processor(recipe.model, revision=recipe.revision)
+    processor = open_processor(recipe, family)
     per_device = training_arguments()["per_device_train_batch_size"][1]
     draws = recipe.training.get("per_device_train_batch_size", per_device)
     batch_rows = recipe.mix.same_shape or draws // recipe.mix.draws_per_row

@@ -17,7 +17,7 @@ from hf_qie.config.recipe import Recipe
 from hf_qie.data.schema import SOURCES, TARGET
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Outlook, Row, sample
-from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, own_tasks
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, open_processor, own_tasks
 from hf_qie.models.base import Size
 from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import AUTO
@@ -80,7 +80,7 @@ class Forecast:
 def forecast_gpu(recipe: Recipe) -> Forecast:
     """For all tasks of a recipe that have data, on a GPU; its `auto` dtype is bfloat16. Raises InputError."""
     family, tasks = family_of_recipe(recipe), own_tasks(recipe)
-    processor = family.load_processor(recipe.model, revision=recipe.revision)
+    processor = open_processor(recipe, family)
     dtype = torch.bfloat16 if recipe.extract.dtype == AUTO else getattr(torch, recipe.extract.dtype)
     with TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         plans = {name: make_plan(recipe, task, family, Path(folder)) for name, task in tasks.items()}

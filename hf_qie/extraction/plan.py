@@ -13,6 +13,7 @@ from PIL import Image
 from hf_qie.config.recipe import Extract, Recipe, Task
 from hf_qie.data.fetch import fetch, is_url
 from hf_qie.data.images import read_image
+from hf_qie.data.provenance import check_transformer
 from hf_qie.data.samples import BadRow, Rows, has_inverse, read_rows
 from hf_qie.data.schema import INVERSE, SOURCES, TARGET, Column, columns_of, set_features
 from hf_qie.errors import InputError
@@ -161,6 +162,28 @@ def own_tasks(recipe: Recipe) -> dict[str, Task]:
 def family_of_recipe(recipe: Recipe) -> Family:
     """The family of a recipe's model, with sources of the recipe's size, as plans have it; raises InputError."""
     return read_family(recipe.model, revision=recipe.revision).with_source_size(recipe.extract.source_sample_size)
+
+
+def open_processor(recipe: Recipe, family: Family) -> Any:
+    """The processor of a recipe's model, whose prompt encoder has the width that its transformer takes.
+
+    Raises InputError where it has another one, or a part cannot be read.
+    """
+    where = {"revision": recipe.revision}
+    _, wanted = check_transformer(recipe.model, **where, family=family)
+    try:
+        width, processor = (read(recipe.model, **where) for read in (family.encoder_width, family.load_processor))
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        found = f"cannot load the processor of {recipe.model!r}, or the config of its prompt encoder"
+        raise InputError(f"model: {found}: {error}") from error
+    if width != wanted:
+        raise InputError(
+            f"model: the prompt encoder of {recipe.model} makes embeddings of width {width}, its transformer takes "
+            f"{wanted}; take both from one checkpoint"
+        )
+    return processor
 
 
 def make_plan(recipe: Recipe, task: Task, family: Family, folder: Path, *, refuse: bool = False) -> Plan:

@@ -26,14 +26,14 @@ from tqdm import tqdm
 
 from hf_qie.config.recipe import Recipe, Task, as_dict
 from hf_qie.data.mixture import check_draws_per_row
-from hf_qie.data.provenance import PROVENANCE, checkpoint_compat, read_provenance
+from hf_qie.data.provenance import PROVENANCE, check_weight_files, checkpoint_compat, read_provenance
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import most_bad, open_rows
 from hf_qie.extraction.chunk_writer import ChunkWriter, Models
 from hf_qie.extraction.estimate import check_space, estimate_bytes
 from hf_qie.extraction.manifest import STAGING
 from hf_qie.extraction.memory import Forecast, forecast
-from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, own_tasks, plan_of
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, open_processor, own_tasks, plan_of
 from hf_qie.extraction.reuse import find_reuse
 from hf_qie.extraction.set_writer import SetWriter, check_request, request_of, set_lock
 from hf_qie.models.base import Family, read_family
@@ -134,7 +134,7 @@ def open_plan(
 def check_disk(plans: Mapping[str, Plan]) -> None:
     """Find out before a model is loaded whether the disk can hold the sets; raises InputError."""
     first = next(iter(plans.values()))
-    processor = first.family.load_processor(first.recipe.model, revision=first.recipe.revision)
+    processor = open_processor(first.recipe, first.family)
     logger.info(check_space({name: estimate_bytes(plan, processor) for name, plan in plans.items()}, plans))
 
 
@@ -149,6 +149,7 @@ def load_models(
     where = {"revision": recipe.revision, "dtype": dtype, "device": device}
     free = free_bytes(device)
     room = memory.room(free, device) if memory and free is not None else math.inf
+    check_weight_files(recipe.model, family=family)
     return Models(
         processor=family.load_processor(recipe.model, revision=recipe.revision),
         encoder=family.load_encoder(recipe.model, room_bytes=room, **where),

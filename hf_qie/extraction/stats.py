@@ -24,7 +24,7 @@ from hf_qie.data.samples import BadRow, most_bad, text_columns
 from hf_qie.data.schema import HAS_INVERSE, INVERSE, SOURCES, TARGET, TEXT_EMBEDS, columns_of, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.extraction.estimate import Header, Outlook, outlooks
-from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan
+from hf_qie.extraction.plan import Plan, family_of_recipe, make_plan, open_processor
 
 WINDOW_ROWS = 256  # looked at together
 NAMED = 3  # findings of a kind in the report; all are in the file
@@ -169,7 +169,7 @@ def largest_shape(recipe: Recipe) -> Shape:
     with tempfile.TemporaryDirectory(prefix="hf_qie-rows-") as folder:
         for name, task in recipe.tasks.items():
             if task.weight > 0 and name not in sets:
-                processor = processor or family.load_processor(recipe.model, revision=recipe.revision)
+                processor = processor or open_processor(recipe, family)
                 shapes.append(survey(make_plan(recipe, task, family, Path(folder)), processor).largest)
                 if shapes[-1] is None:
                     raise InputError(f"tasks.{name}: every row is bad; check.py without --memory names the reasons")

@@ -11,11 +11,10 @@ from datasets import Dataset
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_embeddings
 from hf_qie.data.mixture import check_draws_per_row
-from hf_qie.data.provenance import check_compat, checkpoint_compat, unverified
-from hf_qie.data.schema import matrix_width, shared_embeds
+from hf_qie.data.provenance import UNKNOWN, check_compat, check_transformer, checkpoint_compat, unverified
+from hf_qie.data.schema import matrix_width, prompt_columns_in, shared_embeds
 from hf_qie.errors import InputError
 from hf_qie.models.base import Family, read_family
-from hf_qie.models.checkpoint import read_config
 from hf_qie.runtime.ranks import rank
 
 logger = logging.getLogger(__name__)
@@ -35,9 +34,13 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     family = read_family(recipe.model, revision=recipe.revision)
     checkpoint = checkpoint_compat(recipe.model, revision=recipe.revision, family=family, weights=False)
     check_compat(provenances, checkpoint, model=recipe.model)
-    config = read_config(recipe.model, "transformer/config.json", revision=recipe.revision)
-    latent_width, width = family.widths(config)
+    latent_width, width = check_transformer(recipe.model, revision=recipe.revision, family=family)
     for name, data in sets.items():
+        if (found := prompt_columns_in(data.features)) != family.prompt_columns:
+            raise InputError(
+                f"tasks.{name}: its prompts are in {', '.join(found)}, those of {family.card_name} in "
+                f"{', '.join(family.prompt_columns)}; extract the set for this checkpoint"
+            )
         for column, expected in ((shared_embeds(data.features), width), ("target_latents", latent_width)):
             if (found := matrix_width(data.features[column])) != expected:
                 raise InputError(
@@ -45,7 +48,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
                     "the set for this checkpoint"
                 )
     if rank() == 0:
-        for warning in [*unverified(provenances), *_other_sizes(recipe, family, provenances)]:
+        for warning in [*unverified(provenances), *_other_settings(recipe, family, provenances)]:
             logger.warning(warning)
     from hf_qie.data.loader import check_caption_weights
     from hf_qie.data.online_latents import has_latents, made_from, with_files
@@ -58,8 +61,11 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
     return sets
 
 
-def _other_sizes(recipe: Recipe, family: Family, provenances: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A warning for each set whose images have another size than the recipe's, by which images are sampled."""
+def _other_settings(recipe: Recipe, family: Family, provenances: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A warning for each set with images of another size or another empty caption than those of the recipe.
+
+    Images are sampled by the recipe's.
+    """
     side, source_side = recipe.extract.image_sample_size, recipe.extract.source_sample_size
     area_px = source_side**2 if source_side else family.vae_area_px
     for name, provenance in provenances.items():
@@ -68,6 +74,9 @@ def _other_sizes(recipe: Recipe, family: Family, provenances: Mapping[str, Mappi
         made_px = provenance["compat"].get("vae_area_px")  # may be unknown
         if isinstance(made_px, int) and 0 < made_px != area_px:
             found.append(("source_sample_size", math.isqrt(made_px), math.isqrt(area_px)))
+        drop, made_drop = recipe.extract.drop_caption, provenance["compat"].get("drop_caption", UNKNOWN)
+        if made_drop not in (drop, UNKNOWN):
+            found.append(("drop_caption", repr(made_drop), repr(drop)))
         for key, was, now in found:
             yield (
                 f"tasks.{name}: its set was made with extract.{key}: {was}, the recipe has {now}; "

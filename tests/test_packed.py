@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_qie.models.qwen_image_21.packed import QwenImage21Transformer2DModel, RowLayout
+from hf_qie.models.qwen_image_21.packed import Packing, QwenImage21Transformer2DModel, RowLayout
+from hf_qie.models.qwen_image_21.pieces import Spans
 from hf_qie.models.qwen_image_21.transformer import attention_pairs, predict
 
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
@@ -155,6 +156,58 @@ def test_positions_are_those_of_diffusers(sources, slots):
     image = torch.tensor([bool(grid) for length, grid in row.segments for _ in range(length)] + [True] * 15)
     expected = stock.pos_embed([(1, *grid) for grid in (*sources, (3, 5))], image, torch.device("cpu"))
     torch.testing.assert_close(ours.rotary([row], 1, torch.device("cpu")), expected, atol=1e-6, rtol=0)
+
+
+def packing_of(sources, slots, num_targets, *, causal=True) -> Packing:
+    """Of two rows, whose prompts have 9 and 12 embeddings."""
+    layout = {"target": TARGET, "sources": tuple(sources), "slots": tuple(slots)}
+    rows = [RowLayout(num_text=length, **layout) for length in (9, 12)]
+    on = {"dtype": torch.float64, "device": torch.device("cpu")}
+    return Packing(rows, num_targets=num_targets, causal=causal, **on)
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("sources", "slots", "num_targets", "causal"),
+    [(*TEXT_ALONE, 1, False), (*TEXT_ALONE, 1, True), (*TEXT_ALONE, 3, True), (*THREE, 3, True)],
+)
+
+
+@LAYOUTS
+def test_tokens_are_scaled_by_the_factors_of_their_noise_level(sources, slots, num_targets, causal):
+    packing, prefix = packing_of(sources, slots, num_targets, causal=causal), sum(h * w for h, w in sources)
+    levels = []
+    for row, length in enumerate((9, 12)):
+        own = [row * num_targets + place for place in range(num_targets)]
+        levels += [-1 if causal else row] * (prefix + length) + [level for level in own for _ in range(16)]
+    torch.manual_seed(0)
+    tokens = torch.randn(1, len(levels), 2, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(2 * num_targets + causal, 2, dtype=torch.float64, requires_grad=True)
+    scaled, expected = packing.scale(tokens, factors), tokens * factors[levels]
+    assert torch.equal(scaled, expected)
+    weights = torch.randn_like(scaled)
+    ours, theirs = (torch.autograd.grad(found, (tokens, factors), weights) for found in (scaled, expected))
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-12, atol=1e-12)
+
+
+def test_of_frozen_factors_nothing_is_kept_for_each_token():
+    packing, tokens = packing_of(*ONE, 2), torch.ones(1, 133, 2, requires_grad=True)
+    for frozen in (True, False):
+        factors = torch.ones(5, 2, requires_grad=not frozen)
+        kept = [one for one in packing.scale(tokens, factors).grad_fn.saved_tensors if one is not None]
+        assert [one.shape for one in kept] == ([factors.shape] if frozen else [tokens.shape, factors.shape])
+
+
+@LAYOUTS
+def test_the_gradient_of_keys_is_that_of_slices(sources, slots, num_targets, causal):
+    spans = packing_of(sources, slots, num_targets, causal=causal).keys
+    torch.manual_seed(0)
+    tokens = torch.randn(1, max(end for _, end in spans), 2, 2, dtype=torch.float64, requires_grad=True)
+    found, expected = Spans.apply(tokens, spans), [tokens[:, start:end] for start, end in spans]
+    assert all(map(torch.equal, found, expected))
+    weights = [torch.randn_like(one) for one in expected]
+    (ours,), (theirs,) = (torch.autograd.grad(pieces, tokens, weights) for pieces in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_targets", [1, 3])

@@ -54,7 +54,8 @@ class Traffic(TorchDispatchMode):
         made = func(*args, **kwargs or {})
         if func._schema.name.removeprefix("aten::").removeprefix("prim::") not in UNCOUNTED and not func.is_view:
             self.kernels += 1
-            self.bytes += sum(size_of(one) for one in tree_leaves((args, kwargs, made)) if isinstance(one, Tensor))
+            read = {name: value for name, value in (kwargs or {}).items() if name != "out"}
+            self.bytes += sum(size_of(one) for one in tree_leaves((args, read, made)) if isinstance(one, Tensor))
         return made
 
 

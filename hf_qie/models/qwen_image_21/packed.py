@@ -13,6 +13,7 @@ their targets, C width of a latent, D width of the encoder, W width of the trans
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
+from itertools import accumulate
 from typing import Any
 
 import diffusers
@@ -23,6 +24,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import apply_rotary_e
 from torch import Tensor, nn
 
 from hf_qie.models.base import Grid
+from hf_qie.models.qwen_image_21.pieces import Piece, Scaled, Spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,48 +93,64 @@ def _grid_positions(frame: int, grid: Grid, device: torch.device) -> Tensor:
 class Packing:
     """Where the rows of a batch lie in the packed sequence, with `num_targets` targets each."""
 
-    def __init__(self, rows: Sequence[RowLayout], *, num_targets: int, causal: bool, device: torch.device):
-        """`causal`: the prefix is modulated at noise level 0."""
-        self.rows, self.num_targets, self.causal = rows, num_targets, causal
-        # of the parts that have one noise level: of each row the prefix, then its targets
-        self.lengths = [n for row in rows for n in (row.num_prefix, *[row.num_target] * num_targets)]
-        # by row and segment of its prefix: which keys its queries see, None for all up to its end
-        self.masks = [list(self._masks(row, device)) for row in rows]
+    def __init__(
+        self, rows: Sequence[RowLayout], *, num_targets: int, causal: bool, dtype: torch.dtype, device: torch.device
+    ):
+        """`causal`: the prefix is modulated at noise level 0; `dtype` is that of queries and keys."""
+        self.rows, self.num_targets = rows, num_targets
+        # by row and segment of its prefix: what is added to scores, None where queries see all keys up to their end
+        self.masks = [list(self._masks(row, dtype, device)) for row in rows]
+        # of each row its prefix and its targets, with their noise levels
+        self.pieces: list[Piece] = []
+        # queries that attend together, and which keys they see; several targets of a row see its prefix and their own
+        self.queries: list[int] = []
+        self.keys: list[tuple[int, int]] = []
+        end = 0
+        for first, row in zip(range(0, len(rows) * num_targets, num_targets), rows, strict=True):
+            of_targets = num_targets * row.num_target
+            self.pieces.append(Piece(row.num_prefix, len(rows) * num_targets if causal else first, 1))
+            self.pieces.append(Piece(of_targets, first, num_targets))
+            lengths = [length for length, _ in row.segments]
+            start, ends = end, list(accumulate(lengths, initial=end))[1:]
+            end = ends[-1] + of_targets
+            self.queries += [*lengths, of_targets]
+            self.keys += [(start, each) for each in ends]
+            self.keys += [(start, end)] if num_targets == 1 else [(start, ends[-1]), (ends[-1], end)]
 
     @staticmethod
-    def _masks(row: RowLayout, device: torch.device) -> Iterator[Tensor | None]:
+    def _masks(row: RowLayout, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor | None]:
         end = 0
         for length, grid in row.segments:
             start, end = end, end + length
-            causal = not grid and length > 1
-            mask = torch.ones(length, end, dtype=torch.bool, device=device).tril(start) if causal else None
-            yield mask if mask is None else mask[None, None]
+            if grid or length == 1:
+                yield None
+            else:
+                yield torch.full((1, 1, length, end), -torch.inf, dtype=dtype, device=device).triu(start + 1)
 
-    def per_token(self, levels: Tensor) -> Tensor:
-        """`[1, T, width]` of `levels[B x K + 1, width]`, one for each target, and the last for prefixes.
+    def scale(self, tokens: Tensor, factors: Tensor) -> Tensor:
+        """`tokens[1, T, W]` times those of `factors[B x K + 1, W]` that belong to their noise level.
 
-        Where the prefix follows its target's noise level, `levels` has no such last one.
+        There is a row for each target, and the last for prefixes. Where these follow the noise level of their target,
+        there is no such last one.
         """
-        count, of = self.num_targets, []
-        for i in range(len(self.rows)):
-            mine = levels[i * count : (i + 1) * count].unbind()
-            of += [levels[-1] if self.causal else mine[0], *mine]
-        return torch.cat([one.expand(n, -1) for one, n in zip(of, self.lengths, strict=True)])[None]
+        return Scaled.apply(tokens, factors, self.pieces)
 
-    def pack(self, text: Sequence[Tensor], sources: Tensor, targets: Tensor) -> Tensor:
-        """`[1, T, W]` of `text[L, W]` of each row, `sources[B, R, W]` and `targets[B x K, S, W]`."""
-        parts = []
-        for i, row in enumerate(self.rows):
-            words = iter(text[i].split([length for length, grid in row.segments if not grid]))
-            images = iter(sources[i].split([length for length, grid in row.segments if grid]))
-            parts += [next(images if grid else words) for _, grid in row.segments]
-            parts += targets[i * self.num_targets : (i + 1) * self.num_targets].unbind()
+    def pack(self, text: Tensor, images: Tensor) -> Tensor:
+        """`[1, T, W]` of all rows' text, `[., W]`, and images, `[., W]`: all sources, then all targets."""
+        segments = [segment for row in self.rows for segment in row.segments]
+        words = iter(text.split([length for length, grid in segments if not grid]))
+        of_sources = [length for length, grid in segments if grid]
+        images = images.split([*of_sources, *(self.num_targets * row.num_target for row in self.rows)])
+        sources, parts = iter(images), []
+        for row, targets in zip(self.rows, images[len(of_sources) :], strict=True):
+            parts += [next(sources if grid else words) for _, grid in row.segments]
+            parts.append(targets)
         return torch.cat(parts)[None]
 
     def targets(self, packed: Tensor) -> Tensor:
         """`[B x K, S, width]` of `packed[1, T, width]`."""
-        parts = packed[0].split(self.lengths)
-        return torch.stack([part for place, part in enumerate(parts) if place % (1 + self.num_targets)])
+        parts = packed.split([piece.num_tokens for piece in self.pieces], dim=1)[1::2]
+        return torch.cat(parts, dim=1).unflatten(1, (len(self.rows) * self.num_targets, -1)).squeeze(0)
 
 
 class PackedAttention:
@@ -154,36 +172,26 @@ class PackedAttention:
 
     @torch.compiler.disable  # it would be compiled anew for every length of a prompt
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-        """Outputs `[1, T, H, W / H]`; no row sees another."""
-        outputs, at = [], 0
-        for row, masks in zip(packing.rows, packing.masks, strict=True):
-            length = row.num_prefix + packing.num_targets * row.num_target
-            of_row = (each[:, at : at + length] for each in (query, key, value))
-            outputs += self._attend(*of_row, row, masks, packing.num_targets)
-            at += length
+        """Outputs `[1, T, H, W / H]`: segments and targets see what is before them in their row, and themselves."""
+        queries = iter(query.split(packing.queries, dim=1))
+        seen = zip(*(Spans.apply(each, packing.keys) for each in (key, value)), strict=True)
+        outputs = []
+        for masks in packing.masks:
+            outputs += [self._dispatch(next(queries), *next(seen), mask) for mask in masks]
+            outputs.append(self._attend_targets(next(queries), seen, packing.num_targets))
         return torch.cat(outputs, dim=1)
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        row: RowLayout,
-        masks: Sequence[Tensor | None],
-        num_targets: int,
-    ) -> Iterator[Tensor]:
-        """Outputs `[1, tokens, H, W / H]` of the segments of a row: each sees what is before it and itself."""
-        end = 0
-        for (length, _), mask in zip(row.segments, masks, strict=True):
-            start, end = end, end + length
-            yield self._dispatch(query[:, start:end], key[:, :end], value[:, :end], mask)
-        targets = [each[0, end:].unflatten(0, (num_targets, -1)) for each in (query, key, value)]
-        if num_targets > 1:  # else the keys are in one piece already
-            key, value = (
-                torch.cat([before[:, :end].expand(num_targets, -1, -1, -1), own], dim=1)
-                for before, own in ((key, targets[1]), (value, targets[2]))
-            )
-        yield self._dispatch(targets[0], key, value, None).flatten(0, 1)[None]
+    def _attend_targets(self, query: Tensor, seen: Iterator[tuple[Tensor, Tensor]], num_targets: int) -> Tensor:
+        """Outputs `[1, K x S, H, W / H]` of a row; no target sees another."""
+        if num_targets == 1:  # the keys are in one piece already
+            return self._dispatch(query, *next(seen), None)
+        prefix, own = next(seen), next(seen)
+        query, *own = (each.unflatten(1, (num_targets, -1)).squeeze(0) for each in (query, *own))
+        joint = (
+            torch.cat([before.expand(num_targets, -1, -1, -1), mine], dim=1)
+            for before, mine in zip(prefix, own, strict=True)
+        )
+        return self._dispatch(query, *joint, None).flatten(0, 1)[None]
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
@@ -193,13 +201,13 @@ class QwenImage21TransformerBlock(transformer_qwenimage21.QwenImage21Transformer
     """diffusers' block, with a noise level for each target; under its name, by which others look for blocks."""
 
     def forward(self, hidden_states: Tensor, modulation: Tensor, rotary_emb: Tensor, packing: Packing) -> Tensor:
-        """`[1, T, W]` of `hidden_states[1, T, W]`; `modulation[B x K + 1, 4 W]` has a row for each noise level."""
+        """`[1, T, W]` of `hidden_states[1, T, W]`; `modulation[B x K + 1, 4 W]` has four factors for a noise level."""
         scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
-        scaled = self.img_norm1(hidden_states) * (1 + packing.per_token(scale1))
+        scaled = packing.scale(self.img_norm1(hidden_states), scale1)
         mixed = self.attn(scaled, rotary_emb=rotary_emb, packing=packing)
-        hidden_states = hidden_states + packing.per_token(gate1).tanh() * mixed
-        scaled = self.img_norm2(hidden_states) * (1 + packing.per_token(scale2))
-        hidden_states = hidden_states + packing.per_token(gate2).tanh() * self.img_mlp(scaled)
+        hidden_states = hidden_states + packing.scale(mixed, gate1)
+        scaled = packing.scale(self.img_norm2(hidden_states), scale2)
+        hidden_states = hidden_states + packing.scale(self.img_mlp(scaled), gate2)
         if hidden_states.dtype == torch.float16:
             hidden_states = hidden_states.clip(-65504, 65504)
         return hidden_states
@@ -232,22 +240,16 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         causal, device = self.config.causal_condition, hidden_states.device
         num_targets = len(hidden_states) // len(rows)
         assert causal or num_targets == 1, "the prefix depends on the noise level"
-        packing = Packing(rows, num_targets=num_targets, causal=causal, device=device)
-        images = torch.cat([source_latents.flatten(0, 1), hidden_states.flatten(0, 1)])
-        sources, targets = self.img_in(images).split([source_latents[..., 0].numel(), hidden_states[..., 0].numel()])
-        lengths = [row.num_text for row in rows]
-        words = torch.cat([prompt[:n] for prompt, n in zip(encoder_hidden_states, lengths, strict=True)])
-        text = self.txt_in(words).split(lengths)
-        packed = packing.pack(
-            text,
-            sources.unflatten(0, source_latents.shape[:2]),
-            targets.unflatten(0, hidden_states.shape[:2]),
-        )
+        images = self.img_in(torch.cat([source_latents.flatten(0, 1), hidden_states.flatten(0, 1)]))
+        words = [prompt[: row.num_text] for prompt, row in zip(encoder_hidden_states, rows, strict=True)]
+        packing = Packing(rows, num_targets=num_targets, causal=causal, dtype=images.dtype, device=device)
+        packed = packing.pack(self.txt_in(torch.cat(words)), images)
         timestep = timestep.to(packed.dtype)
         if causal:
             timestep = torch.cat([timestep, timestep.new_zeros(1)])
         temb = self.time_text_embed(timestep, packed)
-        modulation = self.modulation(temb)
+        scale1, gate1, scale2, gate2 = self.modulation(temb).chunk(4, dim=-1)  # of all blocks
+        modulation = torch.cat([1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()], dim=-1)
         rotary_emb = self.rotary(rows, num_targets, device)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:

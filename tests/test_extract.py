@@ -540,7 +540,7 @@ def test_the_closing_line_gives_the_numbers_of_the_set(extracted):
         line = next(line for line in said.splitlines() if f"{task}: {number} rows in" in line)
         assert re.search(
             rf"{task}: {number} rows in, {number} out, 0 bad; {num_bytes / 1e6:.1f} MB in \d+\.\d minutes; "
-            rf"{counts['num_tokens']:,} tokens encoded, {share:.3f} of those of one pass for each caption, "
+            rf"{counts['num_tokens']:,} tokens encoded, {share:.1%} of those of each caption by itself, "
             rf"{padding:.1%} padding; left in {folder}$",
             line,
         )

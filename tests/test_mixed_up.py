@@ -43,7 +43,10 @@ def without_vae_weights(model: Path, other: Path) -> None:
 
 def without_a_shard(model: Path, other: Path) -> None:
     weights = model / "text_encoder" / "model.safetensors"
-    weights.rename(weights.with_name("model-00001-of-00004.safetensors"))
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weights.rename(weights.with_name(shards[0]))
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    weights.with_name("model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def with_transformer_of_another_width(model: Path, other: Path) -> None:
@@ -63,8 +66,8 @@ def with_transformer_of_another_family(model: Path, other: Path) -> None:
     ("damage", "told", "checks"),
     [
         (without_processor, "model: cannot load the processor of ", True),
-        (without_vae_weights, "vae has 0 of 1 .safetensors files of its weights; fetch the checkpoint again", False),
-        (without_a_shard, "text_encoder has 1 of 4 .safetensors files of its weights", False),
+        (without_vae_weights, "vae lacks its weights, a .safetensors file; fetch the checkpoint again", False),
+        (without_a_shard, "text_encoder lacks model-00002-of-00002.safetensors; fetch the checkpoint again", False),
         (
             with_transformer_of_another_width,
             "makes embeddings of width 96, its transformer takes 128; take both",
@@ -85,12 +88,31 @@ def test_extraction_refuses_a_checkpoint_whose_parts_do_not_fit(
         assert told in str(error.value)
 
 
+def test_extraction_asks_for_no_weights_that_it_does_not_load(prepared):
+    recipe = prepared("qwen_image_21")
+    model = recipe.parent / "model"
+    without_vae_weights(model, model)
+    (model / "processor" / "config.json").write_text("{}", encoding="utf-8")
+    assert extract.main([str(recipe), "extract.latents=false"]) == 0
+
+
+def test_a_processor_without_its_vocabulary_is_refused(prepared):
+    """transformers makes one of the special tokens alone, under other numbers."""
+    recipe = prepared("qwen_image_21")
+    (recipe.parent / "model" / "processor" / "tokenizer.json").unlink()
+    for main in (extract.main, check.main):
+        with pytest.raises(
+            InputError, match=r"model: <\|image_pad\|> is token \d+ of the processor of .*; fetch both"
+        ):
+            main([str(recipe)])
+
+
 def test_training_names_the_class_of_a_transformer_of_another_family(prepared, tiny):
     recipe = prepared("qwen_image_21")
     assert extract.main([str(recipe)]) == 0
     with_transformer_of_another_family(recipe.parent / "model", tiny("edit_plus"))
     with pytest.raises(
-        InputError, match=r"is a QwenImageTransformer2DModel, but QwenImage21Pipeline, which its model_"
+        InputError, match=r"is of class QwenImageTransformer2DModel, but QwenImage21Pipeline, which its model_"
     ):
         open_sets(load_recipe(recipe))
 
@@ -127,5 +149,7 @@ def test_a_lora_of_another_family_is_called_that(prepared, tiny, tmp_path, kind)
     path = write_recipe(recipe.parent, tiny(OTHER[kind]), {"edit": []}, trainable=LORA)
     save_weights(build_model(load_recipe(path)), tmp_path)
     path = write_recipe(recipe.parent, tiny(kind), {"edit": []}, trainable=LORA)
-    with pytest.raises(InputError, match=r"has adapters on transformer_blocks.* it is a LoRA of another one"):
+    with pytest.raises(
+        InputError, match=r"has adapters on transformer_blocks.* which the model lacks; is it of another model"
+    ):
         build_model(load_recipe(path, [f"trainable.lora.init_from={tmp_path}"]))

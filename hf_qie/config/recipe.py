@@ -113,7 +113,7 @@ class Lora(Section):
 
     rank: Count = 32
     alpha: Positive = Field(32.0, description="the adapter's output is scaled by alpha / rank")
-    dropout: Below1 = Field(0.0, description="of the inputs of adapters; the masks depend on how a step is cut")
+    dropout: Below1 = Field(0.0, description="of what adapters are given; masks change with batch size and ranks")
     target_modules: Literal["attention", "attention+mlp", "all-linear"] | ModuleNames = "attention"
     init_from: PathName | None = Field(None, description="adapters to start from: a folder or a Hub id")
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,20 +102,24 @@ def check_transformer(model: str, *, revision: str | None, family: Family) -> tu
     config = read_config(model, "transformer/config.json", revision=revision)
     if (found := config.get("_class_name")) != family.transformer_class:
         raise InputError(
-            f"model: the transformer of {model} is a {found}, but {family.pipeline}, which its model_index.json "
-            f"names, has a {family.transformer_class}; take both from one checkpoint"
+            f"model: the transformer of {model} is of class {found}, but {family.pipeline}, which its "
+            f"model_index.json names, has a {family.transformer_class}; take both from one checkpoint"
         )
     return family.widths(config)
 
 
-def check_weight_files(model: str, *, family: Family) -> None:
-    """Raise InputError where `model` is a folder that lacks weight files of the prompt encoder or the VAE."""
-    for folder in (Path(model, name) for names in family.compat_folders.values() for name in names):
-        names = [path.name for path in folder.glob("*.safetensors")]
-        of = [int(found[1]) for name in names if (found := re.search(r"-of-([0-9]+)[.]safetensors$", name))]
-        if (folder / "config.json").is_file() and len(names) < max(of, default=1):
-            found = f"has {len(names)} of {max(of, default=1)} .safetensors files of its weights"
-            raise InputError(f"model: {folder} {found}; fetch the checkpoint again")
+def check_weight_files(model: str, folders: Iterable[str]) -> None:
+    """Raise InputError where `model` is a folder, and weight files are missing in one of its `folders`."""
+    for folder in (Path(model, name) for name in folders):
+        if not (folder / "config.json").is_file():
+            continue
+        wanted = set()
+        for index in folder.glob("*.safetensors.index.json"):
+            wanted.update(read_config(str(folder), index.name).get("weight_map", {}).values())
+        missing = sorted(name for name in wanted if not (folder / name).is_file())
+        if missing or not any(folder.glob("*.safetensors")):
+            found = missing[0] if missing else "its weights, a .safetensors file"
+            raise InputError(f"model: {folder} lacks {found}; fetch the checkpoint again")
 
 
 def _identity(model: str, folders: Iterable[str], *, revision: str | None, weights: bool) -> dict[str, str]:

@@ -149,7 +149,8 @@ def load_models(
     where = {"revision": recipe.revision, "dtype": dtype, "device": device}
     free = free_bytes(device)
     room = memory.room(free, device) if memory and free is not None else math.inf
-    check_weight_files(recipe.model, family=family)
+    parts = family.compat_folders
+    check_weight_files(recipe.model, [*parts["encoder"], *(parts["vae"] if recipe.extract.latents else ())])
     return Models(
         processor=family.load_processor(recipe.model, revision=recipe.revision),
         encoder=family.load_encoder(recipe.model, room_bytes=room, **where),
@@ -267,7 +268,7 @@ def log_set(recipe: Recipe, folder: Path, *, minutes: float | None = None) -> No
         cost = f"{counts['num_bytes'] / 1e6:,.1f} MB in {minutes:.1f} minutes; "
         if num_tokens := counts["num_tokens"]:
             share, padding = num_tokens / counts["num_tokens_apart"], 1 - num_tokens / counts["num_tokens_padded"]
-            cost += f"{num_tokens:,} tokens encoded, {share:.3f} of those of one pass for each caption, "
+            cost += f"{num_tokens:,} tokens encoded, {share:.1%} of those of each caption by itself, "
             cost += f"{padding:.1%} padding; "
         logger.info("%s: %s; %sleft in %s", folder.name, rows, cost, folder)
     if has_too_many_bad(recipe, folder):

@@ -30,7 +30,7 @@ from hf_qie.training.model import TRANSFORMER_FOLDER
 
 logger = logging.getLogger("hf_qie.export")
 
-ADAPTERS = "adapters for the transformer of {base}, trained by hf_qie; none of its own files is here."
+ADAPTERS = "adapters for the transformer of {base}, trained by hf_qie; none of its weights is here."
 CHANGED = {
     "lora": ADAPTERS,
     "comfyui": ADAPTERS,

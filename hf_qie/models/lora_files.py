@@ -64,23 +64,24 @@ def read_lora(
         with safe_open(_find(str(source)), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is not a dict
             metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
-    except (OSError, SafetensorError, ValueError, HFValidationError) as error:
+    except HFValidationError as error:
+        raise InputError(f"{where} is neither a file or folder here nor the id of a repository on the Hub") from error
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{where} does not load as a LoRA: {error}") from error
     _check_keys(tensors, where)
-    if all(DIFFUSERS.fullmatch(key) for key in tensors):
-        return tensors, metadata
-    num_adapters = sum(not key.endswith(".alpha") for key in tensors)
-    if num_adapters < len(tensors):
+    if any(key.endswith(".alpha") for key in tensors):
         metadata = None
     elif any(key.startswith(PEFT) for key in tensors):
         metadata = _peft_metadata(Path(source), where)
-    named = {_named(key): tensor for key, tensor in tensors.items()}
+    named = tensors
+    if not all(DIFFUSERS.fullmatch(key) for key in tensors):
+        named = {_named(key): tensor for key, tensor in tensors.items()}
     try:
         converted = convert(named)
     except (ValueError, KeyError) as error:
         raise InputError(f"{where}: half of an adapter is missing: {error}") from error
-    if _num_outputs(converted) != _num_outputs(named):
-        raise InputError(f"{where}: of its {num_adapters} tensors diffusers takes {len(converted)}; take another file")
+    if len(named) < len(tensors) or _num_outputs(converted) != _num_outputs(named):
+        raise InputError(f"{where}: two of its names are of one layer, or a layer is unknown; take another file")
     if metadata is not None:
         layers = sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in converted})
         metadata |= {f"{PREFIX}target_modules": layers}

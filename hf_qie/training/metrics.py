@@ -13,11 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_qie.data.collate import Batch
+from hf_qie.errors import InputError
 from hf_qie.training.cost import BatchFlops
 
 
-class NotFinite(RuntimeError):
-    """A loss or a gradient is NaN or infinite."""
+class NotFinite(InputError):
+    """A loss or a gradient is NaN or infinite: of what was trained on, or how fast."""
 
 
 class Arriving:

@@ -241,7 +241,7 @@ def _load_lora(model: PeftModel, source: str | Path, *, convert: Any) -> None:
     found = {key: tensor.is_floating_point() and tensor.shape for key, tensor in tensors.items()}
     layers = {name.replace("_checkpoint_wrapped_module.", "") for name, _ in base_of(model).named_modules()}
     if foreign := sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors} - layers):
-        raise InputError(f"{where} has adapters on {foreign[0]}, which the model lacks: it is a LoRA of another one")
+        raise InputError(f"{where} has adapters on {foreign[0]}, which the model lacks; is it of another model?")
     if misfits := sorted(key for key in wanted.keys() | tensors.keys() if expected.get(key) != found.get(key)):
         raise InputError(
             f"{where} is not a LoRA of rank {config.r} on the layers that the recipe names: {len(misfits)} tensors "

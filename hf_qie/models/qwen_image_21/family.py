@@ -33,7 +33,7 @@ from hf_qie.models.qwen_image_21.transformer import (
     without_gradient,
 )
 from hf_qie.models.qwen_image_21.vae import LatentEncoder
-from hf_qie.models.templates import make_prompt, num_patches, prompt_lengths
+from hf_qie.models.templates import IMAGE_TOKEN, make_prompt, num_patches, prompt_lengths
 
 MAX_POSITIONS = 8192  # of the transformer's table (diffusers/models/transformers/transformer_qwenimage21.py, Rope)
 ASPECTS = np.geomspace(1 / 8, 8, 129)  # of images that we read
@@ -100,13 +100,21 @@ class QwenImage21(Family):
         # by class: AutoProcessor needs a config.json at the root, which diffusers layout lacks
         processor = Qwen3VLProcessor.from_pretrained(model, subfolder="processor", revision=revision)
         num_dropped(processor)  # before threads ask for it
+        config = Qwen3VLConfig.from_pretrained(model, subfolder="text_encoder", revision=revision)
+        token = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if token != config.image_token_id:
+            raise InputError(
+                f"model: {IMAGE_TOKEN} is token {token} of the processor of {model}, {config.image_token_id} of its "
+                "prompt encoder; fetch both folders again"
+            )
         for aspect in ASPECTS:
             size = self.fit((aspect, 1), self.vlm_area_px)
             if num_patches(processor, size) * LATENTS_PER_SLOT != math.prod(self.grid_of(size)):
                 raise InputError(
                     f"extract.source_sample_size: {math.isqrt(self.vlm_area_px)}: the processor of {model} resizes a "
                     f"source of {size[0]} x {size[1]} pixels once more, so that encoder and VAE would see images of "
-                    "two sizes; its size has to be between the processor's own least and largest"
+                    "two sizes; its size has to be between the processor's own least and largest, and the processor "
+                    "that of the checkpoint"
                 )
         return processor
 

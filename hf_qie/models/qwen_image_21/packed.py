@@ -194,6 +194,7 @@ class PackedAttention:
         return self._dispatch(query, *joint, None).flatten(0, 1)[None]
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        mask = mask if mask is None else mask.to(query.dtype)  # a copy only where layers differ in dtype
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
 
 

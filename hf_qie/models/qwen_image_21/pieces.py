@@ -37,16 +37,16 @@ class Scaled(Function):
         if tokens is not None:
             of_factors = torch.zeros_like(factors)
             parts = zip(_parts(tokens, ctx.pieces), _parts(gradient, ctx.pieces), ctx.pieces, strict=True)
-            for mine, given, piece in parts:
-                _rows(of_factors, piece).add_((mine * given).sum(dim=(0, 2)))
+            for part, part_gradient, piece in parts:
+                _rows(of_factors, piece).add_((part * part_gradient).sum(dim=(0, 2)))
         return _scaled(gradient, factors, ctx.pieces), of_factors, None
 
 
 def _scaled(tokens: Tensor, factors: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    made = torch.empty_like(tokens)
-    for part, room, piece in zip(_parts(tokens, pieces), _parts(made, pieces), pieces, strict=True):
-        torch.mul(part, _rows(factors, piece)[:, None], out=room)
-    return made
+    product = torch.empty_like(tokens)
+    for part, out, piece in zip(_parts(tokens, pieces), _parts(product, pieces), pieces, strict=True):
+        torch.mul(part, _rows(factors, piece)[:, None], out=out)
+    return product
 
 
 def _parts(tokens: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:

@@ -425,3 +425,12 @@ def test_an_incomplete_checkpoint_is_left_out_of_all_with_a_warning(copied, tmp_
 def test_rows_that_a_run_trained_on_are_named(copied, caplog):
     main([str(copied()), "tasks.edit.eval_rows=3", "evaluation.rows=1", "--base"])
     assert "tasks.edit.eval_rows: 3, but the run held out 2: rows that it trained on are among those" in caplog.text
+
+
+def test_one_candidate_alone_is_called_no_best(copied, caplog):
+    caplog.set_level(logging.INFO, "hf_qie")
+    path = copied()
+    main([str(path), "evaluation.rows=1", "--base"])
+    assert "1 held-out rows" in caplog.text
+    assert json.loads((path.parent / "run" / "evaluation" / "summary.json").read_text())["best"] is None
+    assert "best by" not in caplog.text

@@ -41,7 +41,7 @@ def report(scorer: Scorer, chosen: Sequence[Candidate]) -> dict[str, Figures]:
         name: scorer.edits.figures(scorer.numbers, [row["scores"] for row in found]) for name, found in rows.items()
     }
     metric = score_of_metric(scorer.recipe) or METRIC
-    best = best_of(figures, metric)
+    best = best_of(figures, metric) if len(figures) > 1 else None
     summary = {"metric": metric, "best": best, "rows": len(scorer.numbers)}
     settings = {"seed": scorer.recipe.seed, "arithmetic": scorer.arithmetic, **as_dict(scorer.recipe.evaluation)}
     steps = {one.name: {"step": one.step, "scores": figures[one.name]} for one in chosen}
@@ -56,7 +56,7 @@ def report(scorer: Scorer, chosen: Sequence[Candidate]) -> dict[str, Figures]:
     for candidate in chosen:
         _sheet(scorer, candidate, rows[candidate.name]).save(scorer.folder / f"{candidate.name}.png")
     logger.info("%d held-out rows\n%s", len(scorer.numbers), table(figures))
-    logger.info("best by %s: %s; %s", metric, best, scorer.folder)
+    logger.info("%s%s", f"best by {metric}: {best}; " * (best is not None), scorer.folder)
     return figures
 
 

@@ -25,7 +25,7 @@ from hf_qie.models.prompts import Prompt
 from hf_qie.runtime.device import free_bytes
 
 CPU = torch.device("cpu")
-CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::slow_conv3d_forward")
+CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward", "aten::slow_conv3d_forward")
 NUM_LAYERS = 3  # of the tiny encoder
 
 

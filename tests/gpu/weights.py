@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from hf_qie.extraction import run as extraction
 from hf_qie.models.base import families, read_family
 from hf_qie.models.image_latents import VaeLatents
 from hf_qie.models.prompt_encoder import PromptEncoder
@@ -78,5 +79,9 @@ def random_encoders(device: torch.device) -> Iterator[dict[str, nn.Module]]:
         with torch.device(device):
             return nn.Module.to(self.vae_class.from_config(config), dtype).eval().requires_grad_(False)
 
-    with patch.object(PromptEncoder, "load", encoder), patch.object(VaeLatents, "load", vae):
+    with (
+        patch.object(PromptEncoder, "load", encoder),
+        patch.object(VaeLatents, "load", vae),
+        patch.object(extraction, "check_weight_files", lambda *_: None),  # there are none
+    ):
         yield made

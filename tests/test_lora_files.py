@@ -180,6 +180,20 @@ def test_a_layer_that_is_there_alone_and_joined_is_refused(trained, family, tmp_
         read_lora(tmp_path / "lora.safetensors", where="here", convert=family.convert_lora)
 
 
+def test_an_alpha_without_an_adapter_is_refused(trained, family, tmp_path):
+    for layout in ("ComfyUI", "kohya"):
+        tensors = {LAYOUTS[layout](key): tensor for key, tensor in trained.items()}
+        save_file(tensors | {"lora_unet_gone.alpha": torch.tensor(1.0)}, tmp_path / "lora.safetensors")
+        with pytest.raises(InputError, match="here: there is an alpha of lora_unet_gone, but no adapter"):
+            read_lora(tmp_path / "lora.safetensors", where="here", convert=family.convert_lora)
+
+
+def test_metadata_that_is_no_mapping_is_refused(trained, family, tmp_path):
+    save_file(trained, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": "[1]"})
+    with pytest.raises(InputError, match="lora_adapter_metadata in its header is not a mapping"):
+        read_lora(tmp_path / "lora.safetensors", where="here", convert=family.convert_lora)
+
+
 def test_two_names_of_one_layer_are_refused(trained, family, tmp_path):
     for added in ("lora_A", "lora_B"):
         key = next(key for key in trained if added in key)

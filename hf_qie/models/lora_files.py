@@ -64,6 +64,8 @@ def read_lora(
         with safe_open(_find(str(source)), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is not a dict
             metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "null"))
+        if not isinstance(metadata, dict | None):
+            raise ValueError(f"{LORA_ADAPTER_METADATA_KEY} in its header is not a mapping")
     except HFValidationError as error:
         raise InputError(f"{where} is neither a file or folder here nor the id of a repository on the Hub") from error
     except (OSError, SafetensorError, ValueError) as error:
@@ -76,6 +78,9 @@ def read_lora(
     named = tensors
     if not all(DIFFUSERS.fullmatch(key) for key in tensors):
         named = {_named(key): tensor for key, tensor in tensors.items()}
+    alphas = {key.removesuffix(".alpha") for key in named if key.endswith(".alpha")}
+    if lone := sorted(alphas - {key.partition(".lora_")[0] for key in named}):
+        raise InputError(f"{where}: there is an alpha of {lone[0]}, but no adapter; take another file")
     try:
         converted = convert(named)
     except (ValueError, KeyError) as error:

@@ -31,6 +31,7 @@ from hf_qie.models.qwen_image.transformer import denoise
 from hf_qie.models.qwen_image.vae import LatentEncoder
 from hf_qie.plots import GAP_PX, Card
 from hf_qie.training.evaluation import HeldOut, split_sets, spread
+from hf_qie.training.held_out_edits import HeldOutEdits
 from hf_qie.training.image_grid import BOX_PX, draw_grid
 from hf_qie.training.sets import open_sets
 from hf_qie.training.trainer import EditTrainer
@@ -183,6 +184,21 @@ def test_rows_come_from_each_task_in_turn(recipe):
         ("edit", 1),
     ]
     assert spread(held_out, 2) == spread(held_out, 9)[:2]
+
+
+@pytest.mark.parametrize("label", ["instruction", "instruction_cn", "drop_caption"])
+def test_a_sheet_names_the_caption_that_a_row_is_evaluated_with(recipe, label):
+    loaded = load_recipe(recipe, ["extract.drop_caption=Keep it."])
+    data = open_sets(loaded)["text_to_image"]
+    if label == "drop_caption":  # of rows without another
+        data = data.map(lambda row: {"text_embeds_instruction": None})
+    elif label != "instruction":
+        data = data.rename_columns({"instruction": label, "text_embeds_instruction": f"text_embeds_{label}"})
+    held_out = HeldOut(split_sets({"text_to_image": data}, loaded.tasks)[1], loaded)
+    edits = HeldOutEdits(held_out, loaded, objective=None, vae=None, on_device=None)
+    text = "Keep it." if label == "drop_caption" else data[-1][label]
+    assert text and edits.named_instruction(0) == {label: text}
+    assert edits.instruction(0) == text
 
 
 def test_the_grid_has_sources_target_and_steps_in_columns(tmp_path):

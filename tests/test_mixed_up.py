@@ -99,12 +99,14 @@ def test_extraction_asks_for_no_weights_that_it_does_not_load(prepared):
 def test_a_processor_without_its_vocabulary_is_refused(prepared):
     """transformers makes one of the special tokens alone, under other numbers."""
     recipe = prepared("qwen_image_21")
+    assert extract.main([str(recipe)]) == 0
     (recipe.parent / "model" / "processor" / "tokenizer.json").unlink()
-    for main in (extract.main, check.main):
+    unfinished = f"extract.output_dir={recipe.parent / 'more'}"
+    for script, *options in ((extract, unfinished), (check,), (check, "--verify", "1")):
         with pytest.raises(
             InputError, match=r"model: <\|image_pad\|> is token \d+ of the processor of .*; fetch both"
         ):
-            main([str(recipe)])
+            script.main([str(recipe), *options])
 
 
 def test_training_names_the_class_of_a_transformer_of_another_family(prepared, tiny):

@@ -18,7 +18,7 @@ from hf_qie.data.schema import DROP_EMBEDS, SOURCES, TARGET, TEXT_EMBEDS, column
 from hf_qie.data.seeding import draw_rng
 from hf_qie.errors import InputError
 from hf_qie.extraction.memory import forecast
-from hf_qie.extraction.plan import Plan
+from hf_qie.extraction.plan import Plan, open_processor
 from hf_qie.extraction.preprocess import ImageCache
 from hf_qie.extraction.stats import aligned
 from hf_qie.runtime.device import computes_bfloat16, free_bytes, own_device
@@ -62,7 +62,7 @@ def verify_sets(plans: Mapping[str, Plan], *, num_rows: int) -> Iterator[tuple[s
 
     @functools.cache
     def load(dtype: torch.dtype) -> Any:
-        processor = family.load_processor(model, revision=revision)
+        processor = open_processor(first.recipe, family)
         offload = free is not None and not forecast(plans, processor, dtype=dtype).fits(free - LANGUAGE_HEAD_BYTES)
         return family.load_official(model, revision=revision, dtype=dtype, device=device, offload=offload)
 

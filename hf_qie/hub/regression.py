@@ -110,5 +110,5 @@ def _sheet(scorer: Regression, outputs: Mapping[str, Sequence[Image.Image]]) -> 
         boxes += [(name, some[place]) for name, some in outputs.items()]
         boxes += [("target", target)] if edits.has_target(number) else []
         boxes = [(label, fit(image, BOX_PX)) for label, image in boxes]
-        cards.append(Card(heading=edits.name(number), boxes=boxes, texts={"instruction": edits.instruction(number)}))
+        cards.append(Card(heading=edits.name(number), boxes=boxes, texts=edits.named_instruction(number)))
     return labelled_sheet(cards, title=f"{scorer.folder.name}: {len(cards)} rows", box_px=BOX_PX)

@@ -99,7 +99,7 @@ def _sheet(scorer: Scorer, candidate: Candidate, rows: Sequence[Mapping[str, Any
         boxes = [*((f"source {i}", source) for i, source in enumerate(sources, 1)), *[("", None)] * most][:most]
         boxes += [("output", output), ("target", target), ("difference", difference)]
         scores = "   ".join(f"{name} {value:.3g}" for name, value in rows[place]["scores"].items())
-        texts = {"instruction": edits.instruction(number), "scores": scores}
+        texts = edits.named_instruction(number) | {"scores": scores}
         boxes = [(label, image and fit(image, BOX_PX)) for label, image in boxes]
         cards.append(Card(heading=edits.name(number), boxes=boxes, texts=texts))
     return labelled_sheet(cards, title=f"{candidate.name}: {len(cards)} of {len(rows)} rows", box_px=BOX_PX)

@@ -61,10 +61,15 @@ class HeldOutEdits:
 
     def instruction(self, number: int) -> str:
         """The caption that the row is evaluated with."""
+        (text,) = self.named_instruction(number).values()
+        return text
+
+    def named_instruction(self, number: int) -> dict[str, str]:
+        """The same by the name of its column, or as the drop caption."""
         (task, index), caption = self.held_out.places[number], self.held_out[number]["caption"]
         if caption == "drop":
-            return self.recipe.extract.drop_caption
-        return self.held_out.tasks[task].rows.value(index, caption).as_py()
+            return {"drop_caption": self.recipe.extract.drop_caption}
+        return {caption: self.held_out.tasks[task].rows.value(index, caption).as_py()}
 
     # --- what the model makes ---
 

@@ -71,8 +71,7 @@ class ImageGrid(TrainerCallback):
         """Sources and target as the VAE decodes them, and the caption that the row is evaluated with."""
         target, *sources = (fit(image, BOX_PX) for image in self.edits.decoded(number))
         boxes = [*((f"source {place}", source) for place, source in enumerate(sources, 1)), ("target", target)]
-        texts = {"instruction": self.edits.instruction(number)}
-        return Card(heading=self.edits.name(number), boxes=boxes, texts=texts)
+        return Card(heading=self.edits.name(number), boxes=boxes, texts=self.edits.named_instruction(number))
 
     def _steps(self) -> list[int]:
         return sorted(int(folder.name.removeprefix("step-")) for folder in self.folder.glob("step-[0-9]*[0-9]"))

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# the machine's proxies, and its user's token and settings of accelerate, are not for tests
+os.environ["no_proxy"] = "*"
+os.environ["NO_PROXY"] = "*"
+os.environ["HF_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "huggingface")
 # else MKL picks a kernel by where a matrix lies in memory, and two processes differ in the last bit
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
@@ -52,6 +57,7 @@ def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pa
     def get(name: str, build: Callable[[Path], object]) -> Path:
         with FileLock(shared / f"{name}.lock"):
             if not (shared / f"{name}.done").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)  # of a build that failed
                 build(shared / name)
                 (shared / f"{name}.done").touch()
         return shared / name

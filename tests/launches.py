@@ -7,10 +7,11 @@ it encodes, so that a test can count what was done twice, and that it looked at 
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from functools import cache
 from pathlib import Path
+
+from ports import free_port
 
 from hf_qie.data import samples as rows
 from hf_qie.extract import main
@@ -111,10 +112,3 @@ def stop(sent: signal.Signals | None) -> None:
         os.kill(os.getpid(), sent)
     while True:
         time.sleep(60)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

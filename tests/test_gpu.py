@@ -150,8 +150,9 @@ def test_steps_that_fail_hang_or_die_leave_what_they_found_and_the_next_one_runs
     names = ("failing", "hanging", "dying", "fine")
     steps = [Step(name=name, limit_s=60, what=name, function=f"test_gpu:{name}") for name in names]
     given = parse(["--json", str(tmp_path / "gpu.json"), "--small"])
-    steps[1] = replace(steps[1], limit_s=2)
+    steps[1] = replace(steps[1], limit_s=4)
     monkeypatch.setattr(run, "LEAST_S", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which it leaves like this
     run.run_steps(steps, given, {"device": "cpu", "count": 1})
     report = json.loads((tmp_path / "gpu.json").read_text())
     found = [(one["step"], one["what"]) for one in report["results"]]
@@ -161,13 +162,14 @@ def test_steps_that_fail_hang_or_die_leave_what_they_found_and_the_next_one_runs
     ]
     failed = [one["value"] for one in report["results"] if one["what"] == FAILED]
     assert failed[0].startswith("exit code 1; ValueError: no such kernel")
-    assert failed[1].startswith("no end within 2 s") and failed[2].startswith("exit code -6")
-    assert report["results"][-1]["value"] == 6 and report["seconds"]["hanging"] < 7
+    assert failed[1].startswith("no end within 4 s") and failed[2].startswith("exit code -6")
+    assert report["results"][-1]["value"] == 6 and report["seconds"]["hanging"] < 20
 
 
-def test_no_step_begins_when_the_time_is_over(tmp_path):
+def test_no_step_begins_when_the_time_is_over(tmp_path, monkeypatch):
     steps = [Step(name=name, limit_s=60, what="", function="test_gpu:fine") for name in ("one", "other")]
     given = parse(["--json", str(tmp_path / "gpu.json"), "--small", "--minutes", "0"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     results = run.run_steps(steps, given, {"device": "cpu", "count": 1})
     assert [(one.step, one.value) for one in results] == [
         ("one", "not begun: 0 minutes are over"),

@@ -29,9 +29,9 @@ run_script(main)
 """
 
 
-def launch(tmp_path: Path, root: Path, model: Path, stop: str) -> subprocess.CompletedProcess:
+def launch(tmp_path: Path, root: Path, model: Path, stop: str, *, timeout_s: int) -> subprocess.CompletedProcess:
     """Two ranks, of which the last one stops in its fourth step."""
-    training = {"per_device_train_batch_size": 2, "ddp_timeout": 5, "max_steps": 8}
+    training = {"per_device_train_batch_size": 2, "ddp_timeout": timeout_s, "max_steps": 8}
     recipe = write_recipe(tmp_path, model, trainable={"lora": {"rank": 4}}, training=training)
     (tmp_path / "stop.py").write_text(STOP.format(stop=stop))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -41,9 +41,9 @@ def launch(tmp_path: Path, root: Path, model: Path, stop: str) -> subprocess.Com
 
 @pytest.mark.two_rank
 def test_a_hang_ends_the_launch_after_ddp_timeout_and_every_rank_leaves_its_stack_traces(tmp_path, root, tiny):
-    done = launch(tmp_path, root, tiny(), "time.sleep(1000)")
+    done = launch(tmp_path, root, tiny(), "time.sleep(1000)", timeout_s=10)
     assert done.returncode != 0
-    assert done.stderr.count("Timeout (0:00:04.5") == 2, done.stderr
+    assert done.stderr.count("Timeout (0:00:09") == 2, done.stderr
     assert "in stop" in done.stderr  # where the last rank hangs
     assert "in backward" in done.stderr or "in reduce" in done.stderr  # where the first one waits for it
     assert (tmp_path / "run" / "checkpoint-2" / "complete.json").exists()
@@ -51,7 +51,7 @@ def test_a_hang_ends_the_launch_after_ddp_timeout_and_every_rank_leaves_its_stac
 
 @pytest.mark.two_rank
 def test_a_rank_that_dies_ends_the_launch_at_once(tmp_path, root, tiny):
-    done = launch(tmp_path, root, tiny(), "os.kill(os.getpid(), signal.SIGKILL)")
+    done = launch(tmp_path, root, tiny(), "os.kill(os.getpid(), signal.SIGKILL)", timeout_s=30)
     assert done.returncode != 0
-    assert "Timeout (0:00:04.5" not in done.stderr
+    assert "Timeout (" not in done.stderr
     assert (tmp_path / "run" / "checkpoint-2" / "complete.json").exists()

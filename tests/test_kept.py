@@ -67,7 +67,7 @@ class Task:
     def paint(self, i: int, seed: int) -> None:
         pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(self.home / f"{i}.png")
-        os.utime(self.home / f"{i}.png", ns=(seed, seed))  # else two edits within a moment of the disk look the same
+        os.utime(self.home / f"{i}.png", times=(seed, seed))  # else two edits within a moment look the same
 
     def recipe(self, name: str = "sets") -> Path:
         settings = SETTINGS | {"output_dir": str(self.home / name)}

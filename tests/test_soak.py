@@ -2,7 +2,9 @@
 
 import os
 import random
+import signal
 import subprocess
+import time
 
 import pytest
 from soak import BEAT_S, LINES, MEASURED, Sample, family_of, sample, soak_chart, what_grew
@@ -41,12 +43,17 @@ def test_what_only_the_warm_up_takes_is_no_growth():
 
 
 def test_a_process_and_its_descendants_are_sampled():
-    before = sample("extraction", os.getpid(), 0.0, 0)
-    with subprocess.Popen(["sleep", "60"]) as child:
-        assert str(child.pid) in {path.name for path in family_of(os.getpid())}
-        during = sample("extraction", os.getpid(), 0.0, 0)
-        child.kill()
-    assert during.threads == before.threads + 1
+    """Of a process of its own: threads of this one come and go."""
+    with subprocess.Popen(["sh", "-c", "read line; sleep 60 & wait"], stdin=subprocess.PIPE) as parent:
+        before = sample("extraction", parent.pid, 0.0, 0)
+        parent.stdin.close()  # which read waits for
+        until = time.monotonic() + 60
+        while len(found := [*family_of(parent.pid)]) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        during = sample("extraction", parent.pid, 0.0, 0)
+        for one in found:
+            os.kill(int(one.name), signal.SIGKILL)
+    assert (before.threads, during.threads) == (1, 2)
     assert during.files > before.files
 
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 from embedding_sets import write_recipe, write_set
+from ports import free_port
 from ranks import in_ranks
 from safetensors.torch import load_file
 
@@ -44,10 +44,8 @@ def start(root: Path, *arguments: object, module: tuple[str, ...] = (), **enviro
 
 def start_two_machines(root: Path, *arguments: object) -> list[str]:
     """The launcher on two machines that meet over loopback, a rank on each; what they said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    machines = f"--multi_gpu --num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    port = f"--main_process_ip 127.0.0.1 --main_process_port {free_port()}"
+    machines = f"--multi_gpu --num_machines 2 --num_processes 2 {port}"
     with ThreadPoolExecutor() as both:
         launch = f"accelerate.commands.launch {machines} --mixed_precision no --machine_rank"
         started = [both.submit(start, root, *arguments, module=(*launch.split(), str(rank))) for rank in (0, 1)]

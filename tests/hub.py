@@ -258,6 +258,11 @@ class Hub:
         return {"commitUrl": f"{self.url}/{kind}/{repo}/commit/{oid}", "commitOid": oid, "success": True}
 
 
+def folders_of_this_machine() -> list[str]:
+    """The user's home and the current folder, unless that is the root of the disk, which stands in every URL."""
+    return [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path(folder.anchor)]
+
+
 REPO = r"/api/(models|datasets)/([^/]+/[^/]+)"
 POST = {  # (route, method of Hub); the groups of the route, then the body, are its arguments
     r"/api/repos/create": Hub.create_repo,

@@ -42,6 +42,7 @@ def note(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
 
 PAINTER = Painter(
     pipeline="PainterPipeline",
+    text_to_image_pipeline="PainterPipeline",
     edit=TEMPLATE,
     max_sources=None,
     vlm_area_px=112 * 112,

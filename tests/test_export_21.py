@@ -213,6 +213,17 @@ def test_the_licence_goes_with_every_export_and_the_code_on_its_card_runs(export
     assert Image.open("output.png").mode == "RGBA" and Image.open("output.png").size == (64, 64)
 
 
+def test_the_card_of_a_run_without_sources_is_one_of_text_to_image(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    record = json.loads((copy / "run.json").read_text())
+    record["mix"] = [group for group in record["mix"] if not group["sources"]]
+    (copy / "run.json").write_text(json.dumps(record))
+    export.main([str(copy), "--to", "lora", "--dtype", "float32"])
+    text = (copy / "export" / "lora" / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-to-image\n" in text and "load_image" not in text
+    assert "pipe = QwenImage21Pipeline.from_pretrained(" in text and 'prompt="A red boat on a lake"' in text
+
+
 def test_a_licence_that_a_user_gives_takes_the_familys_place_and_the_notice_stays(run, tmp_path):
     export.main([str(run), "--output", str(tmp_path / "to"), "--license", "cc-by-nc-4.0"])
     text = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """A pushed export says what it is, from what was recorded alone, and the code on its card runs."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from embedding_sets import write_recipe
-from hub import TOKEN, Hub
+from hub import TOKEN, Hub, folders_of_this_machine
 from PIL import Image
 
 from hf_qie import export
@@ -238,7 +237,7 @@ def test_the_repository_is_the_folder_and_private(pushed):
 
 
 def test_no_token_and_no_folder_of_this_machine_leaves_it(pushed, run):
-    secrets = [TOKEN, str(pushed), str(run.parent), "private-data", f"{Path.home()}/", os.getcwd()]
+    secrets = [TOKEN, str(pushed), str(run.parent), "private-data", *folders_of_this_machine()]
     texts = {path.name: path.read_bytes().decode("latin-1") for path in (pushed / "hub" / "blobs").iterdir()}
     assert not {(name, secret) for name, text in texts.items() for secret in secrets if secret in text}
     assert TOKEN not in (pushed / "said.txt").read_text(encoding="utf-8")
@@ -329,6 +328,28 @@ def test_the_code_on_the_card_is_for_the_bases_own_pipeline(run, tiny, tmp_path,
     assert all(part in text for part in said.split("|"))
     assert unsaid not in text
     assert ("QwenImageTransformer2DModel" in text) == (kind == "merged")
+
+
+@pytest.mark.parametrize(("base", "kind"), [("edit_plus", "lora"), ("edit_plus", "pipeline"), ("edit", "lora")])
+def test_the_code_on_the_card_of_a_run_without_sources_needs_none(run, tiny, tmp_path, base, kind, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    recipe = (copy / "recipe.yaml").read_text().replace("org/base", str(tiny(base)), 1)
+    (copy / "recipe.yaml").write_text(recipe)
+    record = json.loads((copy / "run.json").read_text())
+    record["mix"] = [group | {"sources": 0} for group in record["mix"]]
+    (copy / "run.json").write_text(json.dumps(record))
+    export.main([str(copy), "--to", kind])
+    text = (copy / "export" / kind / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-to-image\n" in text
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert "pipe = QwenImagePipeline.from_pretrained(" in code
+    folder = copy / "export" / kind
+    code = code.replace(f'"{base}"', repr(str(tiny(base)))).replace(f'"{kind}"', repr(str(folder)))
+    code = code.replace('("cuda" if torch.cuda.is_available() else "cpu")', '("cpu")')
+    code = code.replace("width=64,", "width=64, num_inference_steps=2,").replace("bfloat16", "float32")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert Image.open("output.png").size == (64, 64)
 
 
 def test_of_a_run_that_ended_with_its_best_step_the_card_is_that_steps(run, tiny, tmp_path):

@@ -40,12 +40,11 @@ def model_card(
     """
     recipe, base, on_hub = trained.recipe, public(trained.recipe.model), not Path(trained.recipe.model).is_dir()
     family, side = trained.family, recipe.extract.source_sample_size
-    relation, what = RELATIONS[kind]
-    kept = present.data.to_dict() if present else {}
+    (relation, what), kept = RELATIONS[kind], present.data.to_dict() if present else {}
     licence = license_of(kept, [family], license)
     tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
     ours = {**licence, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
-    ours["pipeline_tag"] = "text-to-image" if family.max_sources == 0 else "image-to-image"
+    ours["pipeline_tag"] = "image-to-image" if (edits := _edits(trained)) else "text-to-image"
     ours |= {"base_model": recipe.model, "base_model_relation": relation} if on_hub else {}
     body = rendered(
         "model_card.md",
@@ -56,6 +55,7 @@ def model_card(
         recipe=recipe,
         lora=recipe.trainable.lora,
         family=family,
+        edits=edits,
         kind=kind,
         where=repo or public(str(folder)),
         base=base,
@@ -69,6 +69,13 @@ def model_card(
         license=named_license(licence),
     )
     return ModelCard(renewed(present.text if present else "", ModelCardData(**(kept | ours)), body))
+
+
+def _edits(trained: Trained) -> bool:
+    """Whether a run trained edits, or, of a run that left no record, whether its base takes sources."""
+    groups = trained.record.get("mix")
+    trains = groups is None or any(group["sources"] and group["share"] for group in groups)
+    return trained.family.max_sources != 0 and trains
 
 
 def _losses(trained: Trained) -> dict[str, list[tuple[int, float]]]:

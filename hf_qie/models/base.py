@@ -48,6 +48,7 @@ class Family(ABC):
     """One generation of models: its facts, and what its pipeline does to prompts, images and latents."""
 
     pipeline: str  # name of its class in diffusers
+    text_to_image_pipeline: str  # the same, of the one that needs no source
     transformer_class: str  # the same
     max_sources: int | None  # None: any number; 0: text-to-image alone
     vlm_area_px: int  # what the prompt encoder sees of a source

@@ -69,6 +69,7 @@ class QwenImage(Family):
 
     edit: Template | None  # None: the checkpoint takes no sources
     text_to_image: Template = TEXT_TO_IMAGE_TEMPLATE
+    text_to_image_pipeline: str = "QwenImagePipeline"
     transformer_class: str = "QwenImageTransformer2DModel"
     side_multiple_px: int = 32
     pixels_per_token: int = 16  # 8 by the VAE, 2 by packing

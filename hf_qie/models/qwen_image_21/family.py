@@ -50,6 +50,7 @@ class QwenImage21(Family):
     """One checkpoint for rows with and without sources."""
 
     pipeline: str = "QwenImage21Pipeline"
+    text_to_image_pipeline: str = "QwenImage21Pipeline"
     transformer_class: str = "QwenImage21Transformer2DModel"
     max_sources: int | None = None
     vlm_area_px: int = 1024 * 1024
@@ -113,8 +114,8 @@ class QwenImage21(Family):
                 raise InputError(
                     f"extract.source_sample_size: {math.isqrt(self.vlm_area_px)}: the processor of {model} resizes a "
                     f"source of {size[0]} x {size[1]} pixels once more, so that encoder and VAE would see images of "
-                    "two sizes; its size has to be between the processor's own least and largest, and the processor "
-                    "that of the checkpoint"
+                    "two sizes; its size has to be well between the processor's own least and largest, as sides are "
+                    "rounded, and the processor that of the checkpoint"
                 )
         return processor
 

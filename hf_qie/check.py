@@ -55,9 +55,9 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.verify and (arguments.memory or arguments.gpu_memory):
         raise InputError("--verify: cannot be combined with --memory; run them one after the other")
-    from hf_qie.data.mixture import check_draws_per_row
+    from hf_qie.data.mixture import check_shared_prefix
 
-    check_draws_per_row(recipe)
+    check_shared_prefix(recipe)
     if arguments.memory or arguments.gpu_memory:
         return check_memory(recipe, arguments)
     from hf_qie.extraction.plan import family_of_recipe, make_plan, own_tasks

@@ -57,6 +57,19 @@ def few_edits(edits: Path, **numbers: int) -> dict[str, list[dict]]:
     return tasks
 
 
+def cut_outs(folder: Path, edits: Path) -> list[dict]:
+    """Three rows over one photo: its target has a transparent half, and so has the source of the last row."""
+    (row,) = few_edits(edits, edit=1)["edit"]
+    for name in ("source_image", "target_image"):
+        image = Image.open(row[name][0] if name == "source_image" else row[name]).convert("RGB")
+        image.putalpha(255)
+        image.paste((200, 0, 0, 0), (0, 0, image.width // 2, image.height))
+        image.save(folder / f"{name}.png")
+    row |= {"target_image": "target_image.png", "inverse_instruction": None, "inverse_instruction_cn": None}
+    rows = [row | {"instruction": f"Cut it out, {word}.", "instruction_cn": word} for word in ("once", "twice")]
+    return [*rows, rows[0] | {"source_image": ["source_image.png"]}]
+
+
 def extract_edits(folder: Path, model: Path, edits: Path) -> None:
     """`folder`/recipe.yaml over a few synthetic edits, and its finished sets."""
     folder.mkdir()

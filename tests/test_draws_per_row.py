@@ -152,7 +152,7 @@ def test_epochs_count_rows_and_not_their_draws(tiny, tmp_path, caplog):
     training = SGD | {"max_steps": None, "num_train_epochs": 2}
     trainer = run(recipe_of(tmp_path, tiny("qwen_image_21"), training=training))
     assert trainer.state.global_step == 2 * 16 * 4 / 8
-    assert "32 draws of rows, 4 noises each" in caplog.text
+    assert "32 rows drawn, 4 noises each" in caplog.text
     assert "2 rows a step: 1 ranks x 2 rows x 1 accumulated, 4 noises each; 16 steps" in caplog.text
     assert "of 2 rows" in caplog.text  # since the last log
     assert "of 32 rows" in caplog.text  # in all
@@ -246,13 +246,14 @@ def test_two_ranks_sharded_or_not_train_what_one_does(tiny, tmp_path, kind):
     model = tiny("qwen_image_21")
     shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     path = recipe_of(tmp_path, model, kind, training=SGD | {"use_cpu": None})
-    ways = {"ddp": ["training.use_cpu=true"]}
+    checkpointed = "training.activation_checkpointing=true"
+    ways = {"ddp": ["training.use_cpu=true"], "ddp_checkpointed": ["training.use_cpu=true", checkpointed]}
     ways |= {state: fsdp(state) for state in ("SHARDED", "FULL")}
-    ways["FULL"].append("training.activation_checkpointing=true")
+    ways["FULL"].append(checkpointed)
     runs = []
     for name, overrides in ways.items():
         folder = f"training.output_dir={tmp_path / name}"
-        others = [f"model={tmp_path / 'bare'}"] if name != "ddp" else []
+        others = [f"model={tmp_path / 'bare'}"] if not name.startswith("ddp") else []
         runs.append({"recipe": str(path), "overrides": [folder, *cut(4, 1), *overrides], "others": others})
     resumed = {"checkpoint": str(tmp_path / "SHARDED" / "checkpoint-2")}
     resumed["overrides"] = [f"training.output_dir={tmp_path / 'resumed'}", *cut(4, 1), *ways["SHARDED"]]

@@ -106,7 +106,7 @@ def test_a_named_count_that_does_not_occur_drops_out_with_one_warning(sets):
     mix = Mix(source_count_weights=EQUAL | {4: 1.0, 7: 1.0})
     assert shares_by_name(sets, WEIGHTS, mix) == shares_by_name(sets, WEIGHTS, Mix(source_count_weights=EQUAL))
     groups = read_groups(sets, WEIGHTS, mix)
-    warnings = mix_warnings(groups, group_shares(groups, mix), mix, num_draws=8, same_shape=1)
+    warnings = mix_warnings(groups, group_shares(groups, mix), mix, rows_drawn=8, same_shape=1)
     assert warnings == ["mix.source_count_weights: no row has [4, 7] sources, so these entries drop out"]
 
 
@@ -257,19 +257,21 @@ def test_a_same_shape_batch_is_a_micro_batch_unless_the_recipe_says_more(given, 
 def test_a_same_shape_batch_counts_rows_and_not_their_draws(given, resolved):
     sizes = {"global_batch_size": 16, "per_device_train_batch_size": 8, "draws_per_row": 4}
     assert resolve_same_shape(given, **sizes) == resolved
-    with pytest.raises(InputError, match=r"same_shape: 3 .*, 16, .* \(both divided by mix.draws_per_row, 4\); change"):
+    told = r"3 .* the 2 rows of a micro-batch \(per_.*_size, 8 / mix.draws_per_row, 4\), and the 4 rows of a step"
+    with pytest.raises(InputError, match=f"same_shape: {told}"):
         resolve_same_shape(3, **sizes)
 
 
 @pytest.mark.parametrize(("same_shape", "micro_batch"), [(3, 2), (16, 2), (6, 2), (1, 2)])
 def test_a_same_shape_that_does_not_fit_is_an_error_that_names_both(same_shape, micro_batch):
-    with pytest.raises(InputError, match=f"same_shape: {same_shape} .*_batch_size, {micro_batch}, .*, 8, a multiple"):
+    told = rf"{same_shape} .* the {micro_batch} rows of a micro-batch \(per_.*_size, {micro_batch}\), and the 8 rows"
+    with pytest.raises(InputError, match=f"same_shape: {told}"):
         resolve_same_shape(same_shape, global_batch_size=8, per_device_train_batch_size=micro_batch)
 
 
 def test_the_table_has_a_line_for_each_group_with_how_often_it_is_drawn(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
-    table = mix_table(groups, group_shares(groups, DEFAULT), num_draws=400)
+    table = mix_table(groups, group_shares(groups, DEFAULT), rows_drawn=400)
     assert [line.split() for line in table.splitlines()] == [
         ["task", "sources", "rows", "weight", "share", "epochs"],
         ["few", "1", "8", "3", "0.6000", "30.00"],
@@ -282,7 +284,7 @@ def test_the_table_has_a_line_for_each_group_with_how_often_it_is_drawn(sets):
 
 def test_a_group_drawn_more_than_ten_times_over_warns_with_its_rows(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
-    warnings = mix_warnings(groups, group_shares(groups, DEFAULT), DEFAULT, num_draws=400, same_shape=1)
+    warnings = mix_warnings(groups, group_shares(groups, DEFAULT), DEFAULT, rows_drawn=400, same_shape=1)
     assert warnings == [
         "task 'few', 1 source(s): this run is 30 epochs over its 8 rows",
         "task 'few', 3 source(s): this run is 30 epochs over its 2 rows",
@@ -292,9 +294,9 @@ def test_a_group_drawn_more_than_ten_times_over_warns_with_its_rows(sets):
 def test_draws_of_shapes_smaller_than_a_batch_are_told_by_their_share(sets):
     groups = read_groups(sets, WEIGHTS, DEFAULT)
     shares = group_shares(groups, DEFAULT)
-    (warning,) = mix_warnings(groups, shares, DEFAULT, num_draws=8, same_shape=6)
+    (warning,) = mix_warnings(groups, shares, DEFAULT, rows_drawn=8, same_shape=6)
     assert warning.startswith("18.1% of the draws")  # 0.15 of three sources, 0.0312 of none
-    assert mix_warnings(groups, shares, DEFAULT, num_draws=8, same_shape=2) == []
+    assert mix_warnings(groups, shares, DEFAULT, rows_drawn=8, same_shape=2) == []
 
 
 def test_a_generator_is_a_function_of_seed_purpose_and_numbers():

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from small_recipes import cut_outs
 
 from hf_qie.config.recipe import load_recipe
 from hf_qie.data.images import read_image, to_pixels
@@ -33,14 +34,24 @@ def fresh_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def write_recipe(folder: Path, model: Path, edits: Path, *, latents: bool) -> Path:
-    """Three tasks of synthetic edits, where sources and targets differ in area; JSON is YAML."""
+@pytest.fixture
+def family() -> str:
+    """The kind of the checkpoint."""
+    return "edit_plus"
+
+
+def write_recipe(folder: Path, model: Path, edits: Path, *, latents: bool, cut_out: bool) -> Path:
+    """Three tasks of synthetic edits, where sources and targets differ in area, and one with alpha; JSON is YAML."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = {}
     for name in ("edit", "combine", "text_to_image"):
         lines = (edits / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:ROWS]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         tasks[name] = {"data": str(folder / f"{name}.jsonl"), "image_root": str(edits), "eval_rows": 1}
+    if cut_out:
+        lines = [json.dumps(row) for row in cut_outs(folder, edits)]
+        (folder / "cut_out.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        tasks["cut_out"] = {"data": str(folder / "cut_out.jsonl")}
     sizes = {"image_sample_size": 64, "source_sample_size": 96}
     recipe = {
         "model": str(model),
@@ -67,16 +78,17 @@ def write_recipe(folder: Path, model: Path, edits: Path, *, latents: bool) -> Pa
     return path
 
 
-@pytest.fixture(scope="module")
-def recipes(built_once, tiny, edits) -> dict[bool, Path]:
+@pytest.fixture
+def recipes(built_once, tiny, edits, family) -> dict[bool, Path]:
     """A recipe whose sets have latents, and the same without; read only."""
 
     def build(folder: Path) -> None:
         for latents in (True, False):
-            assert extract([str(write_recipe(folder / str(latents), tiny(), edits, latents=latents))]) == 0
+            rows = {"latents": latents, "cut_out": family == "qwen_image_21"}  # which keeps alpha
+            assert extract([str(write_recipe(folder / str(latents), tiny(family), edits, **rows))]) == 0
             AcceleratorState._reset_state(reset_partial_state=True)
 
-    folder = built_once("online_latents", build)
+    folder = built_once(f"online_latents_{family}", build)
     return {latents: folder / str(latents) / "recipe.yaml" for latents in (True, False)}
 
 
@@ -96,13 +108,14 @@ def test_without_latents_a_set_has_everything_else(recipes):
             assert without.data.column(name).null_count == ROWS
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_encoded_while_training_give_what_stored_latents_give(recipes, tmp_path, workers):
+@pytest.mark.parametrize(("family", "workers"), [("edit_plus", 0), ("edit_plus", 2), ("qwen_image_21", 2)])
+def test_images_encoded_while_training_give_what_stored_latents_give(recipes, tmp_path, family, workers):
     stored = run(recipes[True], tmp_path / "stored")
     encoded = run(recipes[False], tmp_path / "encoded", f"training.dataloader_num_workers={workers}")
     draws = encoded.train_dataset
     seen = {(len(row["grids"]), row["grids"][0] == row["grids"][-1]) for row in map(draws.__getitem__, range(18))}
     assert len(seen) >= 3, "shapes should differ"
+    assert ("cut_out" in encoded.train_dataset.tasks) == (family == "qwen_image_21")
     kept = ("loss", "grad_norm", "eval_loss")
     logs = [
         [{key: value for key, value in entry.items() if key.startswith(kept)} for entry in trainer.state.log_history]

@@ -137,11 +137,11 @@ def test_the_example_of_weights_is_what_the_mix_makes_of_it():
         counts = re.findall(r"([\d,]+)[a-z ]* (without|with one|with two|with three)", rows)
         sets[name.strip("`")] = rows_with({numbers[w.split()[-1]]: int(n.replace(",", "")) for n, w in counts})
         weights[name.strip("`")] = float(weight)
-    (num_draws,) = re.findall(r"([\d,]+) draws \(", WEIGHTS)
+    (rows_drawn,) = re.findall(r"([\d,]+) draws \(", WEIGHTS)
     shown = re.findall(r"^```\n(.*?)\n```$", WEIGHTS, flags=re.M | re.S)
     for mix, table in zip((Mix(), Mix(source_count_weights={0: 1, 1: 1, 2: 1, 3: 0})), shown, strict=True):
         groups = read_groups(sets, weights, mix)
-        assert mix_table(groups, group_shares(groups, mix), num_draws=int(num_draws.replace(",", ""))) == table
+        assert mix_table(groups, group_shares(groups, mix), rows_drawn=int(rows_drawn.replace(",", ""))) == table
 
 
 def test_the_mix_of_the_demo_is_what_the_recipe_draws():
@@ -149,8 +149,8 @@ def test_the_mix_of_the_demo_is_what_the_recipe_draws():
     weights = {name: task.weight for name, task in recipe.tasks.items()}
     rows = int(re.search(r"--rows (\d+)", STAGES["data"])[1])
     groups = read_groups({task: rows_with({1: rows}) for task in recipe.tasks}, weights, recipe.mix)
-    num_draws = recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"]
-    assert mix_table(groups, group_shares(groups, recipe.mix), num_draws=num_draws) in README
+    rows_drawn = recipe.training["max_steps"] * recipe.training["per_device_train_batch_size"]
+    assert mix_table(groups, group_shares(groups, recipe.mix), rows_drawn=rows_drawn) in README
 
 
 def test_the_scores_explained_are_those_that_there_are():

@@ -120,7 +120,7 @@ def group_shares(groups: Sequence[Group], mix: Mix) -> np.ndarray:
     return part / part.sum()
 
 
-def check_draws_per_row(recipe: Recipe) -> None:
+def check_shared_prefix(recipe: Recipe) -> None:
     """Raise InputError where several draws of a row cannot share a pass of the checkpoint's transformer."""
     if recipe.mix.draws_per_row == 1:
         return
@@ -142,11 +142,11 @@ def resolve_same_shape(
     rows, of_step = per_device_train_batch_size // draws_per_row, global_batch_size // draws_per_row
     size = rows if same_shape is None else same_shape
     if size % rows or of_step % size:
-        by = f" (both divided by mix.draws_per_row, {draws_per_row})" if draws_per_row > 1 else ""
+        by = f" / mix.draws_per_row, {draws_per_row}" if draws_per_row > 1 else ""
         raise InputError(
-            f"mix.same_shape: {size} must be a multiple of per_device_train_batch_size, {per_device_train_batch_size},"
-            f" and the global batch (ranks x per_device_train_batch_size x gradient_accumulation_steps), "
-            f"{global_batch_size}, a multiple of it{by}; change one of the three"
+            f"mix.same_shape: {size} must be a multiple of the {rows} rows of a micro-batch "
+            f"(per_device_train_batch_size, {per_device_train_batch_size}{by}), and the {of_step} rows of a step "
+            "(ranks x micro-batch x gradient_accumulation_steps) a multiple of it; change one of the three"
         )
     return size
 
@@ -204,11 +204,11 @@ def mixture_plan(
     return run.select(range(num_batches))
 
 
-def mix_table(groups: Sequence[Group], shares: np.ndarray, *, num_draws: int) -> str:
-    """What is drawn how often in a run that draws `num_draws` rows, one line a group; with any number of noises."""
+def mix_table(groups: Sequence[Group], shares: np.ndarray, *, rows_drawn: int) -> str:
+    """What is drawn how often in a run that draws `rows_drawn` rows, one line a group; with any number of noises."""
     lines = [("task", "sources", "rows", "weight", "share", "epochs")]
     for group, share in zip(groups, shares, strict=True):
-        epochs = f"{share * num_draws / group.num_rows:.2f}"
+        epochs = f"{share * rows_drawn / group.num_rows:.2f}"
         numbers = str(group.num_sources), f"{group.num_rows:,}", f"{group.weight:g}", f"{share:.4f}", epochs
         lines.append((group.task, *numbers))
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
@@ -223,14 +223,14 @@ def realised_shares(drawn: Mapping[tuple[str, int], int]) -> str:
 
 
 def mix_warnings(
-    groups: Sequence[Group], shares: np.ndarray, mix: Mix, *, num_draws: int, same_shape: int
+    groups: Sequence[Group], shares: np.ndarray, mix: Mix, *, rows_drawn: int, same_shape: int
 ) -> list[str]:
     """What a user should know before such a run: one sentence each."""
     warnings = [
-        f"task {group.task!r}, {group.num_sources} source(s): this run is {share * num_draws / group.num_rows:.0f} "
+        f"task {group.task!r}, {group.num_sources} source(s): this run is {share * rows_drawn / group.num_rows:.0f} "
         f"epochs over its {group.num_rows:,} rows"
         for group, share in zip(groups, shares, strict=True)
-        if share * num_draws > MANY_EPOCHS * group.num_rows
+        if share * rows_drawn > MANY_EPOCHS * group.num_rows
     ]
     if absent := sorted(set(mix.source_count_weights or {}) - {group.num_sources for group in groups}):
         warnings.append(f"mix.source_count_weights: no row has {absent} sources, so these entries drop out")

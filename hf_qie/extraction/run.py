@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from hf_qie.config.recipe import Recipe, Task, as_dict
-from hf_qie.data.mixture import check_draws_per_row
+from hf_qie.data.mixture import check_shared_prefix
 from hf_qie.data.provenance import PROVENANCE, check_weight_files, checkpoint_compat, read_provenance
 from hf_qie.data.readers import open_data
 from hf_qie.data.samples import most_bad, open_rows
@@ -61,7 +61,7 @@ def extract(recipe: Recipe) -> tuple[int, bool]:
     """
     torch.set_num_threads(THREADS)
     datasets.disable_progress_bars()
-    check_draws_per_row(recipe)  # of training, which would find it out after all of this
+    check_shared_prefix(recipe)  # of training, which would find it out after all of this
     family, tasks, device = family_of_recipe(recipe), own_tasks(recipe), own_device()
     opened = from_rank_0(lambda: open_sets(recipe, tasks, family, device))
     memory = next((Forecast(**known["memory"]) for known in opened.values() if "memory" in known), None)
@@ -83,9 +83,9 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
         own_area_px = read_family(recipe.model, revision=recipe.revision).vae_area_px
         if (side := recipe.extract.source_sample_size) and side**2 != own_area_px:
             logger.warning(
-                "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the VAE %s pixels; "
+                "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the %s %s pixels; "
                 "edits have to be sampled at the size they were trained at",
-                *(side, side, f"{own_area_px:,}"),
+                *(side, side, "encoder and the VAE" if family.one_resize else "VAE", f"{own_area_px:,}"),
             )
         if family.license_notice:
             logger.warning("%s: %s", recipe.model, family.license_notice)

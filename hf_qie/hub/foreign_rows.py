@@ -105,8 +105,9 @@ def _check_columns(rows: Sequence[DataRow], columns: Columns, *, needs_sources: 
     for key, wanted in needed.items():
         if wanted and names.isdisjoint(wanted) and (key != "target" or columns.target not in sources):
             there = ", ".join(sorted(names))
+            without = ", or give it as null in rows that have no source" * (key == "sources")
             raise InputError(
-                f"{AT}.columns.{key}: no row has {' or '.join(wanted)}; there are {there}: name the column"
+                f"{AT}.columns.{key}: no row has {' or '.join(wanted)}; there are {there}: name the column{without}"
             )
 
 

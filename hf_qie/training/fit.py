@@ -17,7 +17,7 @@ from hf_qie.config.memory import NUM_SLOTS
 from hf_qie.config.recipe import Recipe, load_recipe
 from hf_qie.config.training_args import training_arguments
 from hf_qie.data.largest import Shape, largest_in
-from hf_qie.data.mixture import check_draws_per_row
+from hf_qie.data.mixture import check_shared_prefix
 from hf_qie.data.online_latents import has_latents
 from hf_qie.errors import InputError
 from hf_qie.models.quantization import check_packages
@@ -138,7 +138,7 @@ def forecast_recipe(recipe: Recipe, shape: Shape, *, num_ranks: int = 1) -> tupl
 
     `shape`: of the largest micro-batch.
     """
-    check_draws_per_row(recipe)
+    check_shared_prefix(recipe)
     training, on_cpu = recipe.training, bool(recipe.training.get("use_cpu"))
     precision = "fp16" if training.get("fp16") else "bf16" if training.get("bf16", not on_cpu) else "no"
     fsdp, device = fsdp_settings(recipe, os.environ), "cpu" if on_cpu else "cuda"

@@ -125,7 +125,7 @@ class Throughput:
 
     def reset(self) -> None:
         """Start counting from zero."""
-        self.rows = self.tokens = 0
+        self.draws = self.tokens = 0
         self.flops = self.seconds = self.waited = 0.0
 
     def add(self, batches: Sequence[Batch], *, started: float) -> None:
@@ -134,7 +134,7 @@ class Throughput:
         self.waited += time.perf_counter() - started
         for batch in batches:
             target, *sources = map(math.prod, batch["grids"])
-            self.rows += len(batch["draw"])
+            self.draws += len(batch["draw"])
             self.tokens += len(batch["draw"]) * target + len(batch["row"]) * sum(sources)
             self.tokens += sum(batch["prompt_lengths"])
             if self.flops_of:
@@ -152,13 +152,13 @@ class Throughput:
         """
         device = self.accelerator.device
         memory = peak_memory_bytes(device) / 1e9, reserved_memory_bytes(device) / 1e9
-        mine = [self.rows, self.tokens, self.flops, self.seconds, self.waited, *memory]
+        mine = [self.draws, self.tokens, self.flops, self.seconds, self.waited, *memory]
         ranks = self.accelerator.gather(torch.tensor([mine], dtype=torch.float64, device=device))
-        rows, tokens, flops, *_ = ranks.sum(dim=0).tolist()
+        draws, tokens, flops, *_ = ranks.sum(dim=0).tolist()
         *_, seconds, waited, allocated, reserved = ranks.amax(dim=0).tolist()
         self.reset()
         found = {
-            "rows_per_second": rows / seconds,
+            "rows_per_second": draws / seconds,
             "tokens_per_second": tokens / seconds,
             "seconds_waiting_for_data": waited,
             "peak_memory_gb": allocated,

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_qie.config.recipe import Recipe
 from hf_qie.data.embedding_sets import open_embeddings
-from hf_qie.data.mixture import check_draws_per_row
+from hf_qie.data.mixture import check_shared_prefix
 from hf_qie.data.provenance import UNKNOWN, check_compat, check_transformer, checkpoint_compat, unverified
 from hf_qie.data.schema import matrix_width, prompt_columns_in, shared_embeds
 from hf_qie.errors import InputError
@@ -25,7 +25,7 @@ def open_sets(recipe: Recipe) -> dict[str, Dataset]:
 
     Raises InputError where one is not found or does not fit.
     """
-    check_draws_per_row(recipe)
+    check_shared_prefix(recipe)
     sets, provenances = {}, {}
     for name, task in recipe.tasks.items():
         if task.weight > 0 or task.eval_rows:

@@ -205,12 +205,12 @@ def _plan_mixture(
     )
     groups = read_groups(sets, {name: recipe.tasks[name].weight for name in sets}, recipe.mix)
     shares = group_shares(groups, recipe.mix)
-    num_draws = arguments.max_steps * batch // of_row  # of rows
-    noises = f" of rows, {of_row} noises each" * (of_row > 1)
-    logger.info("%s draws%s\n%s", f"{num_draws:,}", noises, mix_table(groups, shares, num_draws=num_draws))
-    for warning in mix_warnings(groups, shares, recipe.mix, num_draws=num_draws, same_shape=same_shape):
+    rows_drawn = arguments.max_steps * batch // of_row
+    what = "draws" if of_row == 1 else f"rows drawn, {of_row} noises each"
+    logger.info("%s %s\n%s", f"{rows_drawn:,}", what, mix_table(groups, shares, rows_drawn=rows_drawn))
+    for warning in mix_warnings(groups, shares, recipe.mix, rows_drawn=rows_drawn, same_shape=same_shape):
         logger.warning(warning)
-    num_batches = num_draws // same_shape
+    num_batches = rows_drawn // same_shape
     plan = mixture_plan(groups, shares, seed=recipe.seed, same_shape=same_shape, num_batches=num_batches)
     family = read_family(recipe.model, revision=recipe.revision)
     draws = Draws(sets, plan, seed=recipe.seed, mix=recipe.mix, family=family)

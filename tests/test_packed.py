@@ -200,7 +200,7 @@ def test_of_frozen_factors_nothing_is_kept_for_each_token():
 
 @LAYOUTS
 def test_the_gradient_of_keys_is_that_of_slices(sources, slots, num_targets, causal):
-    spans = packing_of(sources, slots, num_targets, causal=causal).keys
+    spans = packing_of(sources, slots, num_targets, causal=causal).key_spans
     torch.manual_seed(0)
     tokens = torch.randn(1, max(end for _, end in spans), 2, 2, dtype=torch.float64, requires_grad=True)
     found, expected = Spans.apply(tokens, spans), [tokens[:, start:end] for start, end in spans]

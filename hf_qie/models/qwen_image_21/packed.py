@@ -146,12 +146,12 @@ class Packing:
     def pack(self, text: Tensor, images: Tensor) -> Tensor:
         """`[1, T, W]` of all rows' text, `[., W]`, and images, `[., W]`: all sources, then all targets."""
         segments = [segment for row in self.rows for segment in row.segments]
-        words = iter(text.split([length for length, grid in segments if not grid]))
+        text_tokens = iter(text.split([length for length, grid in segments if not grid]))
         of_sources = [length for length, grid in segments if grid]
         images = images.split([*of_sources, *(self.num_targets * row.num_target for row in self.rows)])
         sources, parts = iter(images), []
         for row, targets in zip(self.rows, images[len(of_sources) :], strict=True):
-            parts += [next(sources if grid else words) for _, grid in row.segments]
+            parts += [next(sources if grid else text_tokens) for _, grid in row.segments]
             parts.append(targets)
         return torch.cat(parts)[None]
 
@@ -265,9 +265,9 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         num_targets = len(hidden_states) // len(rows)
         assert causal or num_targets == 1, "the prefix depends on the noise level"
         images = self.img_in(torch.cat([source_latents.flatten(0, 1), hidden_states.flatten(0, 1)]))
-        words = [prompt[: row.num_text] for prompt, row in zip(encoder_hidden_states, rows, strict=True)]
+        text_tokens = [prompt[: row.num_text] for prompt, row in zip(encoder_hidden_states, rows, strict=True)]
         packing = Packing(rows, num_targets=num_targets, causal=causal, dtype=images.dtype, device=device)
-        packed = packing.pack(self.txt_in(torch.cat(words)), images)
+        packed = packing.pack(self.txt_in(torch.cat(text_tokens)), images)
         timestep = timestep.to(packed.dtype)
         if causal:
             timestep = torch.cat([timestep, timestep.new_zeros(1)])

@@ -240,6 +240,8 @@ class QwenImage21TransformerBlock(transformer_qwenimage21.QwenImage21Transformer
 class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
     """diffusers' transformer with another forward; under its name, which stands in the config of what is saved."""
 
+    # diffusers takes the keys of a config from the signature of `__init__` (ConfigMixin._get_init_keys): with *args
+    # and **kwargs alone it would ignore a checkpoint's config and build a transformer of the default shape
     @wraps(diffusers.QwenImage21Transformer2DModel.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import apply_rotary_e
 from torch import Tensor, nn
 
 from hf_qie.models.base import Grid
-from hf_qie.models.qwen_image_21.pieces import Piece, Scaled, Spans
+from hf_qie.models.qwen_image_21.pieces import Piece, ScaleByLevel, SliceSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,10 @@ class Packing:
         self.attention_calls: list[AttentionCall] = []
         start = 0
         for number, row in enumerate(rows):
-            first, of_targets = number * num_targets, num_targets * row.num_target
-            self.pieces.append(Piece(row.num_prefix, len(rows) * num_targets if causal else first, 1))
-            self.pieces.append(Piece(of_targets, first, num_targets))
+            level, of_targets = number * num_targets, num_targets * row.num_target
+            prefix_level = len(rows) * num_targets if causal else level
+            self.pieces.append(Piece(num_tokens=row.num_prefix, first_level=prefix_level, num_levels=1))
+            self.pieces.append(Piece(num_tokens=of_targets, first_level=level, num_levels=num_targets))
             prefix_end = start
             for length, grid in row.segments:
                 prefix_end += length
@@ -141,7 +142,7 @@ class Packing:
         There is a row for each target, and the last for prefixes. Where these follow the noise level of their target,
         there is no such last one.
         """
-        return Scaled.apply(tokens, factors, self.pieces)
+        return ScaleByLevel.apply(tokens, factors, self.pieces)
 
     def pack(self, text: Tensor, images: Tensor) -> Tensor:
         """`[1, T, W]` of all rows' text, `[., W]`, and images, `[., W]`: all sources, then all targets."""
@@ -217,7 +218,7 @@ class PackedAttention:
 
 def _key_slices(tokens: Tensor, packing: Packing) -> list[list[Tensor]]:
     """Keys or values of each call of attention, one for each of its spans."""
-    slices = iter(Spans.apply(tokens, packing.key_spans))
+    slices = iter(SliceSpans.apply(tokens, packing.key_spans))
     return [[next(slices) for _ in call.key_spans] for call in packing.attention_calls]
 
 

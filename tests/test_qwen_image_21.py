@@ -249,7 +249,7 @@ def real(built_once, model):
 
 @pytest.mark.parametrize("num_sources", [0, 1, 3])
 def test_tokens_are_the_pipelines(real, stock, images, num_sources):
-    sources = [FAMILY.seen(image) for image in images[:num_sources]]
+    sources = [FAMILY.encoder_view(image) for image in images[:num_sources]]
     pipeline = diffusers.QwenImage21Pipeline(
         **{name: stock.components[name] for name in ("scheduler", "vae", "transformer", "text_encoder")},
         processor=real,

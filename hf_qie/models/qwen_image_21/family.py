@@ -120,10 +120,10 @@ class QwenImage21(Family):
 
     def make_prompt(self, processor: Any, sources: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:
         """See `Family`."""
-        images = [self.seen(image) for image in sources]
+        images = [self.encoder_view(image) for image in sources]
         return make_prompt(processor, template_of(processor)(len(images)), images, list(map(as_read, captions)))
 
-    def seen(self, image: Image.Image) -> Image.Image:
+    def encoder_view(self, image: Image.Image) -> Image.Image:
         """An image as the encoder sees it: resized like the VAE's, with alpha if it has any, and then on white.
 
         diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py:283-289 and 660-670.

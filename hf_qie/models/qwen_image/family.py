@@ -120,8 +120,8 @@ class QwenImage(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        seen = [([self.fit(size, self.vlm_area_px) for size in sizes], captions) for sizes, captions in prompts]
-        return prompt_lengths(processor, self.template, seen)
+        resized = [([self.fit(size, self.vlm_area_px) for size in sizes], captions) for sizes, captions in prompts]
+        return prompt_lengths(processor, self.template, resized)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
         """The text's positions begin behind half of the longest side (transformer_qwenimage.py, QwenEmbedRope)."""

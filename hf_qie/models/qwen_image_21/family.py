@@ -138,11 +138,11 @@ class QwenImage21(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        read = [
+        resized = [
             ([self.fit(size, self.vlm_area_px) for size in sizes], list(map(as_read, captions)))
             for sizes, captions in prompts
         ]
-        return prompt_lengths(processor, template_of(processor), read)
+        return prompt_lengths(processor, template_of(processor), resized)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
         """Text and sources stand in front of the target: one position a token, one longest side a source."""

@@ -80,10 +80,12 @@ class QwenImage(Family):
     card_name: str = "Qwen-Image-Edit"
     card_tags: tuple[str, ...] = ("qwen-image-edit",)
 
-    load_vae = LatentEncoder
-    load_encoder = Encoder
+    # Defined in other modules. Plain functions are bound as methods are, and given the family as their first argument;
+    # classes and static methods are not given it.
     generate = generate
     save_tiny = save_tiny
+    load_vae = LatentEncoder
+    load_encoder = Encoder
     load_transformer = staticmethod(load_transformer)
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     unpack = staticmethod(LatentEncoder.unpack)

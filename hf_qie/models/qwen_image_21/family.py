@@ -75,10 +75,12 @@ class QwenImage21(Family):
     prompt_columns: tuple[str, ...] = ("prefix_embeds", "image_slots")
     true_cfg_scale: float = 1.0
 
-    load_vae = LatentEncoder
-    load_encoder = Encoder
+    # Defined in other modules. Plain functions are bound as methods are, and given the family as their first argument;
+    # classes and static methods are not given it.
     generate = generate
     save_tiny = save_tiny
+    load_vae = LatentEncoder
+    load_encoder = Encoder
     load_transformer = staticmethod(partial(load_transformer, QwenImage21Transformer2DModel))
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     unpack = staticmethod(LatentEncoder.unpack)

@@ -63,7 +63,10 @@ def sources_at(area_px: int) -> Iterator[None]:
 
 
 class Official(OfficialPipeline):
-    """Of a checkpoint with or without an edit pipeline: both encode images, and prompts without any."""
+    """What the pipelines themselves make of captions and images, to compare our prompt embeddings and latents with.
+
+    A text-to-image checkpoint has no edit pipeline; its VAE is put into one, which encodes images.
+    """
 
     def __init__(self, family: Family, model: str, **where: Any):
         super().__init__(family, model, **where)

@@ -73,7 +73,7 @@ def image_slots(pipeline: QwenImage21Pipeline, masks: Sequence[Tensor]) -> Itera
 
 
 class Official(OfficialPipeline):
-    """Both without images and with some."""
+    """What the pipeline itself makes of captions and images, to compare our prompt embeddings and latents with."""
 
     @torch.no_grad()
     def encode(self, caption: str, sources: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

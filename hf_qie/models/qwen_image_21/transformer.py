@@ -1,4 +1,4 @@
-"""Qwen-Image-2.1's transformer: what it is asked, which of its layers take adapters, and how it denoises.
+"""Qwen-Image-2.1's transformer: its velocity for a batch, the layers that take LoRA adapters, and sampling.
 
 Letters: B rows, K noised targets of each, S target tokens, R source tokens, L prompt tokens, C width of a latent.
 """

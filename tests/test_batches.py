@@ -37,11 +37,11 @@ class Processor:
         self.tokenizer, self.image_processor = tokenizer, self
         self.process = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=28 * 28 * 1280)
         self.merge_size = self.process.merge_size
-        self.seen = cache(lambda path: self.process(images=[self.shown(path)], return_tensors="pt"))
+        self.processed = cache(lambda path: self.process(images=[self.shown(path)], return_tensors="pt"))
 
     def __call__(self, images: list[Path], **_: object) -> dict:
         (path,) = images
-        return self.seen(path)
+        return self.processed(path)
 
     def shown(self, path: Path) -> Image.Image:
         image = read_image(path)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qie.models.qwen_image_21.packed import Packing, QwenImage21Transformer2DModel, RowLayout
-from hf_qie.models.qwen_image_21.pieces import Spans
+from hf_qie.models.qwen_image_21.pieces import SliceSpans
 from hf_qie.models.qwen_image_21.transformer import attention_pairs, predict
 
 SHAPE = {"num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
@@ -200,10 +200,10 @@ def test_of_frozen_factors_nothing_is_kept_for_each_token():
 
 @LAYOUTS
 def test_the_gradient_of_keys_is_that_of_slices(sources, slots, num_targets, causal):
-    spans = packing_of(sources, slots, num_targets, causal=causal).keys
+    spans = packing_of(sources, slots, num_targets, causal=causal).key_spans
     torch.manual_seed(0)
     tokens = torch.randn(1, max(end for _, end in spans), 2, 2, dtype=torch.float64, requires_grad=True)
-    found, expected = Spans.apply(tokens, spans), [tokens[:, start:end] for start, end in spans]
+    found, expected = SliceSpans.apply(tokens, spans), [tokens[:, start:end] for start, end in spans]
     assert all(map(torch.equal, found, expected))
     weights = [torch.randn_like(one) for one in expected]
     (ours,), (theirs,) = (torch.autograd.grad(pieces, tokens, weights) for pieces in (found, expected))

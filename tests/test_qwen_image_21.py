@@ -213,7 +213,8 @@ def test_lengths_are_known_without_an_image(processor, images, num_sources):
     assert isinstance(lengths, PromptLengths)
     assert [lengths.shared + one + lengths.suffix for one in lengths.captions] == prompt.num_embeddings
     assert lengths.shared == (prompt.split - prompt.drop - prompt.shared.count(prompt.image_token) if sources else 0)
-    assert (lengths.encoded, lengths.seen) == (prompt.num_tokens, prompt.shared.count(prompt.image_token))
+    num_image_tokens = prompt.shared.count(prompt.image_token)
+    assert (lengths.encoded, lengths.num_image_tokens) == (prompt.num_tokens, num_image_tokens)
 
 
 def test_an_image_token_in_a_caption_is_refused(processor, images):
@@ -249,7 +250,7 @@ def real(built_once, model):
 
 @pytest.mark.parametrize("num_sources", [0, 1, 3])
 def test_tokens_are_the_pipelines(real, stock, images, num_sources):
-    sources = [FAMILY.seen(image) for image in images[:num_sources]]
+    sources = [FAMILY.encoder_view(image) for image in images[:num_sources]]
     pipeline = diffusers.QwenImage21Pipeline(
         **{name: stock.components[name] for name in ("scheduler", "vae", "transformer", "text_encoder")},
         processor=real,

@@ -85,7 +85,7 @@ def our_states(encoder, prompts):
     return [[torch.cat([states.shared, text]) for text in states.texts] for states in encoder(prompts)]
 
 
-def seen(family, images):
+def encoder_views(family, images):
     """The images as the encoder sees them."""
     return [EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vlm_area_px)) for image in images]
 
@@ -95,7 +95,7 @@ def seen(family, images):
 )
 def test_states_of_edits_equal_the_pipelines(ours, official, photo_images, kind, num_sources):
     (family, processor, encoder), pipeline = ours(kind), official(kind)
-    images = seen(family, photo_images[-num_sources:])
+    images = encoder_views(family, photo_images[-num_sources:])
     (states,) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS)])
     with token_types_handed_through(pipeline):
         for caption, mine in zip(CAPTIONS, states, strict=True):
@@ -104,7 +104,7 @@ def test_states_of_edits_equal_the_pipelines(ours, official, photo_images, kind,
 
 def test_without_token_types_the_states_are_others(ours, official, photo_images):
     (family, processor, encoder), pipeline = ours("edit_plus"), official("edit_plus")
-    images = seen(family, photo_images[:2])
+    images = encoder_views(family, photo_images[:2])
     ((mine,),) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS[:1])])
     theirs = official_states(pipeline, CAPTIONS[0], images)
     assert (mine - theirs).abs().max() > 0.01  # a thousand times the tolerance: the tests above would fail
@@ -127,9 +127,9 @@ def test_states_of_text_to_image_equal_the_pipelines(ours, official, kind, capti
 def test_a_batch_of_unequal_lengths_equals_single_rows(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
     prompts = [
-        make_prompt(processor, family.edit, seen(family, photo_images), ["word " * 300, "x"]),
+        make_prompt(processor, family.edit, encoder_views(family, photo_images), ["word " * 300, "x"]),
         make_prompt(processor, family.text_to_image, [], ["a red boat"]),
-        make_prompt(processor, family.edit, seen(family, photo_images[:1]), CAPTIONS),
+        make_prompt(processor, family.edit, encoder_views(family, photo_images[:1]), CAPTIONS),
     ]
     together = our_states(encoder, prompts)
     for prompt, states in zip(prompts, together, strict=True):
@@ -140,7 +140,7 @@ def test_a_batch_of_unequal_lengths_equals_single_rows(ours, photo_images):
 
 def test_a_caption_does_not_depend_on_its_fellows(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
-    images = seen(family, photo_images[:2])
+    images = encoder_views(family, photo_images[:2])
     (together,) = our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS)])
     for caption, states in zip(CAPTIONS, together, strict=True):
         ((alone,),) = our_states(encoder, [make_prompt(processor, family.edit, images, [caption])])
@@ -149,7 +149,7 @@ def test_a_caption_does_not_depend_on_its_fellows(ours, photo_images):
 
 def test_states_change_with_each_source_and_with_their_order(ours, photo_images):
     family, processor, encoder = ours("edit_plus")
-    a, b, c = seen(family, photo_images)
+    a, b, c = encoder_views(family, photo_images)
 
     def states(*images):
         return our_states(encoder, [make_prompt(processor, family.edit, images, CAPTIONS[:1])])[0][0]
@@ -187,7 +187,8 @@ def test_encoder_and_vae_see_the_pipelines_pixels(ours, official, photo_images, 
     monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
     monkeypatch.setattr(pipeline, "prepare_latents", prepare_latents)
     call(pipeline, images)
-    assert [image.tobytes() for image in shown["encoder"]] == [image.tobytes() for image in seen(family, images)]
+    views = encoder_views(family, images)
+    assert [image.tobytes() for image in shown["encoder"]] == [image.tobytes() for image in views]
     for image, theirs in zip(images, shown["vae"], strict=True):
         mine = to_pixels(EDIT_PLUS.resize(image, EDIT_PLUS.fit(image.size, family.vae_area_px)))
         assert torch.equal(mine[None, :, None], theirs)

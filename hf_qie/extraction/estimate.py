@@ -48,7 +48,7 @@ class Outlook:
     grids: dict[str, Any]  # the same
     num_bytes: int  # in the set
     num_encoded: int  # tokens that the prompt encoder runs, in the direction with more
-    num_seen: int  # of them those of images, in the direction with more
+    num_image_tokens: int  # of them those of images, in the direction with more
 
 
 def outlooks(rows: Sequence[Row], plan: Plan, processor: Any, *, fetch: bool = True) -> list[Outlook | BadRow]:
@@ -125,7 +125,7 @@ def _outlook(
         num_embeds=num_embeds,
         grids=grid_columns,
         num_encoded=max(length.encoded for length in ways),
-        num_seen=max(length.seen for length in ways),
+        num_image_tokens=max(length.num_image_tokens for length in ways),
         num_bytes=ROW_BYTES + len("".join(texts).encode()) + 2 * (plan.width * sum(num_embeds.values()) + num_latents),
     )
 

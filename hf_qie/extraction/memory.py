@@ -95,7 +95,7 @@ def forecast(plans: Mapping[str, Plan], processor: Any, *, dtype: torch.dtype) -
     family, extract = plan.family, plan.extract
     where = {"revision": plan.recipe.revision, "dtype": dtype}
     prompts = [family.make_prompt(processor, [], [extract.drop_caption])]
-    for number in ("num_encoded", "num_seen") if good else ():
+    for number in ("num_encoded", "num_image_tokens") if good else ():
         prompts += prompts_of(*max(good, key=lambda one, number=number: getattr(one[2], number)), processor)
     encoder = family.encoder_memory(plan.recipe.model, prompts=[largest(prompts)], **where)
     found = {"encoder_weights": encoder.weights, "encoder_least": encoder.least_weights}
@@ -112,9 +112,10 @@ def largest(prompts: Sequence[Prompt]) -> Prompt:
 
     Images take memory in the vision part and text in the language model, so that neither alone says which takes most.
     """
-    seen = max(prompts, key=lambda one: sum(map(len, one.vision.values())))
-    more = max(one.num_tokens for one in prompts) - seen.num_tokens
-    return replace(seen, branches=[*seen.branches[:-1], seen.branches[-1] + seen.branches[-1][-1:] * more])
+    most_images = max(prompts, key=lambda one: sum(map(len, one.vision.values())))
+    more = max(one.num_tokens for one in prompts) - most_images.num_tokens
+    *branches, last = most_images.branches
+    return replace(most_images, branches=[*branches, last + last[-1:] * more])
 
 
 def prompts_of(plan: Plan, row: Row, look: Outlook, processor: Any) -> list[Prompt]:

@@ -105,7 +105,7 @@ class EditJudge:
         asked = {FOLLOWED: [*sources, output], PRESERVED: [*sources, output], QUALITY: [output]}
         if not sources:
             del asked[PRESERVED]
-        found = {name: self.answer(question(name, instruction, len(sources)), seen) for name, seen in asked.items()}
+        found = {name: self.answer(question(name, instruction, len(sources)), shown) for name, shown in asked.items()}
         scores = {name: score for name, (score, _) in found.items()}
         consistency = min(score for name, score in scores.items() if name != QUALITY)
         mass = sum(mass for _, mass in found.values()) / len(found)

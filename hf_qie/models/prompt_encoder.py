@@ -65,10 +65,12 @@ class PromptEncoder(ABC):
         """Change the model to give what the pipeline takes."""
 
     @abstractmethod
-    def hidden_states(self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """What the pipeline takes as embeddings, `[P, L, D]`, of tokens `ids[P, L]` and the images of `prompts`.
 
-        `positions[3, P, L]`; `seen[P, 1, L, L]` says which tokens (last) each token sees.
+        `positions[3, P, L]`; `attention_mask[P, 1, L, L]` says which tokens (last) each token sees.
         """
 
     @abstractmethod
@@ -113,22 +115,22 @@ class PromptEncoder(ABC):
             ids[i, : len(tokens)] = tokens
             branch[i, : len(tokens)] = numbers
             positions[:, i, : len(tokens)] = self.positions(prompt)
-        seen = visible(branch.to(self.device))[:, None]
-        hidden = self.hidden_states(prompts, ids.to(self.device), positions.to(self.device), seen)
+        attention_mask = visible(branch.to(self.device))[:, None]
+        hidden = self.hidden_states(prompts, ids.to(self.device), positions.to(self.device), attention_mask)
         return [unpack(prompt, row) for prompt, row in zip(prompts, hidden, strict=True)]
 
     def embed(self, prompts: Sequence[Prompt], ids: Tensor) -> tuple[Tensor, Any]:
         """Token embeddings `[P, L, D]` with the images' features in their places, and what the vision part gives.
 
-        Each image is seen once; without any there is None.
+        Each image is encoded once; without any there is None.
         """
         table = self.model.get_input_embeddings()
         embeds = table(ids.to(table.weight.device)).to(ids.device)
-        seen = [prompt.vision for prompt in prompts if prompt.vision]
-        if not seen:
+        vision = [prompt.vision for prompt in prompts if prompt.vision]
+        if not vision:
             return embeds, None
         outputs = self.model.get_image_features(
-            *(torch.cat([one[name] for one in seen]).to(self.device) for name in ("pixel_values", "image_grid_thw"))
+            *(torch.cat([one[name] for one in vision]).to(self.device) for name in ("pixel_values", "image_grid_thw"))
         )
         features = torch.cat(list(outputs.pooler_output)).to(embeds.dtype)
         return embeds.masked_scatter(self.places(ids)[..., None], features), outputs

@@ -54,7 +54,7 @@ class PromptLengths:
     captions: list[int]  # tokens of each caption
     suffix: int  # tokens of the template that count as a caption's embeddings: those behind it, mostly
     encoded: int  # tokens that the encoder runs, of text and images
-    seen: int  # of them, those of images
+    num_image_tokens: int  # of them, those of images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,15 +99,15 @@ def prompt_lengths(
     found = []
     for (sizes, captions), (template, shared, lead) in zip(prompts, parts, strict=True):
         text = count[shared] - template.drop - len(sizes)  # which has one token an image
-        seen = sum(num_patches(processor, size) for size in sizes)
+        num_image_tokens = sum(num_patches(processor, size) for size in sizes)
         of_captions = [count[lead + caption] - count[lead] for caption in captions]
         before, suffix = (text, count[template.after]) if sizes else (0, text + count[template.after])
         lengths = PromptLengths(
-            shared=before + (seen if template.keeps_images else 0),
+            shared=before + (num_image_tokens if template.keeps_images else 0),
             captions=of_captions,
             suffix=suffix,
-            encoded=template.drop + before + seen + sum(of_captions) + len(captions) * suffix,
-            seen=seen,
+            encoded=template.drop + before + num_image_tokens + sum(of_captions) + len(captions) * suffix,
+            num_image_tokens=num_image_tokens,
         )
         found.append(_bad_caption(captions) or lengths)
     return found

@@ -56,25 +56,25 @@ class RowAttention(QwenDoubleStreamAttnProcessor2_0):
             (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
             (attn.norm_added_q, attn.norm_added_k),
         )
-        mixed = self._attend_rows(latents, prompts, rows)
-        seen, read = (each.flatten(2).type_as(latents[0]) for each in mixed)
-        return attn.to_out[1](attn.to_out[0](seen)), attn.to_add_out(read)
+        outputs = self._attend_rows(latents, prompts, rows)
+        image, text = (each.flatten(2).type_as(latents[0]) for each in outputs)
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
     @torch.compiler.disable  # it would be compiled anew for every length of a prompt
     def _attend_rows(
         self, latents: Sequence[Tensor], prompts: Sequence[Tensor], rows: PromptRows
     ) -> tuple[Tensor, Tensor]:
         """Outputs `[B, S, H, E]` and `[B, L, H, E]`, zero at padding, of each stream's query, key and value."""
-        longest, seen, read = prompts[0].shape[1], [], []
+        longest, images, texts = prompts[0].shape[1], [], []
         # unbound, as the gradient of a slice of a batch would be as large as the batch
         by_row = zip(*(each.unbind() for each in (*prompts, *latents)), strict=True)
         for length, parts in zip(rows.lengths, by_row, strict=True):
             joint = [torch.cat([parts[i][:length], parts[i + 3]])[None] for i in range(3)]
             (mixed,) = dispatch_attention_fn(*joint, backend=self._attention_backend)
-            words, image = mixed.tensor_split([length])
-            read.append(pad(words, (0, 0, 0, 0, 0, longest - length)))
-            seen.append(image)
-        return torch.stack(seen), torch.stack(read)
+            text, image = mixed.tensor_split([length])
+            texts.append(pad(text, (0, 0, 0, 0, 0, longest - length)))
+            images.append(image)
+        return torch.stack(images), torch.stack(texts)
 
 
 def _heads(

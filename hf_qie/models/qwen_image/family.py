@@ -81,10 +81,12 @@ class QwenImage(Family):
     card_name: str = "Qwen-Image-Edit"
     card_tags: tuple[str, ...] = ("qwen-image-edit",)
 
-    load_vae = LatentEncoder
-    load_encoder = Encoder
+    # Defined in other modules. Plain functions are bound as methods are, and given the family as their first argument;
+    # classes and static methods are not given it.
     generate = generate
     save_tiny = save_tiny
+    load_vae = LatentEncoder
+    load_encoder = Encoder
     load_transformer = staticmethod(load_transformer)
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     unpack = staticmethod(LatentEncoder.unpack)
@@ -121,8 +123,8 @@ class QwenImage(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        seen = [([self.fit(size, self.vlm_area_px) for size in sizes], captions) for sizes, captions in prompts]
-        return prompt_lengths(processor, self.template, seen)
+        resized = [([self.fit(size, self.vlm_area_px) for size in sizes], captions) for sizes, captions in prompts]
+        return prompt_lengths(processor, self.template, resized)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
         """The text's positions begin behind half of the longest side (transformer_qwenimage.py, QwenEmbedRope)."""

@@ -63,7 +63,10 @@ def sources_at(area_px: int) -> Iterator[None]:
 
 
 class Official(OfficialPipeline):
-    """Of a checkpoint with or without an edit pipeline: both encode images, and prompts without any."""
+    """What the pipelines themselves make of captions and images, to compare our prompt embeddings and latents with.
+
+    A text-to-image checkpoint has no edit pipeline; its VAE is put into one, which encodes images.
+    """
 
     def __init__(self, family: Family, model: str, **where: Any):
         super().__init__(family, model, **where)
@@ -80,13 +83,13 @@ class Official(OfficialPipeline):
         """Embeddings `[L, D]` of one caption over images of any size."""
         if not sources:
             return self.text_to_image._get_qwen_prompt_embeds(caption, device=self.device)[0][0]
-        seen = [self.edit.image_processor.resize(one, *self.sides(one, self.family.vlm_area_px)) for one in sources]
-        images = seen[0] if self.family.max_sources == 1 else seen
+        resized = [self.edit.image_processor.resize(one, *self.sides(one, self.family.vlm_area_px)) for one in sources]
+        images = resized[0] if self.family.max_sources == 1 else resized
         return self.edit._get_qwen_prompt_embeds(caption, images, device=self.device)[0][0]
 
     @torch.no_grad()
     def latents(self, image: Image.Image, sides: tuple[int, int]) -> Tensor:
-        """Packed latents `[S, C]` of an image of any size, seen at `sides`, height and width in pixels."""
+        """Packed latents `[S, C]` of an image of any size, resized to `sides`, height and width in pixels."""
         pixels = self.edit.image_processor.preprocess(image, *sides)[:, :, None]
         latents = self.edit._encode_vae_image(pixels.to(self.device, self.edit.vae.dtype), generator=None)
         return self.edit._pack_latents(latents[:, :, 0], *latents[:, :, 0].shape)[0]

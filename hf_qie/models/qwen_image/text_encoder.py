@@ -15,12 +15,14 @@ class Encoder(PromptEncoder):
     full_class, base_class = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
     config_class = Qwen2_5_VLConfig
 
-    def hidden_states(self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """See `PromptEncoder`."""
         return self.model.language_model(
             inputs_embeds=self.embed(prompts, ids)[0],
             position_ids=positions,
-            attention_mask={"full_attention": seen},
+            attention_mask={"full_attention": attention_mask},
             use_cache=False,
         ).last_hidden_state
 

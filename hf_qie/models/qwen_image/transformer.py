@@ -1,4 +1,4 @@
-"""Qwen-Image's transformer: what it is asked, which of its layers take adapters, and how it denoises.
+"""Qwen-Image's transformer: its velocity for a batch, the layers that take LoRA adapters, and sampling.
 
 Letters: B rows, S target tokens, R source tokens, L prompt tokens.
 """

@@ -76,10 +76,12 @@ class QwenImage21(Family):
     prompt_columns: tuple[str, ...] = ("prefix_embeds", "image_slots")
     true_cfg_scale: float = 1.0
 
-    load_vae = LatentEncoder
-    load_encoder = Encoder
+    # Defined in other modules. Plain functions are bound as methods are, and given the family as their first argument;
+    # classes and static methods are not given it.
     generate = generate
     save_tiny = save_tiny
+    load_vae = LatentEncoder
+    load_encoder = Encoder
     load_transformer = staticmethod(partial(load_transformer, QwenImage21Transformer2DModel))
     vae_memory = staticmethod(partial(vae_memory, LatentEncoder))
     unpack = staticmethod(LatentEncoder.unpack)
@@ -121,10 +123,10 @@ class QwenImage21(Family):
 
     def make_prompt(self, processor: Any, sources: Sequence[Image.Image], captions: Sequence[str]) -> Prompt:
         """See `Family`."""
-        images = [self.seen(image) for image in sources]
+        images = [self.encoder_view(image) for image in sources]
         return make_prompt(processor, template_of(processor)(len(images)), images, list(map(as_read, captions)))
 
-    def seen(self, image: Image.Image) -> Image.Image:
+    def encoder_view(self, image: Image.Image) -> Image.Image:
         """An image as the encoder sees it: resized like the VAE's, with alpha if it has any, and then on white.
 
         diffusers/pipelines/qwenimage21/pipeline_qwenimage21.py:283-289 and 660-670.
@@ -139,11 +141,11 @@ class QwenImage21(Family):
         self, processor: Any, prompts: Sequence[tuple[Sequence[Size], Sequence[str]]]
     ) -> list[PromptLengths | BadPrompt]:
         """See `Family`."""
-        read = [
+        resized = [
             ([self.fit(size, self.vlm_area_px) for size in sizes], list(map(as_read, captions)))
             for sizes, captions in prompts
         ]
-        return prompt_lengths(processor, template_of(processor), read)
+        return prompt_lengths(processor, template_of(processor), resized)
 
     def most_tokens(self, source_grids: Sequence[Grid], target_grid: Grid) -> int:
         """Text and sources stand in front of the target: one position a token, one longest side a source."""

@@ -6,13 +6,13 @@ from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from torch import Tensor
 
 from hf_qie.models.lora_files import COMFYUI
+from hf_qie.models.qwen_image_21.transformer import ATTENTION, MLP, OTHERS, TIMESTEP
 
 JOINED = ".img_mlp.gate_up."  # of ComfyUI and what trains its checkpoints: two layers in one, in this order
 PARTS = (".img_mlp.gate_layer.", ".img_mlp.proj.")
-LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-LAYERS += ("img_mlp.gate_up", "img_mlp.gate_layer", "img_mlp.proj", "img_mlp.out")  # of a block
-LAYERS += ("img_in", "txt_in.in_layer", "txt_in.out_layer", "modulation.1", "norm_out.linear", "proj_out")
-LAYERS += ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2")
+# full names, within a block where they are in one; the lists in transformer.py hold the ends that peft matches
+LAYERS = [f"attn.{name}" for name in ATTENTION] + [*MLP, JOINED.strip(".")]
+LAYERS += [*OTHERS, *(f"time_text_embed.{name}" for name in TIMESTEP)]
 DOTTED = {name.replace(".", "_"): name for name in LAYERS}
 FLAT = re.compile(r"lora_unet_(?:transformer_blocks_(\d+)_)?([^.]+)(\..+)")
 

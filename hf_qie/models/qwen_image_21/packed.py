@@ -10,11 +10,10 @@ Letters: B rows, K noised targets of each, S target tokens, R source tokens, L p
 their targets, C width of a latent, D width of the encoder, W width of the transformer, H heads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -24,7 +23,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import apply_rotary_e
 from torch import Tensor, nn
 
 from hf_qie.models.base import Grid
-from hf_qie.models.qwen_image_21.pieces import Piece, Scaled, Spans
+from hf_qie.models.qwen_image_21.pieces import Piece, ScaleByLevel, SliceSpans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,15 @@ def _grid_positions(frame: int, grid: Grid, device: torch.device) -> Tensor:
     return torch.stack([frames, rows[:, None].expand(grid).flatten(), columns.expand(grid).flatten()])
 
 
+class AttentionCall(NamedTuple):
+    """Queries that attend together, which follow those of the call before, and the keys that they see."""
+
+    query_length: int
+    # `(start, end)` in the packed sequence: one; of several targets the prefix, which all see, and then their own
+    key_spans: list[tuple[int, int]]
+    mask: Tensor | None  # what is added to scores; None where all queries see all keys
+
+
 class Packing:
     """Where the rows of a batch lie in the packed sequence, with `num_targets` targets each."""
 
@@ -98,34 +106,35 @@ class Packing:
     ):
         """`causal`: the prefix is modulated at noise level 0; `dtype` is that of queries and keys."""
         self.rows, self.num_targets = rows, num_targets
-        # by row and segment of its prefix: what is added to scores, None where queries see all keys up to their end
-        self.masks = [list(self._masks(row, dtype, device)) for row in rows]
         # of each row its prefix and its targets, with their noise levels
         self.pieces: list[Piece] = []
-        # queries that attend together, and which keys they see; several targets of a row see its prefix and their own
-        self.queries: list[int] = []
-        self.keys: list[tuple[int, int]] = []
-        end = 0
-        for first, row in zip(range(0, len(rows) * num_targets, num_targets), rows, strict=True):
-            of_targets = num_targets * row.num_target
-            self.pieces.append(Piece(row.num_prefix, len(rows) * num_targets if causal else first, 1))
-            self.pieces.append(Piece(of_targets, first, num_targets))
-            lengths = [length for length, _ in row.segments]
-            start, ends = end, list(accumulate(lengths, initial=end))[1:]
-            end = ends[-1] + of_targets
-            self.queries += [*lengths, of_targets]
-            self.keys += [(start, each) for each in ends]
-            self.keys += [(start, end)] if num_targets == 1 else [(start, ends[-1]), (ends[-1], end)]
+        # of each row the segments of its prefix, then its targets
+        self.attention_calls: list[AttentionCall] = []
+        start = 0
+        for number, row in enumerate(rows):
+            level, of_targets = number * num_targets, num_targets * row.num_target
+            prefix_level = len(rows) * num_targets if causal else level
+            self.pieces.append(Piece(num_tokens=row.num_prefix, first_level=prefix_level, num_levels=1))
+            self.pieces.append(Piece(num_tokens=of_targets, first_level=level, num_levels=num_targets))
+            prefix_end = start
+            for length, grid in row.segments:
+                prefix_end += length
+                mask = None if grid or length == 1 else _causal_mask(length, prefix_end - start, dtype, device)
+                self.attention_calls.append(AttentionCall(length, [(start, prefix_end)], mask))
+            end = prefix_end + of_targets
+            spans = [(start, end)] if num_targets == 1 else [(start, prefix_end), (prefix_end, end)]
+            self.attention_calls.append(AttentionCall(of_targets, spans, None))
+            start = end
 
-    @staticmethod
-    def _masks(row: RowLayout, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor | None]:
-        end = 0
-        for length, grid in row.segments:
-            start, end = end, end + length
-            if grid or length == 1:
-                yield None
-            else:
-                yield torch.full((1, 1, length, end), -torch.inf, dtype=dtype, device=device).triu(start + 1)
+    @property
+    def query_lengths(self) -> list[int]:
+        """Of all calls of attention, in order; together they are all tokens."""
+        return [call.query_length for call in self.attention_calls]
+
+    @property
+    def key_spans(self) -> list[tuple[int, int]]:
+        """Of all calls of attention, in order."""
+        return [span for call in self.attention_calls for span in call.key_spans]
 
     def scale(self, tokens: Tensor, factors: Tensor) -> Tensor:
         """`tokens[1, T, W]` times those of `factors[B x K + 1, W]` that belong to their noise level.
@@ -133,17 +142,17 @@ class Packing:
         There is a row for each target, and the last for prefixes. Where these follow the noise level of their target,
         there is no such last one.
         """
-        return Scaled.apply(tokens, factors, self.pieces)
+        return ScaleByLevel.apply(tokens, factors, self.pieces)
 
     def pack(self, text: Tensor, images: Tensor) -> Tensor:
         """`[1, T, W]` of all rows' text, `[., W]`, and images, `[., W]`: all sources, then all targets."""
         segments = [segment for row in self.rows for segment in row.segments]
-        words = iter(text.split([length for length, grid in segments if not grid]))
+        text_tokens = iter(text.split([length for length, grid in segments if not grid]))
         of_sources = [length for length, grid in segments if grid]
         images = images.split([*of_sources, *(self.num_targets * row.num_target for row in self.rows)])
         sources, parts = iter(images), []
         for row, targets in zip(self.rows, images[len(of_sources) :], strict=True):
-            parts += [next(sources if grid else words) for _, grid in row.segments]
+            parts += [next(sources if grid else text_tokens) for _, grid in row.segments]
             parts.append(targets)
         return torch.cat(parts)[None]
 
@@ -151,6 +160,12 @@ class Packing:
         """`[B x K, S, width]` of `packed[1, T, width]`."""
         parts = packed.split([piece.num_tokens for piece in self.pieces], dim=1)[1::2]
         return torch.cat(parts, dim=1).unflatten(1, (len(self.rows) * self.num_targets, -1)).squeeze(0)
+
+
+def _causal_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[1, 1, num_queries, num_keys]` for queries that are the last of the keys."""
+    full = torch.full((1, 1, num_queries, num_keys), -torch.inf, dtype=dtype, device=device)
+    return full.triu(num_keys - num_queries + 1)
 
 
 class PackedAttention:
@@ -173,29 +188,38 @@ class PackedAttention:
     @torch.compiler.disable  # it would be compiled anew for every length of a prompt
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
         """Outputs `[1, T, H, W / H]`: segments and targets see what is before them in their row, and themselves."""
-        queries = iter(query.split(packing.queries, dim=1))
-        seen = zip(*(Spans.apply(each, packing.keys) for each in (key, value)), strict=True)
-        outputs = []
-        for masks in packing.masks:
-            outputs += [self._dispatch(next(queries), *next(seen), mask) for mask in masks]
-            outputs.append(self._attend_targets(next(queries), seen, packing.num_targets))
+        queries = query.split(packing.query_lengths, dim=1)
+        keys, values = (_key_slices(each, packing) for each in (key, value))
+        outputs = [
+            self._attend(*parts, packing.num_targets)
+            for parts in zip(packing.attention_calls, queries, keys, values, strict=True)
+        ]
         return torch.cat(outputs, dim=1)
 
-    def _attend_targets(self, query: Tensor, seen: Iterator[tuple[Tensor, Tensor]], num_targets: int) -> Tensor:
-        """Outputs `[1, K x S, H, W / H]` of a row; no target sees another."""
-        if num_targets == 1:  # the keys are in one piece already
-            return self._dispatch(query, *next(seen), None)
-        prefix, own = next(seen), next(seen)
-        query, *own = (each.unflatten(1, (num_targets, -1)).squeeze(0) for each in (query, *own))
-        joint = (
-            torch.cat([before.expand(num_targets, -1, -1, -1), mine], dim=1)
-            for before, mine in zip(prefix, own, strict=True)
+    def _attend(
+        self, call: AttentionCall, query: Tensor, keys: list[Tensor], values: list[Tensor], num_targets: int
+    ) -> Tensor:
+        """Outputs `[1, queries, H, W / H]` of a call; no target sees another."""
+        if len(call.key_spans) == 1:
+            return self._dispatch(query, *keys, *values, call.mask)
+        query, own_key, own_value = (
+            each.unflatten(1, (num_targets, -1)).squeeze(0) for each in (query, keys[1], values[1])
         )
-        return self._dispatch(query, *joint, None).flatten(0, 1)[None]
+        key, value = (
+            torch.cat([prefix.expand(num_targets, -1, -1, -1), own], dim=1)
+            for prefix, own in ((keys[0], own_key), (values[0], own_value))
+        )
+        return self._dispatch(query, key, value, None).flatten(0, 1)[None]
 
     def _dispatch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask if mask is None else mask.to(query.dtype)  # a copy only where layers differ in dtype
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)
+
+
+def _key_slices(tokens: Tensor, packing: Packing) -> list[list[Tensor]]:
+    """Keys or values of each call of attention, one for each of its spans."""
+    slices = iter(SliceSpans.apply(tokens, packing.key_spans))
+    return [[next(slices) for _ in call.key_spans] for call in packing.attention_calls]
 
 
 class QwenImage21TransformerBlock(transformer_qwenimage21.QwenImage21TransformerBlock):
@@ -217,6 +241,8 @@ class QwenImage21TransformerBlock(transformer_qwenimage21.QwenImage21Transformer
 class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
     """diffusers' transformer with another forward; under its name, which stands in the config of what is saved."""
 
+    # diffusers takes the keys of a config from the signature of `__init__` (ConfigMixin._get_init_keys): with *args
+    # and **kwargs alone it would ignore a checkpoint's config and build a transformer of the default shape
     @wraps(diffusers.QwenImage21Transformer2DModel.__init__)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -242,9 +268,9 @@ class QwenImage21Transformer2DModel(diffusers.QwenImage21Transformer2DModel):
         num_targets = len(hidden_states) // len(rows)
         assert causal or num_targets == 1, "the prefix depends on the noise level"
         images = self.img_in(torch.cat([source_latents.flatten(0, 1), hidden_states.flatten(0, 1)]))
-        words = [prompt[: row.num_text] for prompt, row in zip(encoder_hidden_states, rows, strict=True)]
+        text_tokens = [prompt[: row.num_text] for prompt, row in zip(encoder_hidden_states, rows, strict=True)]
         packing = Packing(rows, num_targets=num_targets, causal=causal, dtype=images.dtype, device=device)
-        packed = packing.pack(self.txt_in(torch.cat(words)), images)
+        packed = packing.pack(self.txt_in(torch.cat(text_tokens)), images)
         timestep = timestep.to(packed.dtype)
         if causal:
             timestep = torch.cat([timestep, timestep.new_zeros(1)])

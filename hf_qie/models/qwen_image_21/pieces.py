@@ -1,4 +1,7 @@
-"""Operations on pieces of a sequence that move no more through memory than they must, backward as well.
+"""Two autograd functions for packed rows: scale tokens by their noise level's factors, and slice overlapping spans.
+
+Beside what they return, neither takes memory for more than one row, forward or backward: indexing would repeat the
+factors for each token, and autograd would fill the gradient of each slice of keys and values up with zeros.
 
 Letters: T tokens, W width of a token.
 """
@@ -12,19 +15,19 @@ from torch.autograd import Function
 
 
 class Piece(NamedTuple):
-    """Tokens in `count` parts of one length, each with a row of factors: row `first`, the next, and so on."""
+    """Tokens in `num_levels` parts of one length; the first has the factors `[first_level]`, the next those behind."""
 
     num_tokens: int
-    first: int
-    count: int
+    first_level: int
+    num_levels: int
 
 
-class Scaled(Function):
-    """Tokens times a row of factors, which is not repeated for each of them."""
+class ScaleByLevel(Function):
+    """Tokens times the row of factors of their noise level, which is not repeated for each of them."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, factors: Tensor, pieces: Sequence[Piece]) -> Tensor:
-        """`[1, T, W]` of `tokens[1, T, W]`, which are `pieces` in order, and `factors[rows, W]`."""
+        """`[1, T, W]` of `tokens[1, T, W]`, which are `pieces` in order, and `factors[levels, W]`."""
         ctx.pieces = pieces
         ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, factors)
         return _scaled(tokens, factors, pieces)
@@ -33,34 +36,34 @@ class Scaled(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Of tokens, and of factors where these have one."""
         tokens, factors = ctx.saved_tensors
-        of_factors = None
+        factor_gradient = None
         if tokens is not None:
-            of_factors = torch.zeros_like(factors)
+            factor_gradient = torch.zeros_like(factors)
             parts = zip(_parts(tokens, ctx.pieces), _parts(gradient, ctx.pieces), ctx.pieces, strict=True)
             for part, part_gradient, piece in parts:
-                _rows(of_factors, piece).add_((part * part_gradient).sum(dim=(0, 2)))
-        return _scaled(gradient, factors, ctx.pieces), of_factors, None
+                _factors_of(factor_gradient, piece).add_((part * part_gradient).sum(dim=(0, 2)))
+        return _scaled(gradient, factors, ctx.pieces), factor_gradient, None
 
 
 def _scaled(tokens: Tensor, factors: Tensor, pieces: Sequence[Piece]) -> Tensor:
     product = torch.empty_like(tokens)
     for part, out, piece in zip(_parts(tokens, pieces), _parts(product, pieces), pieces, strict=True):
-        torch.mul(part, _rows(factors, piece)[:, None], out=out)
+        torch.mul(part, _factors_of(factors, piece)[:, None], out=out)
     return product
 
 
 def _parts(tokens: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Of each piece `[1, count, tokens, W]`."""
+    """Of each piece `[1, num_levels, tokens, W]`."""
     split = tokens.split([piece.num_tokens for piece in pieces], dim=1)
-    return [part.unflatten(1, (piece.count, -1)) for part, piece in zip(split, pieces, strict=True)]
+    return [part.unflatten(1, (piece.num_levels, -1)) for part, piece in zip(split, pieces, strict=True)]
 
 
-def _rows(factors: Tensor, piece: Piece) -> Tensor:
-    return factors[piece.first : piece.first + piece.count]
+def _factors_of(factors: Tensor, piece: Piece) -> Tensor:
+    return factors[piece.first_level : piece.first_level + piece.num_levels]
 
 
-class Spans(Function):
-    """Pieces that overlap; their gradients are added in place, where autograd would fill each up with zeros."""
+class SliceSpans(Function):
+    """Slices that may overlap; their gradients are added in place, where autograd would fill each up with zeros."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:

@@ -73,13 +73,13 @@ def image_slots(pipeline: QwenImage21Pipeline, masks: Sequence[Tensor]) -> Itera
 
 
 class Official(OfficialPipeline):
-    """Both without images and with some."""
+    """What the pipeline itself makes of captions and images, to compare our prompt embeddings and latents with."""
 
     @torch.no_grad()
     def encode(self, caption: str, sources: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Embeddings `[L, D]` of one caption over images of any size, and which of them are places of an image."""
-        seen = [self.seen(one, self.sides(one, self.family.vlm_area_px)) for one in sources]
-        embeds, _, places = self.pipeline._get_qwen_prompt_embeds(caption, seen or None, device=self.device)
+        resized = [self.resize(one, self.sides(one, self.family.vlm_area_px)) for one in sources]
+        embeds, _, places = self.pipeline._get_qwen_prompt_embeds(caption, resized or None, device=self.device)
         return embeds[0], places[0]
 
     def embeddings(self, caption: str, sources: Sequence[Image.Image]) -> Tensor:
@@ -93,14 +93,14 @@ class Official(OfficialPipeline):
         starts = places & ~torch.cat([places.new_zeros(1), places[:-1]])
         return (~places).cumsum(0)[starts].tolist()
 
-    def seen(self, image: Image.Image, sides: tuple[int, int]) -> Image.Image:
-        """An image as the pipeline hands it on, at that height and width."""
+    def resize(self, image: Image.Image, sides: tuple[int, int]) -> Image.Image:
+        """An image with alpha at that height and width, as the pipeline resizes it."""
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         return self.pipeline.image_processor.resize(image, *sides)
 
     @torch.no_grad()
     def latents(self, image: Image.Image, sides: tuple[int, int]) -> Tensor:
-        """Latents `[S, C]` of an image of any size, seen at `sides`, height and width in pixels."""
+        """Latents `[S, C]` of an image of any size, resized to `sides`, height and width in pixels."""
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         pixels = self.pipeline.image_processor.preprocess(image, *sides)[:, :, None]
         latents = self.pipeline._encode_vae_image(pixels.to(self.device, self.pipeline.vae.dtype), generator=None)

@@ -19,7 +19,9 @@ class Encoder(PromptEncoder):
         """See `PromptEncoder`: the pipeline undoes the norm with a hook (pipeline_qwenimage21.py:299-316)."""
         self.model.language_model.norm = nn.Identity()
 
-    def hidden_states(self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+    def hidden_states(
+        self, prompts: Sequence[Prompt], ids: Tensor, positions: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """See `PromptEncoder`; the first layers are given features of the images' early layers too (DeepStack)."""
         embeds, outputs = self.embed(prompts, ids)
         early = {}
@@ -27,7 +29,7 @@ class Encoder(PromptEncoder):
             features = [torch.cat(list(of_images)) for of_images in outputs.deepstack_features]
             early = {"visual_pos_masks": self.places(ids), "deepstack_visual_embeds": features}
         return self.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=seen, use_cache=False, **early
+            inputs_embeds=embeds, position_ids=positions, attention_mask=attention_mask, use_cache=False, **early
         ).last_hidden_state
 
     def keep_one_of_each_layer(self) -> None:

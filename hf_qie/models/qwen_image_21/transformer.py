@@ -1,4 +1,4 @@
-"""Qwen-Image-2.1's transformer: what it is asked, which of its layers take adapters, and how it denoises.
+"""Qwen-Image-2.1's transformer: its velocity for a batch, the layers that take LoRA adapters, and sampling.
 
 Letters: B rows, K noised targets of each, S target tokens, R source tokens, L prompt tokens, C width of a latent.
 """
@@ -17,8 +17,8 @@ from hf_qie.models.qwen_image_21.packed import RowLayout
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MLP = ["img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out"]
 OTHERS = ["modulation.1", "img_in", "txt_in.in_layer", "txt_in.out_layer", "norm_out.linear", "proj_out"]
-OTHERS += ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
-LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS)
+TIMESTEP = ["timestep_embedder.linear_1", "timestep_embedder.linear_2"]
+LORA_PRESETS = presets(attention=ATTENTION, mlp=MLP, others=OTHERS + TIMESTEP)
 
 
 def without_gradient(transformer: nn.Module) -> tuple[str, ...]:

@@ -49,39 +49,18 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def clone(built_once) -> Path:
-    """A folder that looks like a clone, in which the commands of the first screen have run."""
-
-    def build(folder: Path) -> None:
-        folder.mkdir()
-        for name in ("hf_qie", "recipes"):
-            (folder / name).symlink_to(ROOT / name)
-        install, *commands = blocks("bash")[0].splitlines()
-        assert install == "pip install -c constraints.txt -e ."
-        for line in commands:
-            command = shlex.split(line)
-            script = next(part for part in command if part.startswith("hf_qie/"))
-            run([*command, *SHORTER.get(script, [])], folder)
-
-    return built_once("clone", build)
-
-
-@pytest.fixture(scope="module")
-def later(built_once, clone) -> Path:
-    """The same folder after the page's other commands, whose outputs its examples in Python read."""
-
-    def build(_: Path) -> None:
-        for block in blocks("bash")[1:]:
-            for line in block.splitlines():
-                run(shlex.split(line), clone)
-
-    built_once("clone_later", build)
-    return clone
-
-
-def test_the_commands_leave_what_the_readme_says(clone):
-    demo = clone / "outputs" / "demo"
+def test_the_commands_of_the_page_run_one_after_the_other_and_so_do_its_python_examples(tmp_path):
+    """In a folder that looks like a clone; each reads what those before it wrote."""
+    for name in ("hf_qie", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    first, *others = blocks("bash")
+    install, *commands = first.splitlines()
+    assert install == "pip install -c constraints.txt -e ."
+    for line in commands:
+        command = shlex.split(line)
+        script = next(part for part in command if part.startswith("hf_qie/"))
+        run([*command, *SHORTER.get(script, [])], tmp_path)
+    demo = tmp_path / "outputs" / "demo"
     assert {path.name for path in (demo / "embeddings").iterdir()} >= {"repaint", "negative"}
     for name in (
         "run/transformer/config.json",
@@ -91,15 +70,11 @@ def test_the_commands_leave_what_the_readme_says(clone):
         "run/export/merged/README.md",
     ):
         assert (demo / name).is_file(), name
-
-
-def test_the_other_commands_run(later):
-    assert (later / "outputs" / "demo" / "run" / "export" / "pipeline" / "model_index.json").is_file()
-
-
-def test_the_python_examples_run(later):
+    for block in others:
+        for line in block.splitlines():
+            run(shlex.split(line), tmp_path)
     for code in blocks("python"):
-        run([sys.executable, "-c", code], later)
+        run([sys.executable, "-c", code], tmp_path)
 
 
 def test_the_recipe_shown_is_the_recipe_shipped():

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # the machine's proxies, and its user's token and settings of accelerate, are not for tests
+os.environ.pop("HF_TOKEN", None)
 os.environ["no_proxy"] = "*"
 os.environ["NO_PROXY"] = "*"
 os.environ["HF_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "huggingface")

@@ -430,10 +430,11 @@ def test_an_error_anywhere_ends_the_run_with_it_and_keeps_what_is_finished(job, 
 def test_a_slow_rank_does_not_hold_up_the_chunks_of_others_and_each_is_done_once(job, many, models, monkeypatch):
     encoded: dict[str, list[int]] = {"slow": [], "fast": []}
 
+    until = time.monotonic() + 60
+
     def watched(name: str) -> Models:
         @contextmanager
         def around(batch):
-            until = time.monotonic() + 60
             while name == "slow" and len(encoded["fast"]) < len(many) - 2 * 8 and time.monotonic() < until:
                 time.sleep(0.01)
             encoded[name].extend(prompt.num_tokens for prompt in batch)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import load_from_disk
+from ports import free_port
 from small_recipes import WIDTH, extract_edits
 
 from hf_qie.check import main as check
@@ -364,7 +365,8 @@ def test_jsonl_that_their_extraction_read_and_not_wrote_is_refused(work):
 
 
 def test_several_ranks_are_refused(work, root):
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0 --mixed_precision no"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --mixed_precision no"
+    launch += f" --main_process_port {free_port()}"
     done = subprocess.run(
         [sys.executable, *launch.split(), str(root / "hf_qie/convert.py"), str(work / "recipe.yaml")],
         capture_output=True,

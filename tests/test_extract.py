@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from ports import free_port
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -80,7 +81,7 @@ def script(root: Path, *arguments: object, ranks: int = 1) -> list[str]:
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(ranks)]
-        launch += ["--main_process_port", "0"]
+        launch += ["--main_process_port", str(free_port())]
     return [*launch, str(root / "hf_qie" / "extract.py"), *map(str, arguments)]
 
 

@@ -134,6 +134,15 @@ def test_edits_equal_the_official_pipelines(tiny, recipe_of, image_paths, kind, 
     hold(mine, official(stock, sampler, images))
 
 
+def test_all_images_are_edited_where_encoder_and_vae_see_one_size(tiny, recipe_of, image_paths, monkeypatch):
+    """As with `extract.source_sample_size: 384`, the encoder's own; at a smaller one."""
+    monkeypatch.setattr(edit_plus, "CONDITION_IMAGE_SIZE", SIDE_PX**2)
+    sampler = Sampler(recipe_of(tiny(), SMALL_SOURCES), checkpoint="base")
+    sampler.family = replace(sampler.family, vlm_area_px=SIDE_PX**2)
+    stock = diffusers.DiffusionPipeline.from_pretrained(tiny(), dtype=torch.float32)
+    hold(ours(sampler, image_paths[:2]), official(stock, sampler, image_paths[:2]))
+
+
 def test_edit_v1_equals_the_official_pipeline(tiny, recipe_of, image_paths, monkeypatch):
     """At a smaller area than it is built for: 1024 x 1024 says no more and takes a minute."""
     monkeypatch.setattr(

@@ -146,7 +146,7 @@ def resolve_same_shape(
         raise InputError(
             f"mix.same_shape: {size} must be a multiple of the {rows} rows of a micro-batch "
             f"(per_device_train_batch_size, {per_device_train_batch_size}{by}), and the {of_step} rows of a step "
-            "(ranks x micro-batch x gradient_accumulation_steps) a multiple of it; change one of the three"
+            "(ranks x micro-batch x gradient_accumulation_steps) a multiple of it; change one of these"
         )
     return size
 

@@ -80,12 +80,12 @@ def open_sets(recipe: Recipe, tasks: Mapping[str, Task], family: Family, device:
         folder, opened = Path(name), {}
         plans = {name: make_plan(recipe, task, family, folder, refuse=True) for name, task in tasks.items()}
         check_disk(plans)
-        own_area_px = read_family(recipe.model, revision=recipe.revision).vae_area_px
-        if (side := recipe.extract.source_sample_size) and side**2 != own_area_px:
+        own = read_family(recipe.model, revision=recipe.revision)
+        if (side := recipe.extract.source_sample_size) and side**2 != own.vae_area_px:
             logger.warning(
                 "extract.source_sample_size: sources of %d x %d pixels, the stock pipeline shows the %s %s pixels; "
                 "edits have to be sampled at the size they were trained at",
-                *(side, side, "encoder and the VAE" if family.one_resize else "VAE", f"{own_area_px:,}"),
+                *(side, side, "encoder and the VAE" if own.one_resize else "VAE", f"{own.vae_area_px:,}"),
             )
         if family.license_notice:
             logger.warning("%s: %s", recipe.model, family.license_notice)

@@ -48,7 +48,7 @@ def generate(
     if not images:  # else it cuts at 512, and training does not
         return text_to_image(pipeline)(max_sequence_length=1024, **options).images[0]
     with sources_at(family.vae_area_px):
-        return pipeline(image=images[0] if family.one_resize else list(images), **options).images[0]
+        return pipeline(image=images[0] if family.max_sources == 1 else list(images), **options).images[0]
 
 
 @contextmanager

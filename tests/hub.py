@@ -260,7 +260,8 @@ class Hub:
 
 def folders_of_this_machine() -> list[str]:
     """The user's home and the current folder, unless that is the root of the disk, which stands in every URL."""
-    return [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path(folder.anchor)]
+    folders = {f"{Path.home()}/": Path.home(), str(Path.cwd()): Path.cwd()}
+    return [name for name, folder in folders.items() if folder != Path(folder.anchor)]
 
 
 REPO = r"/api/(models|datasets)/([^/]+/[^/]+)"

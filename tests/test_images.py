@@ -251,6 +251,15 @@ def test_damage_of_any_kind_is_bad_or_read(tmp_path):
     assert 100 < bad < 600
 
 
+def test_what_is_no_fault_of_the_metadata_makes_no_image_upright(read, monkeypatch):
+    def fail(_):
+        raise MemoryError("of the machine")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(BadImage, match="MemoryError: of the machine"):
+        read(quarters(), "a.jpg")
+
+
 def test_a_folder_and_a_missing_file_are_bad(tmp_path):
     with pytest.raises(BadImage, match="IsADirectoryError"):
         read_image(tmp_path)

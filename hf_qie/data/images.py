@@ -1,6 +1,7 @@
 """From an image file to the pixels that encoder and VAE see. Sizes are (width, height) in pixels, as in PIL."""
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -23,6 +24,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# what Pillow raises where the bytes of metadata make no sense; anything else makes the image a bad one
+DAMAGED_METADATA = SyntaxError, struct.error, ValueError, TypeError, LookupError
 with suppress(ImportError):  # an extra; without it a HEIF image is bad, and the reason names the package
     from pillow_heif import register_heif_opener
 
@@ -115,7 +118,7 @@ def _orientation(image: Image.Image) -> int:
         # the base class's: PNG's own decodes the image to look for EXIF behind it
         tags = image.tag_v2 if image.format == "TIFF" else Image.Image.getexif(image)
         value = tags.get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata, which say nothing of the pixels
+    except DAMAGED_METADATA:  # which say nothing of the pixels
         return 1
     value = value[0] if isinstance(value, bytes | tuple) and value else value
     return int(value) if value in range(1, 9) else 1

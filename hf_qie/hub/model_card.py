@@ -1,6 +1,6 @@
 """The model card of an exported folder, rendered from what the run recorded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,10 @@ def model_card(
     """
     recipe, base, on_hub = trained.recipe, public(trained.recipe.model), not Path(trained.recipe.model).is_dir()
     family, side = trained.family, recipe.extract.source_sample_size
-    (relation, what), kept = RELATIONS[kind], present.data.to_dict() if present else {}
+    relation, what = RELATIONS[kind]
+    kept, edits = present.data.to_dict() if present else {}, _trained_edits(trained)
     licence = license_of(kept, [family], license)
-    tags = [*(kept.get("tags") or ()), "hf_qie", *family.card_tags, *(["lora"] if relation == "adapter" else [])]
-    ours = {**licence, "library_name": "diffusers", "tags": list(dict.fromkeys(tags))}
-    ours["pipeline_tag"] = "image-to-image" if (edits := _edits(trained)) else "text-to-image"
-    ours |= {"base_model": recipe.model, "base_model_relation": relation} if on_hub else {}
+    ours = licence | _metadata(trained, relation, kept.get("tags") or (), edits=edits, on_hub=on_hub)
     body = rendered(
         "model_card.md",
         title=repo or trained.name,
@@ -71,11 +69,22 @@ def model_card(
     return ModelCard(renewed(present.text if present else "", ModelCardData(**(kept | ours)), body))
 
 
-def _edits(trained: Trained) -> bool:
+def _metadata(
+    trained: Trained, relation: str, tags: Sequence[str], *, edits: bool, on_hub: bool
+) -> dict[str, str | list[str]]:
+    """What the Hub reads of a card, beside the licence; `tags` that people gave come first."""
+    tags = [*tags, "hf_qie", *trained.family.card_tags, *(["lora"] if relation == "adapter" else [])]
+    base = {"base_model": trained.recipe.model, "base_model_relation": relation} if on_hub else {}
+    task = "image-to-image" if edits else "text-to-image"
+    return {"library_name": "diffusers", "tags": list(dict.fromkeys(tags)), "pipeline_tag": task, **base}
+
+
+def _trained_edits(trained: Trained) -> bool:
     """Whether a run trained edits, or, of a run that left no record, whether its base takes sources."""
+    if trained.family.max_sources == 0:
+        return False
     groups = trained.record.get("mix")
-    trains = groups is None or any(group["sources"] and group["share"] for group in groups)
-    return trained.family.max_sources != 0 and trains
+    return groups is None or any(group["sources"] and group["share"] for group in groups)
 
 
 def _losses(trained: Trained) -> dict[str, list[tuple[int, float]]]:
